@@ -1,0 +1,51 @@
+"""What the tests share: small models, and the folder of real clips where there is one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kvae_comfyui.kvae import KVAE, KVAEConfig
+from kvae_comfyui.training.videos import write_video
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_kvae() -> KVAE:
+    """A KVAE-3D-1.0 of 32 channels with every weight at random, in a shape diffusers can take too."""
+    kvae = KVAE(KVAEConfig(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1)).eval().requires_grad_(False)
+    for parameter in kvae.parameters():
+        if parameter.ndim < 2:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return kvae
+
+
+def shared(name: str) -> Path:
+    """A file or folder of the shared clips and weights; the test is skipped where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{Path('..') / 'shared' / name} is not here")
+    return path
+
+
+def moving_picture(frames: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """uint8 [3, T, H, W]: coloured waves that drift."""
+    rng = np.random.default_rng(seed)
+    t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
+    waves = [np.sin(x * a + y * b + t * c) for a, b, c in rng.uniform(0.05, 0.3, (3, 3))]
+    return torch.from_numpy((127.5 + 100 * np.stack(waves)).astype(np.uint8))
+
+
+def make_videos(folder: Path, count: int, frames: int = 20, height: int = 48, width: int = 64) -> list[Path]:
+    """Small real mp4 files, UCF101's names: v_Wave_g01_c01.mp4 …"""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"v_Wave_g{i + 1:02d}_c01.mp4" for i in range(count)]
+    for i, path in enumerate(paths):
+        write_video(path, moving_picture(frames, height, width, seed=i), 25)
+    return paths

@@ -1,0 +1,104 @@
+"""Loading is strict, knows both key layouts, and says what a wrong file is."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLKVAEVideo
+from kvae_comfyui.kvae import KVAE, KVAEConfig, WeightsError, load_kvae, save_kvae
+from kvae_comfyui.kvae.files import save_weights
+from kvae_comfyui.kvae.load import config_from_shapes
+from safetensors.torch import save_file
+
+
+def same(a, b):
+    return all(torch.equal(x, b.state_dict()[key]) for key, x in a.state_dict().items())
+
+
+def test_official_file_by_its_shapes(tmp_path, small_kvae):
+    save_file(small_kvae.state_dict(), tmp_path / "kvae.safetensors")
+    loaded = load_kvae(tmp_path / "kvae.safetensors")
+    assert loaded.config == small_kvae.config
+    assert same(loaded, small_kvae)
+
+
+def test_published_config_is_read_off_the_shapes():
+    with torch.device("meta"):
+        shapes = {key: tuple(tensor.shape) for key, tensor in KVAE().state_dict().items()}
+    assert config_from_shapes(shapes) == KVAEConfig()
+
+
+def test_diffusers_folder(tmp_path, small_kvae):
+    c = small_kvae.config
+    theirs = AutoencoderKLKVAEVideo(ch=c.ch, ch_mult=c.ch_mult, num_res_blocks=c.num_res_blocks).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_kvae(tmp_path)
+    z = torch.randn(1, 16, 3, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.decode(z), theirs.decode(z).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_self_describing_file_keeps_what_shapes_cannot_tell(tmp_path):
+    kvae = KVAE(KVAEConfig(ch=16, ch_mult=(1, 2), num_res_blocks=1, norm_groups=4))
+    save_kvae(tmp_path / "tiny.safetensors", kvae, torch.float16, {"recipe": "none"})
+    loaded = load_kvae(tmp_path / "tiny.safetensors", torch.bfloat16)
+    assert loaded.config.norm_groups == 4
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert not loaded.training
+
+
+def test_missing_and_wrong_tensors_are_named(tmp_path, small_kvae):
+    state = small_kvae.state_dict()
+    bias = state.pop("decoder.conv_out.conv.bias")
+    save_file(state, tmp_path / "short.safetensors")
+    with pytest.raises(WeightsError, match=r"1 keys missing \['decoder.conv_out.conv.bias'\]"):
+        load_kvae(tmp_path / "short.safetensors")
+    save_file(state | {"decoder.conv_out.conv.bias": bias[:2].clone()}, tmp_path / "wrong.safetensors")
+    with pytest.raises(WeightsError, match=r"decoder.conv_out.conv.bias is \[2\]; expected \[3\]"):
+        load_kvae(tmp_path / "wrong.safetensors")
+
+
+def test_other_files_are_called_by_their_name(tmp_path, small_kvae):
+    hunyuan = AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
+    for name, keys, message in (
+        ("hunyuan", hunyuan.state_dict(), "a HunyuanVideo VAE; expected a KVAE-3D-1.0"),
+        ("wan", {"decoder.middle.0.residual.0.gamma": torch.ones(1)}, "a Wan VAE"),
+        ("model", {"model.diffusion_model.x": torch.ones(1)}, "a checkpoint with a diffusion model"),
+        ("other", {"x": torch.ones(1)}, "not a file this project knows"),
+    ):
+        save_file(keys, tmp_path / f"{name}.safetensors")
+        with pytest.raises(WeightsError, match=message):
+            load_kvae(tmp_path / f"{name}.safetensors")
+
+
+def test_damaged_files(tmp_path, small_kvae):
+    save_file(small_kvae.state_dict(), tmp_path / "whole.safetensors")
+    data = (tmp_path / "whole.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name in ("cut", "text"):
+        with pytest.raises(WeightsError, match="cut short or not a safetensors file"):
+            load_kvae(tmp_path / f"{name}.safetensors")
+    torch.save({}, tmp_path / "model.pt")
+    with pytest.raises(WeightsError, match="a pickle can run code"):
+        load_kvae(tmp_path / "model.pt")
+    with pytest.raises(WeightsError, match="no such file"):
+        load_kvae(tmp_path / "absent.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match="holds neither"):
+        load_kvae(tmp_path / "empty")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model.safetensors").write_bytes(data)
+    (tmp_path / "folder" / "config.json").write_text(json.dumps({"ch": 40}))
+    with pytest.raises(WeightsError, match="its config is not that of a KVAE-3D-1.0"):
+        load_kvae(tmp_path / "folder")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_weights(path, {"a": torch.ones(2)}, {})
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        save_weights(path, {"a": torch.ones(2)}, {"number": 1})  # metadata must be text
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
