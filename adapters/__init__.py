@@ -1,0 +1,1 @@
+"""Latent-to-latent adapters: spaces, networks, files, and HybridVAE."""

@@ -1,0 +1,94 @@
+"""HybridVAE: a KVAE and its adapters behind the interface of another VAE.
+
+vae = HybridVAE(load_kvae("kvae.safetensors"),
+                decode_adapter=load_adapter("adapter_hunyuan_to_kvae3d.safetensors"),
+                encode_adapter=load_adapter("adapter_kvae3d_to_hunyuan.safetensors"))
+z = vae.encode(video)       # raw HunyuanVideo latents, for any HunyuanVideo DiT
+video = vae.decode(z)
+
+# x_B3THW pixels in −1..1 as HunyuanVideo has them (x/127.5 − 1), z_Bcthw raw latents
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..kvae import KVAE, WeightsError, pad_frames
+from ..kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
+from .files import LatentAdapter
+
+
+class HybridVAE(nn.Module):
+    """KVAE in place of the VAE whose latents the adapters translate.
+
+    Args:
+        decode_adapter: foreign space → KVAE's; without it `decode` refuses.
+        encode_adapter: KVAE's → foreign space; without it `encode` refuses.
+
+    Raises:
+        WeightsError: no adapter, or adapters that do not fit each other (swapped, say).
+    """
+
+    def __init__(
+        self,
+        kvae: KVAE,
+        decode_adapter: LatentAdapter | None = None,
+        encode_adapter: LatentAdapter | None = None,
+    ):
+        super().__init__()
+        if decode_adapter is None and encode_adapter is None:
+            raise WeightsError("HybridVAE needs an adapter: one to decode, one to encode, or both")
+        for role, space in (
+            ("decode", decode_adapter and decode_adapter.target),
+            ("encode", encode_adapter and encode_adapter.source),
+        ):
+            if space and not space.name.startswith("kvae"):
+                raise WeightsError(f"the {role}_adapter has {space.name} on KVAE's side: the two adapters are swapped")
+            if space and space.channels != kvae.config.z_channels:
+                raise WeightsError(
+                    f"the {role}_adapter is for {space.name}, {space.channels} channels; "
+                    f"this KVAE has {kvae.config.z_channels}"
+                )
+        if decode_adapter and encode_adapter and decode_adapter.source != encode_adapter.target:
+            raise WeightsError(
+                f"the adapters serve two spaces, {decode_adapter.source.name} and {encode_adapter.target.name}"
+            )
+        self.kvae = kvae
+        self.decode_adapter, self.encode_adapter = decode_adapter, encode_adapter
+
+    def encode(self, x_B3THW: Tensor) -> Tensor:
+        """[B, 3, T, H, W] in −1..1, any T ≥ 1 → raw foreign latents [B, c, t, h, w]. The last frame pads T to 4n + 1.
+
+        Raises:
+            WeightsError: there is no encode_adapter.
+        """
+        if self.encode_adapter is None:
+            raise WeightsError(_missing("encode", "kvae_3d_1.0", self.decode_adapter.source.name))  # type: ignore[union-attr]
+        z = self.kvae.encode(pad_frames(kvae_from_hunyuan(x_B3THW)))
+        return self.encode_adapter(z)
+
+    def decode(self, z_Bcthw: Tensor) -> Tensor:
+        """Raw foreign latents [B, c, t, h, w] → [B, 3, 4(t − 1) + 1, H, W], about −1..1, not clipped.
+
+        Raises:
+            WeightsError: there is no decode_adapter.
+        """
+        return torch.cat(list(self.decode_stream(z_Bcthw)), dim=2)
+
+    def decode_stream(self, z_Bcthw: Tensor) -> Iterator[Tensor]:
+        """The same, segment by segment. The adapter sees the whole clip first: latents are small, frames are not."""
+        if self.decode_adapter is None:
+            raise WeightsError(_missing("decode", self.encode_adapter.target.name, "kvae_3d_1.0"))  # type: ignore[union-attr]
+        for frames in self.kvae.decode_stream(self.decode_adapter(z_Bcthw)):
+            yield hunyuan_from_kvae(frames)
+
+
+def _missing(verb: str, source: str, target: str) -> str:
+    file = {
+        "encode": "adapter_kvae3d_to_hunyuan.safetensors",
+        "decode": "adapter_hunyuan_to_kvae3d.safetensors",
+    }[verb]
+    return f"cannot {verb}: no {source} → {target} adapter was given (published as {file})"

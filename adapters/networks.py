@@ -1,0 +1,160 @@
+"""The adapter networks: one latent grid in, the same grid in another space out.
+
+All but `Published` see the past only and normalise per position, so a frame alone, a tile beyond the receptive field
+and a stream give what the whole clip gives. Stream with a cache:
+
+    cache = {}
+    for z in latents:                # [B, c, t, h, w] pieces of one clip, in order
+        yield network(z, cache)
+
+    # B batch, c channels, t latent frames, h/w latent rows and columns
+    z_Bcthw
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kvae.layers import Cache, CausalConv3d
+
+
+class PublishedBlock(nn.Module):
+    """Residual: (GroupNorm, SiLU, 1x1x1 convolution) twice."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, width, eps=1e-6)
+        self.conv1 = nn.Conv3d(width, width, 1)
+        self.norm2 = nn.GroupNorm(8, width, eps=1e-6)
+        self.conv2 = nn.Conv3d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class Published(nn.Module):
+    """The published adapters' network, 2,368 parameters at 16 channels.
+
+    Its GroupNorm takes statistics over t, h, w: it must see the whole clip at once, and cannot be streamed.
+    """
+
+    radius = 0  # reads one position, but its norms read the clip
+
+    def __init__(self, in_channels: int, out_channels: int, width: int = 16, blocks: int = 3):
+        super().__init__()
+        self.config = {"in_channels": in_channels, "out_channels": out_channels, "width": width, "blocks": blocks}
+        self.in_proj = nn.Conv3d(in_channels, width, 1)
+        self.blocks = nn.ModuleList(PublishedBlock(width) for _ in range(blocks))
+        self.out_proj = nn.Conv3d(width, out_channels, 1)
+
+    def forward(self, z_Bcthw: Tensor, cache: Cache | None = None) -> Tensor:
+        """[B, c, t, h, w] → [B, c', t, h, w].
+
+        Raises:
+            ValueError: a cache is given.
+        """
+        if cache is not None:
+            raise ValueError("a published adapter normalises over the whole clip: give it the clip at once")
+        h = self.in_proj(z_Bcthw)
+        for block in self.blocks:
+            h = block(h)
+        return self.out_proj(h)
+
+
+class Affine(nn.Module):
+    """One convolution, causal in time. `adapters.ridge` fits it in closed form.
+
+    Args:
+        kernel: 1, or 3 for the 3x3x3 neighbourhood.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3):
+        super().__init__()
+        self.config = {"in_channels": in_channels, "out_channels": out_channels, "kernel": kernel}
+        self.radius = kernel // 2
+        self.affine = CausalConv3d(in_channels, out_channels, (kernel,) * 3)
+
+    def forward(self, z_Bcthw: Tensor, cache: Cache | None = None) -> Tensor:
+        """[B, c, t, h, w] → [B, c', t, h, w]."""
+        return self.affine(z_Bcthw, {} if cache is None else cache)
+
+
+class PositionNorm(nn.Module):
+    """Divide by the root mean square over the channels of one position; a gain for each channel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(channels, 1, 1, 1))
+
+    def forward(self, x_Bcthw: Tensor) -> Tensor:
+        return x_Bcthw * (x_Bcthw.square().mean(1, keepdim=True) + 1e-6).rsqrt() * self.gain
+
+
+class ResidualBlock(nn.Module):
+    """Residual: norm, SiLU, causal 3x3x3 convolution, SiLU, 1x1x1 convolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = PositionNorm(width)
+        self.conv1 = CausalConv3d(width, width)
+        self.conv2 = nn.Conv3d(width, width, 1)
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        h = self.conv1(F.silu(self.norm(x)), cache)
+        return x + self.conv2(F.silu(h))
+
+
+class Residual(nn.Module):
+    """The default: the affine 3x3x3 causal map plus a residual branch whose last layer starts at zero.
+
+    The branch reads latents normalised per channel and writes in units of the target's deviation; the statistics
+    (`source_mean`, `source_std`, `target_std`, each [c, 1, 1, 1]) are those of the training set.
+    """
+
+    source_mean: Tensor
+    source_std: Tensor
+    target_std: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, width: int = 64, blocks: int = 2):
+        super().__init__()
+        self.config = {"in_channels": in_channels, "out_channels": out_channels, "width": width, "blocks": blocks}
+        self.radius = 1 + blocks
+        self.affine = CausalConv3d(in_channels, out_channels)
+        self.register_buffer("source_mean", torch.zeros(in_channels, 1, 1, 1))
+        self.register_buffer("source_std", torch.ones(in_channels, 1, 1, 1))
+        self.register_buffer("target_std", torch.ones(out_channels, 1, 1, 1))
+        self.conv_in = CausalConv3d(in_channels, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
+        self.norm_out = PositionNorm(width)
+        self.conv_out = nn.Conv3d(width, out_channels, 1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
+
+    def forward(self, z_Bcthw: Tensor, cache: Cache | None = None) -> Tensor:
+        """[B, c, t, h, w] → [B, c', t, h, w]."""
+        cache = {} if cache is None else cache
+        h = self.conv_in((z_Bcthw - self.source_mean) / self.source_std, cache)
+        for block in self.blocks:
+            h = block(h, cache)
+        return self.affine(z_Bcthw, cache) + self.target_std * self.conv_out(self.norm_out(h))
+
+
+Network = Published | Affine | Residual
+NETWORKS: dict[str, type[Network]] = {"published": Published, "affine": Affine, "residual": Residual}
+
+
+def build_network(name: str, **config: int) -> Network:
+    """An untrained network.
+
+    Raises:
+        ValueError: the name or a setting is unknown.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"no adapter network is called {name!r}; the known ones are {', '.join(NETWORKS)}")
+    try:
+        return NETWORKS[name](**config)
+    except TypeError as error:
+        raise ValueError(f"the network {name!r} does not take these settings: {error}") from None
