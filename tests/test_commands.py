@@ -1,0 +1,300 @@
+"""The commands end to end on small real video files, with the embedded tiny pair; and what they say to bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_videos, shared
+from kvae_comfyui.adapters.files import load_adapter
+from kvae_comfyui.kvae import KVAE, KVAEConfig
+from kvae_comfyui.training import train as training
+from kvae_comfyui.training.cli import main
+from kvae_comfyui.training.pairs import Pair, find_pairs, read_pair, write_pair
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = ["--num-frames", "9", "--height", "48", "--width", "64", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Videos → pairs → adapters, once for all tests that look at the results."""
+    folder = tmp_path_factory.mktemp("job")
+    make_videos(folder / "videos" / "Wave", 8)
+    assert main(["extract", *roots(folder), *SIZE]) == 0
+    assert main(["train", *train_options(folder), "--epochs", "3"]) == 0
+    return folder
+
+
+def roots(folder):
+    return ["--videos-root", str(folder / "videos"), "--output-root", str(folder / "latents")]
+
+
+def train_options(folder, out="adapters"):
+    out = folder / out
+    return [
+        *("--latent-root", str(folder / "latents"), "--batch-size", "2", "--device", "cpu"),
+        *("--out-h2k", str(out / "h2k.safetensors"), "--out-k2h", str(out / "k2h.safetensors")),
+    ]
+
+
+def evaluate_options(folder):
+    return [
+        *("--latent-root", str(folder / "latents"), "--videos-root", str(folder / "videos"), "--device", "cpu"),
+        *("--adapter-h2k", str(folder / "adapters" / "h2k.safetensors")),
+        *("--adapter-k2h", str(folder / "adapters" / "k2h.safetensors")),
+        *("--output-root", str(folder / "evaluation"), "--num-pixel-samples", "2"),
+    ]
+
+
+def test_extract_mirrors_the_videos_and_resumes(job, capsys):
+    paths = find_pairs(job / "latents")
+    assert [p.name for p in paths] == [f"v_Wave_g{i:02d}_c01.safetensors.zst" for i in range(1, 9)]
+    pair = read_pair(paths[0])
+    assert pair.z_h.shape == pair.z_k.shape == (16, 3, 6, 8)
+    assert pair.source.video == "Wave/v_Wave_g01_c01.mp4" and pair.source.padded == 0
+    manifest = json.loads((job / "latents" / "manifest.json").read_text())
+    assert manifest["counts"] == {"extracted": 8, "already_there": 0, "skipped": 0}
+    assert len(manifest["kvae"]["sha256"]) == 64
+    before = [p.read_bytes() for p in paths]
+    paths[2].unlink()
+    assert main(["extract", *roots(job), *SIZE]) == 0
+    assert "1 pairs extracted, 7 already there, 0 skipped" in capsys.readouterr().out
+    assert [p.read_bytes() for p in paths] == before
+
+
+def test_extract_refuses_to_mix_settings(job, capsys):
+    assert main(["extract", *roots(job), *SIZE, "--sampling", "uniform"]) == 2
+    assert "holds pairs made with another settings" in capsys.readouterr().err
+
+
+def test_extract_skips_broken_clips_and_says_so(tmp_path, capsys):
+    make_videos(tmp_path / "videos", 2)
+    (tmp_path / "videos" / "a.avi").write_text("no video")
+    assert main(["extract", *roots(tmp_path), *SIZE]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1].startswith("2 pairs extracted, 0 already there, 1 skipped")
+    assert "skipped a.avi: " in captured.err and "not a video" in captured.err
+    assert "not a video" in json.loads((tmp_path / "latents" / "manifest.json").read_text())["failed"]["a.avi"]
+
+
+def test_extract_pads_short_videos_and_records_it(tmp_path):
+    make_videos(tmp_path / "videos", 1, frames=7)
+    assert main(["extract", *roots(tmp_path), *SIZE]) == 0
+    source = read_pair(find_pairs(tmp_path / "latents")[0]).source
+    assert (source.frames, source.padded) == (7, 2)
+
+
+def test_posterior_samples_differ_from_the_mode_and_repeat(tmp_path):
+    make_videos(tmp_path / "videos", 2)
+    for name in ("mode", "sample", "again"):
+        mode = "mode" if name == "mode" else "sample"
+        out = ["--videos-root", str(tmp_path / "videos"), "--output-root", str(tmp_path / name)]
+        assert main(["extract", *out, *SIZE, "--posterior", mode]) == 0
+    mode, sample, again = (read_pair(find_pairs(tmp_path / n)[0]) for n in ("mode", "sample", "again"))
+    assert not torch.equal(sample.z_h, mode.z_h) and not torch.equal(sample.z_k, mode.z_k)
+    assert torch.equal(sample.z_h, again.z_h)
+
+
+def test_train_leaves_adapters_that_describe_themselves(job):
+    adapter = load_adapter(job / "adapters" / "h2k.safetensors")
+    assert (adapter.source.name, adapter.target.name) == ("hunyuan_video", "kvae_3d_1.0")
+    assert adapter.training_info["config"]["network"] == "residual"
+    rows = [json.loads(line) for line in (job / "adapters" / "train.jsonl").read_text().splitlines()]
+    val = [row["val_h2k"] for row in rows if "val_h2k" in row]
+    assert len(val) == 4  # before the first epoch, at the affine map, and after each
+    assert adapter.metrics["val_mse"] == min(val)
+    assert (job / "adapters" / "train.png").stat().st_size > 1000
+    assert json.loads((job / "adapters" / "train.json").read_text())["epochs"] == 3
+    assert sorted(p.name for p in (job / "adapters").iterdir()) == [
+        *("h2k.safetensors", "k2h.safetensors", "train.json", "train.jsonl", "train.png")
+    ]
+
+
+def test_published_recipe(job, capsys):
+    options = train_options(job, "published")
+    assert main(["train", *options, "--network", "published", "--epochs", "2", "--lr", "1e-4"]) == 0
+    out = capsys.readouterr().out
+    assert "Epoch 2/2 - H→K MSE: " in out and " | K→H MSE: " in out
+    assert sum(p.numel() for p in load_adapter(job / "published" / "h2k.safetensors").parameters()) == 2368
+
+
+def test_interrupted_training_ends_where_an_uninterrupted_one_does(job, monkeypatch):
+    options = ["--epochs", "4", "--seed", "3"]
+    assert main(["train", *train_options(job, "whole"), *options]) == 0
+    real = training._step
+
+    def interrupted(state, *args):
+        if state.step == 5:
+            raise KeyboardInterrupt
+        real(state, *args)
+
+    monkeypatch.setattr(training, "_step", interrupted)
+    assert main(["train", *train_options(job, "parts"), *options]) == 130
+    assert not (job / "parts" / "h2k.safetensors").exists()
+    monkeypatch.setattr(training, "_step", real)
+    assert main(["train", *train_options(job, "parts"), *options]) == 0
+    for name in ("h2k.safetensors", "k2h.safetensors"):
+        whole, parts = load_adapter(job / "whole" / name), load_adapter(job / "parts" / name)
+        assert all(torch.equal(a, parts.state_dict()[key]) for key, a in whole.state_dict().items())
+    assert not list((job / "parts").glob("*resume*"))
+
+
+def test_resuming_with_other_settings_is_refused(job, monkeypatch, capsys):
+    monkeypatch.setattr(training, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["train", *train_options(job, "other"), "--lr", "1e-3"]) == 130
+    assert main(["train", *train_options(job, "other"), "--lr", "1e-4"]) == 2
+    assert "an unfinished run had lr = 0.001, now 0.0001" in capsys.readouterr().err
+
+
+def test_evaluate(job, capsys):
+    assert main(["evaluate", *evaluate_options(job)]) == 0
+    out = capsys.readouterr().out
+    result = json.loads((job / "evaluation" / "evaluation.json").read_text())
+    assert (job / "evaluation" / "evaluation.txt").read_text() in out
+    latent, pixel = result["latent"]["figures"], result["pixel"]["figures"]
+    h2k = load_adapter(job / "adapters" / "h2k.safetensors")
+    pairs = [read_pair(path) for path in find_pairs(job / "latents")]
+    with torch.no_grad():
+        errors = [(h2k(p.z_h[None].float())[0] - p.z_k.float()).square().mean() for p in pairs]
+    assert latent["H→K"]["mse"] == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
+    targets = torch.stack([p.z_k for p in pairs]).float()
+    variance = targets.movedim(1, 0).flatten(1).var(1, unbiased=False).mean().item()
+    assert latent["H→K"]["share"] == pytest.approx(latent["H→K"]["mse"] / variance, rel=1e-3)
+    assert pixel["KVAE"]["psnr"] > 15
+    assert set(pixel) == {
+        *("Hunyuan", "KVAE", "KVAE(H→K)", "Hunyuan(K→H)"),
+        *("  affine 3x3x3", "  pixel path", "  affine 3x3x3 ", "  pixel path "),
+    }
+    assert (job / "evaluation" / "contact_sheet.png").stat().st_size > 10_000
+
+
+def test_reconstruct(job, capsys, tmp_path):
+    video = job / "videos" / "Wave" / "v_Wave_g01_c01.mp4"
+    for vae in ("kvae", "hunyuan"):
+        out = tmp_path / f"{vae}.mp4"
+        assert main(["reconstruct", "--video-path", str(video), "--vae", vae, *SIZE, "--output", str(out)]) == 0
+        assert "9 frames: PSNR " in capsys.readouterr().out
+        assert out.stat().st_size > 1000
+
+
+def test_published_adapters_are_evaluated(job, tmp_path, capsys):
+    options = evaluate_options(job)
+    options[options.index("--adapter-h2k") + 1] = str(shared("seed_adapters/adapter_hunyuan_to_kvae3d.safetensors"))
+    options[options.index("--adapter-k2h") + 1] = str(shared("seed_adapters/adapter_kvae3d_to_hunyuan.safetensors"))
+    assert main(["evaluate", *options, "--output-root", str(tmp_path), "--videos-root", ""]) == 0
+    assert "H→K→H" in capsys.readouterr().out
+
+
+def refusal(argv, capsys):
+    """The one line an impossible command says."""
+    assert main(argv) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("error: ") and "\n" not in err
+    return err
+
+
+def test_refusals_of_folders(job, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    out = ["--output-root", str(tmp_path / "out")]
+    assert "no such folder" in refusal(["extract", "--videos-root", str(tmp_path / "absent"), *out], capsys)
+    assert "no videos in it" in refusal(["extract", "--videos-root", str(empty), *out], capsys)
+    assert "multiple of 8" in refusal(["extract", *roots(job), "--height", "50"], capsys)
+    for command in ("train", "evaluate"):
+        assert "no such folder" in refusal([command, "--latent-root", str(tmp_path / "absent")], capsys)
+        assert "no .safetensors.zst files" in refusal([command, "--latent-root", str(empty)], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refusals_of_pairs(job, tmp_path, capsys):
+    z = torch.randn(16, 3, 6, 8)
+    write_pair(tmp_path / "a.safetensors.zst", Pair(z, z.clone(), None))
+    options = ["train", "--latent-root", str(tmp_path), "--out-h2k", str(tmp_path / "o" / "h"), "--device", "cpu"]
+    assert "one video only" in refusal(options, capsys)
+    write_pair(tmp_path / "b.safetensors.zst", Pair(z[:8], z.clone(), None))
+    write_pair(tmp_path / "c.safetensors.zst", Pair(z[:8], z.clone(), None))
+    assert "channels" in refusal(options, capsys)
+    data = (tmp_path / "a.safetensors.zst").read_bytes()
+    for name in "abc":
+        (tmp_path / f"{name}.safetensors.zst").write_bytes(data[: len(data) // 2])
+    assert "cut short or not zstd" in refusal(options, capsys)
+    assert not (tmp_path / "o").exists()
+
+
+def test_refusals_of_models(job, tmp_path, capsys):
+    tiny = ROOT / "training" / "assets"
+    extract = ["extract", "--videos-root", str(job / "videos"), "--output-root", str(tmp_path / "out"), *SIZE]
+    kvae, hunyuan = str(tiny / "tiny_kvae.safetensors"), str(tiny / "tiny_hunyuan.safetensors")
+    assert "this is a KVAE-3D; expected a HunyuanVideo VAE" in refusal([*extract, "--hunyuan-vae", kvae], capsys)
+    assert "this is a HunyuanVideo VAE; expected a KVAE" in refusal([*extract, "--kvae", hunyuan], capsys)
+    assert "no such file or folder" in refusal([*extract, "--kvae", "absent.safetensors"], capsys)
+    swapped = evaluate_options(job)
+    i, j = swapped.index("--adapter-h2k") + 1, swapped.index("--adapter-k2h") + 1
+    swapped[i], swapped[j] = swapped[j], swapped[i]
+    assert "the two files are swapped" in refusal(["evaluate", *swapped], capsys)
+    other = KVAE(KVAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1))
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    options = [*evaluate_options(job), "--kvae", str(tmp_path / "other.safetensors")]
+    assert "made with another kvae" in refusal(["evaluate", *options], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def command(*argv, **kwargs):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "training", *argv],
+        cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and limits")
+def test_killed_extraction_goes_on(tmp_path):
+    make_videos(tmp_path / "videos", 30)
+    argv = ["extract", *roots(tmp_path), *SIZE]
+    process = command(*argv)
+    deadline = time.time() + 120
+    while len(list((tmp_path / "latents").glob("*.zst"))) < 2 and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = find_pairs(tmp_path / "latents")
+    assert 2 <= len(done) < 30
+    assert all(read_pair(path).z_h.shape == (16, 3, 6, 8) for path in done)
+    process = command(*argv)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert f"{30 - len(done)} pairs extracted, {len(done)} already there, 0 skipped" in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and limits")
+def test_interrupt_and_full_disk_end_in_one_line(tmp_path):
+    make_videos(tmp_path / "videos", 30)
+    process = command("extract", *roots(tmp_path), *SIZE)
+    deadline = time.time() + 120
+    while not list((tmp_path / "latents").glob("*.zst")) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert "Traceback" not in err
+
+    import resource  # POSIX only
+
+    def no_room():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # the manifest fits, a pair does not
+
+    argv = ["extract", "--videos-root", str(tmp_path / "videos"), "--output-root", str(tmp_path / "full"), *SIZE]
+    process = command(*argv, preexec_fn=no_room)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["manifest.json"]

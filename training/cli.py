@@ -1,0 +1,55 @@
+"""The command line: one entry point, a subcommand for each job."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..kvae import WeightsError
+from .errors import UserError
+from .options import add_options
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns 0, 1 (done, with some clips skipped), 2 (an error, said in one line) or 130 (Ctrl-C)."""
+    from . import demo, evaluate, extract, reconstruct, tiny, train
+
+    commands: dict[str, tuple[type, Callable[[Any], int], str]] = {
+        "extract": (extract.ExtractConfig, extract.run, "latent pairs from videos"),
+        "train": (train.TrainConfig, train.run, "both adapters from latent pairs"),
+        "evaluate": (evaluate.EvaluateConfig, evaluate.run, "adapters measured in latents and in pixels"),
+        "reconstruct": (reconstruct.ReconstructConfig, reconstruct.run, "one video through one VAE"),
+        "demo": (demo.DemoConfig, demo.run, "all of the above on small models and real clips"),
+        "tiny": (tiny.TinyConfig, tiny.run, "train a member of the embedded small pair"),
+    }
+    parser = argparse.ArgumentParser(
+        prog="python -m training",
+        description="Adapters between HunyuanVideo and KVAE latents: extract pairs, train, evaluate.",
+        epilog="`python -m training COMMAND -h` lists a command's options.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (config, function, summary) in commands.items():
+        description = sys.modules[function.__module__].__doc__
+        subparser = subparsers.add_parser(
+            name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        add_options(subparser, config)
+    options = vars(parser.parse_args(argv))
+    config, function, _ = commands[options.pop("command")]
+    try:
+        return function(config(**options))
+    except (UserError, WeightsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}; nothing half-written is left", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    return 2

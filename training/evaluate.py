@@ -1,0 +1,269 @@
+"""Adapters measured: in latents, in pixels, beside the affine map and the pixel path.
+
+    python -m training evaluate --latent-root val_latents --videos-root UCF101 \\
+        --adapter-h2k h2k.safetensors --adapter-k2h k2h.safetensors --hunyuan-vae DIR --kvae DIR
+
+Latents: mean squared error both ways and over both cycles, also as a share of the target's variance.
+Pixels: PSNR and SSIM against the original of both VAEs alone and of both crossed decodes; PSNR of a crossed decode
+against what the source VAE itself decodes from the latent; flicker. Beside each adapter stand an affine 3x3x3 map
+fitted in closed form (on --train-latent-root, else on the other half of these pairs) and the pixel path: decode with
+one VAE, encode with the other.
+Writes evaluation.txt, evaluation.json, evaluate.json and contact_sheet.png.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+from tqdm import tqdm
+
+from ..adapters.files import LatentAdapter, load_adapter
+from ..adapters.ridge import Ridge
+from .errors import UserError
+from .options import option, write_config, write_text
+from .pairs import SUFFIX, Pair, Pairs, Source, find_pairs, read_manifest
+from .pictures import contact_sheet
+from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+from .videos import EXTENSIONS, Clip, read_clip
+
+Map = Callable[[Tensor], Tensor]
+SHEET_CLIPS = 3
+COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "Hunyuan through K→H"]
+
+
+@dataclass
+class EvaluateConfig:
+    latent_root: str = option(..., "folder of pairs to evaluate on")
+    videos_root: str = option("", "the videos they came from; without it there are no pixel figures")
+    adapter_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "Hunyuan → KVAE adapter")
+    adapter_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
+    hunyuan_vae: str = option("tiny", "HunyuanVideo VAE: folder, .safetensors file, hub id, or tiny")
+    kvae: str = option("tiny", "KVAE-3D-1.0: folder, .safetensors file, hub id, or tiny")
+    train_latent_root: str = option("", "pairs to fit the affine maps on; without it, the other half of these pairs")
+    output_root: str = option("evaluation", "folder for the table, the JSON and the pictures")
+    max_samples: int = option(2000, "pairs for the latent figures")
+    num_pixel_samples: int = option(128, "pairs for the pixel figures")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device of VAEs and adapters")
+
+
+def run(config: EvaluateConfig) -> int:
+    """Evaluate; returns 0."""
+    paths = find_pairs(config.latent_root)
+    pairs = Pairs(paths[: config.max_samples])
+    h2k = load_adapter(config.adapter_h2k, ("hunyuan_video", "kvae_3d_1.0"), config.device)
+    k2h = load_adapter(config.adapter_k2h, ("kvae_3d_1.0", "hunyuan_video"), config.device)
+    affine = AffineBaseline(pairs, config)
+    result = {"latent": latent_figures(pairs, h2k, k2h, affine)}
+    out = Path(config.output_root)
+    if config.videos_root:
+        hunyuan = load_hunyuan_vae(config.hunyuan_vae, config.device)
+        kvae = load_kandinsky_vae(config.kvae, config.device)
+        _check_vaes(config, hunyuan, kvae)
+        chosen = spread(len(pairs), config.num_pixel_samples)
+        result["pixel"] = pixel_figures(pairs, chosen, h2k, k2h, affine, hunyuan, kvae, config)
+    write_config(out / "evaluate.json", "evaluate", config)
+    write_text(out / "evaluation.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    text = table(result)
+    write_text(out / "evaluation.txt", text)
+    print(text, end="")
+    print(f"→ {out}")
+    return 0
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` of `total` indices, evenly spread, so that a few samples still see every class."""
+    count = min(total, count)
+    return [i * total // count for i in range(count)]
+
+
+class AffineBaseline:
+    """Closed-form affine 3x3x3 maps that have not seen the pair they are applied to.
+
+    Fitted on the training pairs where they are given; else in two halves, each pair using the other half's fit.
+    """
+
+    def __init__(self, pairs: Pairs, config: EvaluateConfig):
+        self.device = config.device
+        if config.train_latent_root:
+            self.maps = [_fit(iter(Pairs(find_pairs(config.train_latent_root))), config)] * 2
+        else:
+            if len(pairs) < 2:
+                raise UserError(f"{config.latent_root}: one pair only, so no affine map: give --train-latent-root")
+            # halves of neighbours: clips of one video are neighbours, and must not be fitted and judged at once
+            self.middle = len(pairs) // 2
+            halves = range(self.middle), range(self.middle, len(pairs))
+            self.maps = [_fit((pairs[i] for i in half), config) for half in reversed(halves)]
+        self.halved = not config.train_latent_root
+
+    def __call__(self, i: int, direction: str) -> Map:
+        """The map of a direction ("h2k" or "k2h") for pair i."""
+        return self.maps[int(self.halved and i >= self.middle)][direction]
+
+
+def _fit(pairs: Iterator[Pair], config: EvaluateConfig) -> dict[str, Map]:
+    fits: dict[str, Ridge] = {}
+    for pair in pairs:
+        z_h, z_k = pair.z_h[None].to(config.device), pair.z_k[None].to(config.device)
+        if not fits:
+            fits = {"h2k": Ridge(z_h.shape[1], z_k.shape[1], 3), "k2h": Ridge(z_k.shape[1], z_h.shape[1], 3)}
+        fits["h2k"].add(z_h, z_k)
+        fits["k2h"].add(z_k, z_h)
+    try:
+        return {name: fit.solve().to(config.device).eval() for name, fit in fits.items()}
+    except ValueError as error:
+        raise UserError(f"no affine baseline: {error}, or give --train-latent-root") from None
+
+
+@torch.inference_mode()
+def latent_figures(pairs: Pairs, h2k: LatentAdapter, k2h: LatentAdapter, affine: AffineBaseline) -> dict:
+    """Squared errors, each also as a share of its target's variance (around each channel's mean)."""
+    sums: dict[str, float] = {}
+    first: list[Tensor] = [torch.zeros(()), torch.zeros(())]
+    second = [torch.zeros(()), torch.zeros(())]
+    for i in range(len(pairs)):
+        z_h, z_k = pairs.batch([i], torch.device(affine.device))
+        k_hat, h_hat = h2k(z_h), k2h(z_k)
+        for name, found, target in (
+            ("H→K", k_hat, z_k),
+            ("K→H", h_hat, z_h),
+            ("H→K→H", k2h(k_hat), z_h),
+            ("K→H→K", h2k(h_hat), z_k),
+            ("H→K affine", affine(i, "h2k")(z_h), z_k),
+            ("K→H affine", affine(i, "k2h")(z_k), z_h),
+        ):
+            sums[name] = sums.get(name, 0.0) + (found - target).square().mean().item()
+        for j, z in enumerate((z_h, z_k)):
+            first[j] = first[j] + z.double().mean((0, 2, 3, 4)).cpu()
+            second[j] = second[j] + z.double().square().mean((0, 2, 3, 4)).cpu()
+    count = len(pairs)
+    variance_h, variance_k = (
+        (square / count - (mean / count).square()).mean().item() for mean, square in zip(first, second, strict=True)
+    )
+    figures = {}
+    for name, total in sums.items():
+        into_k = name.removesuffix(" affine").endswith("K")
+        figures[name] = {"mse": total / count, "share": total / count / (variance_k if into_k else variance_h)}
+    return {"pairs": count, "figures": figures}
+
+
+@torch.inference_mode()
+def pixel_figures(
+    pairs: Pairs,
+    chosen: list[int],
+    h2k: LatentAdapter,
+    k2h: LatentAdapter,
+    affine: AffineBaseline,
+    hunyuan: VideoVAE,
+    kvae: VideoVAE,
+    config: EvaluateConfig,
+) -> dict:
+    """PSNR, SSIM, flicker of every path, means over clips; the contact sheet is drawn on the way."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    sheet, sheet_at = [], set(spread(len(chosen), SHEET_CLIPS))
+    for n, i in enumerate(tqdm(chosen, desc="pixels", unit="clip", leave=False, disable=None)):
+        pair = pairs[i]
+        original = original_frames(pairs.paths[i], pair, config)
+        z_h, z_k = pairs.batch([i], torch.device(config.device))
+        y_h, y_k = hunyuan.decode(z_h), kvae.decode(z_k)
+        decodes = {
+            "Hunyuan": (y_h, y_h),
+            "KVAE": (y_k, y_k),
+            "KVAE(H→K)": (kvae.decode(h2k(z_h)), y_h),
+            "  affine 3x3x3": (kvae.decode(affine(i, "h2k")(z_h)), y_h),
+            "  pixel path": (kvae.decode(kvae.encode(y_h.round().byte())), y_h),
+            "Hunyuan(K→H)": (hunyuan.decode(k2h(z_k)), y_k),
+            "  affine 3x3x3 ": (hunyuan.decode(affine(i, "k2h")(z_k)), y_k),
+            "  pixel path ": (hunyuan.decode(hunyuan.encode(y_k.round().byte())), y_k),
+        }
+        for name, (decoded, direct) in decodes.items():
+            rows.setdefault(name, []).append(_compare(decoded.cpu(), direct.cpu(), original, decoded is direct))
+        if n in sheet_at:
+            columns = ("Hunyuan", "KVAE", "KVAE(H→K)", "Hunyuan(K→H)")
+            sheet.append([original, *(decodes[name][0][0].cpu().round().byte() for name in columns)])
+    contact_sheet(
+        Path(config.output_root) / "contact_sheet.png",
+        COLUMNS,
+        [[video[:, : videos[0].shape[1]] for video in videos] for videos in sheet],
+    )
+    means = {name: {key: sum(row[key] for row in each) / len(each) for key in each[0]} for name, each in rows.items()}
+    return {"clips": len(chosen), "figures": means}
+
+
+def _compare(decoded: Tensor, direct: Tensor, original: Tensor, same: bool) -> dict[str, float]:
+    frames = original.shape[1]
+    y, x = decoded[0, :, :frames], original.float()
+    figures = {
+        "psnr": psnr(y, x),
+        "ssim": ssim(y.movedim(1, 0), x.movedim(1, 0), data_range=255.0).item(),  # type: ignore[union-attr]
+        "flicker": flicker(y, x),
+    }
+    return figures if same else figures | {"psnr_source": psnr(y, direct[0, :, :frames])}
+
+
+def psnr(y: Tensor, x: Tensor) -> float:
+    """dB, for pixels in 0..255; over the whole clip at once, as published."""
+    return (10 * torch.log10(255**2 / (y - x).square().mean().clamp(min=1e-9))).item()
+
+
+def flicker(y_3THW: Tensor, x_3THW: Tensor) -> float:
+    """Root mean square over time of how the error changes from frame to frame, in 0..255."""
+    error = y_3THW - x_3THW
+    return error.diff(dim=1).square().mean().sqrt().item()
+
+
+def original_frames(path: Path, pair: Pair, config: EvaluateConfig) -> Tensor:
+    """The frames a pair was made of, uint8 [3, T, H, W]; a published pair says nothing, so its recipe is assumed.
+
+    Raises:
+        UserError: the video is not there.
+    """
+    root = Path(config.videos_root)
+    source = pair.source or _published_source(path, pair, root, Path(config.latent_root))
+    video = root / source.video
+    if not video.is_file():
+        raise UserError(f"{video}: no such file; --videos-root must be the folder that {path} was extracted from")
+    count = source.frames if source.first is not None else 4 * (pair.z_h.shape[1] - 1) + 1
+    return read_clip(Clip(video, count, source.first), source.height, source.width)
+
+
+def _published_source(path: Path, pair: Pair, root: Path, latent_root: Path) -> Source:
+    stem = str(path.relative_to(latent_root))[: -len(SUFFIX)]
+    found = next((stem + ext for ext in EXTENSIONS if (root / (stem + ext)).is_file()), stem + EXTENSIONS[0])
+    _, t, h, w = pair.z_h.shape
+    return Source(found, None, 4 * (t - 1) + 1, 0, 8 * h, 8 * w)
+
+
+def _check_vaes(config: EvaluateConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> None:
+    """Pixels decoded by other VAEs than the pairs were made with would mean nothing."""
+    made_with = read_manifest(config.latent_root)
+    for key, vae in (("hunyuan_vae", hunyuan), ("kvae", kvae)):
+        if made_with and made_with[key]["sha256"] != vae.digest:
+            raise UserError(
+                f"{config.latent_root}: its pairs were made with another {key} than {vae.source}; "
+                f"give the same --{key.replace('_', '-')}"
+            )
+
+
+def table(result: dict) -> str:
+    """The figures as text."""
+    latent = result["latent"]
+    lines = [f"Latents, {latent['pairs']} pairs", f"  {'':<16}{'MSE':>10}{'of variance':>14}"]
+    for name, row in latent["figures"].items():
+        lines.append(f"  {name:<16}{row['mse']:>10.4f}{row['share']:>13.2%} ")
+    if "pixel" in result:
+        pixel = result["pixel"]
+        lines += [
+            "",
+            f"Pixels, {pixel['clips']} clips (source: against what the source VAE decodes from the same latent)",
+            f"  {'':<16}{'PSNR':>10}{'SSIM':>9}{'flicker':>9}{'PSNR source':>13}",
+        ]
+        for name, row in pixel["figures"].items():
+            source = f"{row['psnr_source']:>13.2f}" if "psnr_source" in row else f"{'':>13}"
+            lines.append(f"  {name:<16}{row['psnr']:>10.2f}{row['ssim']:>9.4f}{row['flicker']:>9.2f}{source}".rstrip())
+    return "\n".join(lines) + "\n"

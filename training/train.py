@@ -1,0 +1,363 @@
+"""Both adapters, trained together on latent pairs.
+
+    python -m training train --latent-root latents --out-h2k h2k.safetensors --out-k2h k2h.safetensors
+
+L = MSE(H→K(z_h), z_k) + MSE(K→H(z_k), z_h). A first pass over the pairs takes each channel's statistics and fits affine
+3x3x3 maps in closed form; the default network starts there, and what is saved is never worse on the validation pairs.
+`--network published --epochs 250 --batch-size 512 --lr 1e-4` is the recipe of the published adapters.
+Ctrl-C or a crash costs at most the steps since the last save: the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..adapters.files import LatentAdapter, save_adapter
+from ..adapters.networks import NETWORKS, Affine, Network, Residual, build_network
+from ..adapters.ridge import Ridge
+from ..adapters.spaces import LatentSpace, space
+from ..kvae.files import Weights, WeightsError, save_weights
+from .errors import UserError
+from .options import option, write_config
+from .pairs import Pairs, find_pairs, read_manifest
+
+SAVE_SECONDS = 60
+DIRECTIONS = ("h2k", "k2h")
+WARMUP_STEPS = 20
+
+
+@dataclass
+class TrainConfig:
+    latent_root: str = option(..., "folder of pairs, from extract")
+    val_latent_root: str = option("", "folder of pairs to validate on; without one, 1 video in 20 is held out")
+    out_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "file for the Hunyuan → KVAE adapter")
+    out_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "file for the KVAE → Hunyuan adapter")
+    network: str = option("residual", "adapter network", choices=tuple(NETWORKS))
+    epochs: int = option(20, "passes over the pairs")
+    batch_size: int = option(8, "clips of a step")
+    lr: float = option(1e-3, "learning rate of AdamW; falls linearly to zero, except with --network published")
+    weight_decay: float = option(1e-4, "weight decay of AdamW")
+    ema: float = option(0.99, "decay of the weights' moving average, which is what is saved; 0 for none")
+    seed: int = option(0, "of the first weights and of the order")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device to train on")
+
+
+@dataclass
+class State:
+    """All that a resumed run needs: the networks, their averages, the optimiser, the best so far, and where we are."""
+
+    networks: dict[str, Network]
+    averages: dict[str, dict[str, Tensor]]
+    best: dict[str, dict[str, Tensor]]
+    best_mse: dict[str, float]
+    optimiser: torch.optim.AdamW
+    step: int = 0
+    sums: tuple[float, float, int] = (0.0, 0.0, 0)  # of the running epoch: squared errors both ways, clips
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for name in DIRECTIONS for p in self.networks[name].parameters()]
+
+
+def run(config: TrainConfig) -> int:
+    """Train, or go on training; returns 0."""
+    started = time.time()
+    _check(config)
+    train, val = _split(config)
+    fits, shapes = _first_pass(train)
+    spaces = space("hunyuan_video"), space("kvae_3d_1.0")
+    _check_channels(fits, spaces)
+    state = _start(config, fits)
+    out = Path(config.out_h2k).parent
+    resume_file = Path(config.out_h2k).with_suffix(".resume.safetensors")
+    log_file = out / "train.jsonl"
+    fresh = not _resume(state, resume_file, config)
+    write_config(out / "train.json", "train", config)
+    if fresh:
+        log_file.write_text("")
+        _validate(state, val, config, log_file, 0)
+        print(f"Training on {len(train)} latent pairs, validating on {len(val)}")
+    else:
+        print(f"Going on from step {state.step}, saved in {resume_file}")
+
+    steps = sum(math.ceil(len(group) / config.batch_size) for group in shapes.values())
+    last_save = time.time()
+    try:
+        for epoch in range(state.step // steps, config.epochs):
+            batches = _batches(shapes, config, epoch)[state.step % steps :]
+            for indices in tqdm(batches, desc=f"epoch {epoch + 1}/{config.epochs}", leave=False, disable=None):
+                _step(state, train.batch(indices, torch.device(config.device)), config, steps * config.epochs)
+                if time.time() - last_save > SAVE_SECONDS:
+                    _save(state, resume_file, config)
+                    last_save = time.time()
+            h2k, k2h, clips = state.sums
+            print(f"  Epoch {epoch + 1}/{config.epochs} - H→K MSE: {h2k / clips:.6f} | K→H MSE: {k2h / clips:.6f}")
+            _log(log_file, {"step": state.step, "train_h2k": h2k / clips, "train_k2h": k2h / clips})
+            state.sums = (0.0, 0.0, 0)
+            _validate(state, val, config, log_file, epoch + 1)
+            _save(state, resume_file, config)
+    except KeyboardInterrupt:
+        _save(state, resume_file, config)
+        raise
+    _write_adapters(state, fits, spaces, config, len(train), len(val), time.time() - started)
+    plot(log_file, out / "train.png")
+    resume_file.unlink(missing_ok=True)
+    return 0
+
+
+def _check(config: TrainConfig) -> None:
+    for name in ("epochs", "batch_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected at least 1")
+    if not 0 <= config.ema < 1:
+        raise UserError(f"--ema is {config.ema}; expected 0 up to, but not including, 1")
+    if config.out_h2k == config.out_k2h:
+        raise UserError(f"--out-h2k and --out-k2h are both {config.out_h2k}; one would overwrite the other")
+
+
+def _split(config: TrainConfig) -> tuple[Pairs, Pairs]:
+    """Training and validation pairs. Clips of one video stay on one side."""
+    paths = find_pairs(config.latent_root)
+    if config.val_latent_root:
+        return Pairs(paths), Pairs(find_pairs(config.val_latent_root))
+    videos = sorted({video_of(path) for path in paths})
+    if len(videos) < 2:
+        raise UserError(f"{config.latent_root}: pairs of one video only; none can be held out: give --val-latent-root")
+    random.Random(config.seed).shuffle(videos)
+    held_out = set(videos[: max(1, len(videos) // 20)])
+    return Pairs([p for p in paths if video_of(p) not in held_out]), Pairs(
+        [p for p in paths if video_of(p) in held_out]
+    )
+
+
+def video_of(path: Path) -> str:
+    """The video of a pair file: `name.safetensors.zst` or `name.003.safetensors.zst`, in its folder."""
+    return str(path.parent / path.name.split(".")[0])
+
+
+def _first_pass(train: Pairs) -> tuple[dict[str, Ridge], dict[tuple, list[int]]]:
+    """Closed-form fits both ways, with the statistics they gather, and the pairs of each shape."""
+    fits: dict[str, Ridge] = {}
+    shapes: dict[tuple, list[int]] = defaultdict(list)
+    for i, pair in enumerate(tqdm(train, desc="first pass", total=len(train), leave=False, disable=None)):
+        z_h, z_k = pair.z_h[None], pair.z_k[None]
+        if not fits:
+            fits = {"h2k": Ridge(z_h.shape[1], z_k.shape[1], 3), "k2h": Ridge(z_k.shape[1], z_h.shape[1], 3)}
+        if (z_h.shape[1], z_k.shape[1]) != (fits["h2k"].in_channels, fits["h2k"].out_channels):
+            raise UserError(
+                f"{train.paths[i]}: {z_h.shape[1]} and {z_k.shape[1]} channels; the pairs before had others"
+            )
+        shapes[tuple(z_h.shape[2:])].append(i)
+        fits["h2k"].add(z_h, z_k)
+        fits["k2h"].add(z_k, z_h)
+    return fits, shapes
+
+
+def _check_channels(fits: dict[str, Ridge], spaces: tuple[LatentSpace, LatentSpace]) -> None:
+    found = fits["h2k"].in_channels, fits["h2k"].out_channels
+    if found != (spaces[0].channels, spaces[1].channels):
+        raise UserError(
+            f"the pairs have {found[0]} and {found[1]} channels; expected {spaces[0].channels} ({spaces[0].name}) and "
+            f"{spaces[1].channels} ({spaces[1].name})"
+        )
+
+
+def _start(config: TrainConfig, fits: dict[str, Ridge]) -> State:
+    torch.manual_seed(config.seed)
+    networks: dict[str, Network] = {}
+    for name in DIRECTIONS:
+        fit, back = fits[name], fits[DIRECTIONS[1 - DIRECTIONS.index(name)]]
+        network = build_network(config.network, in_channels=fit.in_channels, out_channels=fit.out_channels)
+        if isinstance(network, Affine | Residual):
+            try:
+                network.affine.load_state_dict(fit.solve().affine.state_dict())
+            except ValueError as error:
+                raise UserError(f"{config.latent_root}: {error}") from None
+        if isinstance(network, Residual):
+            mean, std = back.target_statistics()
+            network.source_mean.copy_(mean)
+            network.source_std.copy_(std)
+            network.target_std.copy_(fit.target_statistics()[1])
+        networks[name] = network.to(config.device)
+    averages = {name: _copy(network) for name, network in networks.items()}
+    parameters = [p for name in DIRECTIONS for p in networks[name].parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    best = {name: _copy(network) for name, network in networks.items()}
+    return State(networks, averages, best, dict.fromkeys(DIRECTIONS, math.inf), optimiser)
+
+
+def _copy(network: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in network.state_dict().items()}
+
+
+def _batches(shapes: dict[tuple, list[int]], config: TrainConfig, epoch: int) -> list[list[int]]:
+    """The order of one epoch: shuffled, every batch of one shape; a function of the seed and the epoch only."""
+    rng = random.Random(f"{config.seed} {epoch}")
+    batches = []
+    for group in shapes.values():
+        order = rng.sample(group, len(group))
+        batches += [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def _step(state: State, batch: tuple[Tensor, Tensor], config: TrainConfig, total: int) -> None:
+    """One optimiser step on both adapters."""
+    z_h, z_k = batch
+    if config.network != "published":
+        for group in state.optimiser.param_groups:
+            group["lr"] = config.lr * min(1, (state.step + 1) / WARMUP_STEPS) * (1 - state.step / total)
+    h2k = F.mse_loss(state.networks["h2k"](z_h), z_k)
+    k2h = F.mse_loss(state.networks["k2h"](z_k), z_h)
+    state.optimiser.zero_grad(set_to_none=True)
+    (h2k + k2h).backward()
+    state.optimiser.step()
+    state.step += 1
+    decay = min(config.ema, state.step / (state.step + 10))
+    for name, network in state.networks.items():
+        for key, tensor in network.state_dict().items():
+            state.averages[name][key].lerp_(tensor, 1 - decay)
+    sum_h, sum_k, clips = state.sums
+    state.sums = (sum_h + h2k.item() * len(z_h), sum_k + k2h.item() * len(z_h), clips + len(z_h))
+
+
+@torch.inference_mode()
+def _validate(state: State, val: Pairs, config: TrainConfig, log_file: Path, epoch: int) -> None:
+    """Validation MSE of the averaged weights; the best of each direction is kept."""
+    row: dict[str, float] = {"step": state.step, "epoch": epoch}
+    for name, network in state.networks.items():
+        live = _copy(network)
+        network.load_state_dict(state.averages[name])
+        errors = []
+        for i in range(len(val)):
+            z_h, z_k = val.batch([i], torch.device(config.device))
+            source, target = (z_h, z_k) if name == "h2k" else (z_k, z_h)
+            errors.append(F.mse_loss(network(source), target).item())
+        network.load_state_dict(live)
+        row[f"val_{name}"] = sum(errors) / len(errors)
+        if row[f"val_{name}"] < state.best_mse[name]:
+            state.best_mse[name] = row[f"val_{name}"]
+            state.best[name] = {key: tensor.clone() for key, tensor in state.averages[name].items()}
+    _log(log_file, row)
+
+
+def _log(path: Path, row: dict) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _save(state: State, path: Path, config: TrainConfig) -> None:
+    """The state as safetensors: nothing here is ever unpickled."""
+    tensors: dict[str, Tensor] = {}
+    for name in DIRECTIONS:
+        for kind, weights in (
+            ("live", _copy(state.networks[name])),
+            ("average", state.averages[name]),
+            ("best", state.best[name]),
+        ):
+            tensors |= {f"{kind}.{name}.{key}": tensor for key, tensor in weights.items()}
+    for i, p in enumerate(state.parameters()):
+        for key, value in state.optimiser.state.get(p, {}).items():
+            tensors[f"optimiser.{i}.{key}"] = value
+    metadata = {
+        "config": json.dumps(asdict(config)),
+        "progress": json.dumps({"step": state.step, "sums": state.sums, "best_mse": state.best_mse}),
+    }
+    save_weights(path, {key: tensor.clone() for key, tensor in tensors.items()}, metadata)
+
+
+def _resume(state: State, path: Path, config: TrainConfig) -> bool:
+    """Fill the state from the file, where there is one.
+
+    Raises:
+        UserError: it belongs to a run with other settings.
+    """
+    if not path.exists():
+        return False
+    try:
+        saved = Weights(path)
+        theirs = json.loads(saved.metadata["config"])
+    except (WeightsError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not the state of a training run ({error}); delete it to start anew") from None
+    ours = asdict(config)
+    changed = [key for key in ours if key != "device" and theirs.get(key) != ours[key]]
+    if changed:
+        raise UserError(
+            f"{path}: an unfinished run had {changed[0]} = {theirs.get(changed[0])!r}, now {ours[changed[0]]!r}; "
+            "delete the file to start anew, or use the old settings to go on"
+        )
+    for name in DIRECTIONS:
+        keys = state.networks[name].state_dict()
+        state.networks[name].load_state_dict({key: saved[f"live.{name}.{key}"] for key in keys})
+        state.averages[name] = {key: saved[f"average.{name}.{key}"].to(config.device) for key in keys}
+        state.best[name] = {key: saved[f"best.{name}.{key}"].to(config.device) for key in keys}
+    for i, p in enumerate(state.parameters()):
+        slots = [key for key in saved.shapes if key.startswith(f"optimiser.{i}.")]
+        # AdamW keeps its step counter on the CPU, its moments beside the parameter
+        state.optimiser.state[p] = {
+            key.split(".")[2]: saved[key] if key.endswith("step") else saved[key].to(p.device) for key in slots
+        }
+    progress = json.loads(saved.metadata["progress"])
+    state.step, state.sums, state.best_mse = progress["step"], tuple(progress["sums"]), progress["best_mse"]
+    return True
+
+
+def _write_adapters(
+    state: State,
+    fits: dict[str, Ridge],
+    spaces: tuple[LatentSpace, LatentSpace],
+    config: TrainConfig,
+    pairs: int,
+    val_pairs: int,
+    seconds: float,
+) -> None:
+    for name, out, label in (
+        ("h2k", config.out_h2k, "Hunyuan→KVAE"),
+        ("k2h", config.out_k2h, "KVAE→Hunyuan"),
+    ):
+        network = state.networks[name]
+        network.load_state_dict(state.best[name])
+        source, target = spaces if name == "h2k" else spaces[::-1]
+        training = {
+            "pairs": pairs,
+            "steps": state.step,
+            "seconds": round(seconds),
+            "config": asdict(config),
+            "extraction": read_manifest(config.latent_root),
+        }
+        metrics = {
+            "val_mse": state.best_mse[name],
+            "val_mse_share_of_variance": state.best_mse[name] / fits[name].target_variance(),
+            "val_pairs": val_pairs,
+        }
+        save_adapter(out, LatentAdapter(network, source, target, training, metrics))
+        print(f"Saved {label} adapter to: {out} (validation MSE {state.best_mse[name]:.6f})")
+
+
+def plot(log_file: Path, image: Path) -> None:
+    """The training curve: MSE of both directions over steps, on the training and the validation pairs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, label, color in (("h2k", "H→K", "tab:blue"), ("k2h", "K→H", "tab:orange")):
+        for part, style in (("train", ":"), ("val", "-")):
+            points = [(row["step"], row[f"{part}_{name}"]) for row in rows if f"{part}_{name}" in row]
+            axes.plot(*zip(*points, strict=True), style, color=color, label=f"{label} {part}")
+    axes.set(xlabel="step", ylabel="latent MSE", yscale="log")
+    axes.legend()
+    figure.savefig(image, dpi=120)
+    plt.close(figure)

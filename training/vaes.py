@@ -1,0 +1,163 @@
+"""The two VAEs of a pair behind one interface: uint8 frames in, raw latents out, and back.
+
+# B batch, T frames, t latent frames, H/W pixels, h/w latent rows and columns
+x_B3THW uint8 frames, z_Bcthw raw float32 latents, y_B3THW float32 pixels 0..255
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..adapters.spaces import LatentSpace, space
+from ..kvae import KVAE, WeightsError, load_kvae, pad_frames
+from ..kvae.files import Weights, what_is
+from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, to_unit
+from .errors import UserError
+
+ASSETS = Path(__file__).parent / "assets"
+TINY = {"hunyuan": ASSETS / "tiny_hunyuan.safetensors", "kvae": ASSETS / "tiny_kvae.safetensors"}
+
+
+class VideoVAE(Protocol):
+    """What extraction and evaluation ask of a VAE. Pixels are cast, scaled and clipped inside."""
+
+    space: LatentSpace
+    source: str  # where the weights came from
+    digest: str  # sha256 of the weights file
+
+    def encode(self, x_B3THW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """uint8 [B, 3, T, H, W] → raw latents, the posterior's mean or, with a generator, a draw."""
+
+    def decode(self, z_Bcthw: Tensor) -> Tensor:
+        """Raw latents → float32 pixels in 0..255, clipped."""
+
+
+class HunyuanVAE:
+    """AutoencoderKLHunyuanVideo of diffusers, as diffusers runs it (clips over 17 frames in blended temporal tiles)."""
+
+    def __init__(self, vae, source: str, digest: str):
+        self.vae, self.source, self.digest = vae, source, digest
+        self.space = space("hunyuan_video")
+
+    @torch.inference_mode()
+    def encode(self, x_B3THW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        x = pad_frames(to_unit(x_B3THW.to(self.vae.device), HUNYUAN_HALF_RANGE)).to(self.vae.dtype)
+        posterior = self.vae.encode(x).latent_dist
+        return (posterior.sample(generator) if generator else posterior.mode()).float()
+
+    @torch.inference_mode()
+    def decode(self, z_Bcthw: Tensor) -> Tensor:
+        x = self.vae.decode(z_Bcthw.to(self.vae.device, self.vae.dtype)).sample
+        return ((x.float() + 1) * HUNYUAN_HALF_RANGE).clamp(0, 255)
+
+
+class KandinskyVAE:
+    """KVAE-3D of this project."""
+
+    def __init__(self, kvae: KVAE, source: str, digest: str):
+        self.kvae, self.source, self.digest = kvae, source, digest
+        self.space = space("kvae_3d_1.0")
+
+    @property
+    def _like(self) -> Tensor:
+        return self.kvae.decoder.conv_out.conv.weight
+
+    @torch.inference_mode()
+    def encode(self, x_B3THW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        x = pad_frames(to_unit(x_B3THW.to(self._like.device), KVAE_HALF_RANGE)).to(self._like.dtype)
+        posterior = self.kvae.posterior(x)
+        return (posterior.sample(generator) if generator else posterior.mean).float()
+
+    @torch.inference_mode()
+    def decode(self, z_Bcthw: Tensor) -> Tensor:
+        x = self.kvae.decode(z_Bcthw.to(self._like))
+        return ((x.float() + 1) * KVAE_HALF_RANGE).clamp(0, 255)
+
+
+def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32) -> HunyuanVAE:
+    """The HunyuanVideo VAE from "tiny", a folder, a .safetensors file (diffusers, Tencent or ComfyUI keys) or a hub id.
+
+    Raises:
+        UserError, WeightsError: nothing there, or something else; the message says what.
+    """
+    from diffusers import AutoencoderKLHunyuanVideo
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    path = _weights_file(name, "hunyuan", subfolder="vae")
+    weights = Weights(path)
+    kind = what_is(weights.shapes)
+    if not kind.startswith("a HunyuanVideo VAE"):
+        raise WeightsError(f"{path}: this is {kind}; expected a HunyuanVideo VAE (--hunyuan-vae)")
+    config = _config(path, weights)
+    with torch.device("meta"):
+        vae = AutoencoderKLHunyuanVideo.from_config(config)
+    state = {key: weights[key] for key in weights.shapes}
+    if "decoder.mid.attn_1.q.weight" in state:
+        state = convert_ldm_vae_checkpoint(state, vae.config)
+        state = {key: v.flatten(1) if ".to_" in key and v.ndim > 2 else v for key, v in state.items()}
+    expected = {key: tuple(tensor.shape) for key, tensor in vae.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if found != expected:
+        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        raise WeightsError(f"{path}: {len(wrong)} tensors are not those of a HunyuanVideo VAE, first {wrong[0]}")
+    vae.load_state_dict({key: tensor.to(dtype) for key, tensor in state.items()}, assign=True)
+    return HunyuanVAE(vae.to(device).eval().requires_grad_(False), name, _digest(path))
+
+
+def load_kandinsky_vae(name: str, device: str, dtype: torch.dtype = torch.float32) -> KandinskyVAE:
+    """KVAE-3D from "tiny", a folder, a .safetensors file or a hub id. Raises as `load_hunyuan_vae` does."""
+    path = _weights_file(name, "kvae", subfolder="")
+    folder = path.parent if (path.parent / "config.json").is_file() else path
+    return KandinskyVAE(load_kvae(folder, dtype, device), name, _digest(path))
+
+
+def _weights_file(name: str, which: str, subfolder: str) -> Path:
+    if name == "tiny":
+        return TINY[which]
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for candidate in (path, path / subfolder):
+            for file in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
+                if (candidate / file).is_file():
+                    return candidate / file
+        raise UserError(f"{path}: holds no diffusion_pytorch_model.safetensors or model.safetensors")
+    if name.count("/") == 1 and not name.startswith((".", "/")) and path.suffix != ".safetensors":
+        return _download(name, subfolder)
+    raise UserError(
+        f'{name}: no such file or folder; give a .safetensors file, a folder, a hub id (owner/name) or "tiny"'
+    )
+
+
+def _download(repository: str, subfolder: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    prefix = f"{subfolder}/" if subfolder else ""
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=[f"{prefix}*.safetensors", f"{prefix}config.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{repository}: not found locally, and the hub says: {str(error).splitlines()[0]}") from None
+    return _weights_file(str(folder), "", subfolder)
+
+
+def _config(path: Path, weights: Weights) -> dict:
+    beside = path.parent / "config.json"
+    try:
+        if "config" in weights.metadata:
+            return json.loads(weights.metadata["config"])
+        return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    except ValueError as error:
+        raise WeightsError(f"{path}: its config is not JSON ({error})") from None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
