@@ -148,7 +148,7 @@ def make_venv() -> None:
     again = "is not usable, it is made anew" if VENV.exists() else "is made now"
     print(f"{VENV} {again}; the set-up takes about 3 minutes, or 10 where PyTorch comes with CUDA")
     if run([sys.executable, "-m", "venv", "--clear", str(VENV)]):
-        fail(f"making {VENV} failed: see the message above")
+        fail(f"making {VENV} failed, see the message above: is the disk full, or the folder not writable?")
 
 
 def digest(step: list[str], version: tuple[int, ...]) -> str:

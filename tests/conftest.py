@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from kvae_comfyui.kvae import KVAE, KVAEConfig
 from kvae_comfyui.training.videos import write_video
 

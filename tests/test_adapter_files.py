@@ -6,16 +6,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import shared
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from conftest import shared
 from kvae_comfyui.adapters.files import LatentAdapter, load_adapter, save_adapter
 from kvae_comfyui.adapters.hybrid import HybridVAE
 from kvae_comfyui.adapters.networks import Affine, Published, Residual
 from kvae_comfyui.adapters.spaces import SPACES, space
 from kvae_comfyui.kvae import WeightsError
 from kvae_comfyui.kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 H, K = space("hunyuan_video"), space("kvae_3d_1.0")
 

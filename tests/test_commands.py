@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from conftest import make_videos, shared
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae import KVAE, KVAEConfig
 from kvae_comfyui.training import train as training
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.pairs import Pair, find_pairs, read_pair, write_pair
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = ["--num-frames", "9", "--height", "48", "--width", "64", "--device", "cpu"]
@@ -125,29 +126,31 @@ def test_published_recipe(job, capsys):
     assert sum(p.numel() for p in load_adapter(job / "published" / "h2k.safetensors").parameters()) == 2368
 
 
-def test_interrupted_training_ends_where_an_uninterrupted_one_does(job, monkeypatch):
+@pytest.mark.parametrize("step", [3, 5])  # the last step of an epoch, and one within the next
+def test_interrupted_training_ends_where_an_uninterrupted_one_does(job, monkeypatch, step):
     options = ["--epochs", "4", "--seed", "3"]
-    assert main(["train", *train_options(job, "whole"), *options]) == 0
+    assert main(["train", *train_options(job, f"whole{step}"), *options]) == 0
     real = training._step
 
     def interrupted(state, *args):
-        if state.step == 5:
-            raise KeyboardInterrupt
+        if state.step == step:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C in the midst of a step
         real(state, *args)
 
     monkeypatch.setattr(training, "_step", interrupted)
-    assert main(["train", *train_options(job, "parts"), *options]) == 130
-    assert not (job / "parts" / "h2k.safetensors").exists()
+    assert main(["train", *train_options(job, f"parts{step}"), *options]) == 130
+    assert not (job / f"parts{step}" / "h2k.safetensors").exists()
     monkeypatch.setattr(training, "_step", real)
-    assert main(["train", *train_options(job, "parts"), *options]) == 0
+    assert main(["train", *train_options(job, f"parts{step}"), *options]) == 0
     for name in ("h2k.safetensors", "k2h.safetensors"):
-        whole, parts = load_adapter(job / "whole" / name), load_adapter(job / "parts" / name)
+        whole, parts = load_adapter(job / f"whole{step}" / name), load_adapter(job / f"parts{step}" / name)
         assert all(torch.equal(a, parts.state_dict()[key]) for key, a in whole.state_dict().items())
-    assert not list((job / "parts").glob("*resume*"))
+    assert not list((job / f"parts{step}").glob("*resume*"))
 
 
 def test_resuming_with_other_settings_is_refused(job, monkeypatch, capsys):
-    monkeypatch.setattr(training, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = training._step
+    monkeypatch.setattr(training, "_step", lambda *args: (signal.raise_signal(signal.SIGINT), real(*args)))
     assert main(["train", *train_options(job, "other"), "--lr", "1e-3"]) == 130
     assert main(["train", *train_options(job, "other"), "--lr", "1e-4"]) == 2
     assert "an unfinished run had lr = 0.001, now 0.0001" in capsys.readouterr().err
@@ -192,6 +195,21 @@ def test_published_adapters_are_evaluated(job, tmp_path, capsys):
     assert "H→K→H" in capsys.readouterr().out
 
 
+def test_demo(tmp_path, capsys):
+    make_videos(tmp_path / "videos", 3, frames=12)
+    out = tmp_path / "demo"
+    argv = ["demo", "--videos", str(tmp_path / "videos"), "--output-root", str(out), "--epochs", "2", "--device", "cpu"]
+    assert main(argv) == 0
+    closing = capsys.readouterr().out.rpartition("Done in ")[2]
+    assert "python -m training extract --videos-root VIDEOS" in closing
+    for name in (
+        *("adapter_hunyuan_to_kvae3d.safetensors", "adapter_kvae3d_to_hunyuan.safetensors", "contact_sheet.png"),
+        *("evaluation.txt", "evaluation.json", "train.png", "train.jsonl", "v_Wave_g01_c01.000.mp4"),
+    ):
+        assert (out / name).stat().st_size > 0
+        assert name in closing
+
+
 def refusal(argv, capsys):
     """The one line an impossible command says."""
     assert main(argv) == 2
@@ -207,6 +225,7 @@ def test_refusals_of_folders(job, tmp_path, capsys):
     assert "no such folder" in refusal(["extract", "--videos-root", str(tmp_path / "absent"), *out], capsys)
     assert "no videos in it" in refusal(["extract", "--videos-root", str(empty), *out], capsys)
     assert "multiple of 8" in refusal(["extract", *roots(job), "--height", "50"], capsys)
+    assert "--device moon: not to be had here" in refusal(["extract", *roots(job), "--device", "moon"], capsys)
     for command in ("train", "evaluate"):
         assert "no such folder" in refusal([command, "--latent-root", str(tmp_path / "absent")], capsys)
         assert "no .safetensors.zst files" in refusal([command, "--latent-root", str(empty)], capsys)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderKLKVAEVideo
+
 from kvae_comfyui.kvae import KVAE, KVAEConfig, pad_frames, padded_frames
 from kvae_comfyui.kvae.load import official_key
 

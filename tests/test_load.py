@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLKVAEVideo
+from safetensors.torch import save_file
+
 from kvae_comfyui.kvae import KVAE, KVAEConfig, WeightsError, load_kvae, save_kvae
 from kvae_comfyui.kvae.files import save_weights
 from kvae_comfyui.kvae.load import config_from_shapes
-from safetensors.torch import save_file
 
 
 def same(a, b):

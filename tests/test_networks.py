@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+
 from conftest import shared
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.adapters.networks import Affine, Published, Residual, build_network
 from kvae_comfyui.adapters.ridge import RIDGE, Ridge
-from safetensors.torch import load_file
 
 
 def published_by_hand(w, z):

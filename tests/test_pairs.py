@@ -3,9 +3,10 @@
 import pytest
 import torch
 import zstandard
+from safetensors.torch import load, save
+
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.pairs import Pair, Pairs, Source, find_pairs, read_pair, write_pair
-from safetensors.torch import load, save
 
 SHAPE = (16, 3, 4, 6)
 SOURCE = Source("a/b.avi", 12, 7, 2, 32, 48)

@@ -1,6 +1,7 @@
 """Each VAE's pixel convention, and what mixing them costs."""
 
 import torch
+
 from kvae_comfyui.kvae.pixels import (
     HUNYUAN_HALF_RANGE,
     KVAE_HALF_RANGE,

@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+
 from conftest import make_videos, moving_picture
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.evaluate import psnr

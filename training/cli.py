@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..kvae import WeightsError
 from .errors import UserError
 from .options import add_options
@@ -42,9 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     config, function, _ = commands[options.pop("command")]
     try:
+        _check_device(options["device"])
         return function(config(**options))
     except (UserError, WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("error: the device is out of memory; use smaller clips or batches, or --device cpu", file=sys.stderr)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG):
             raise
@@ -53,3 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
     return 2
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); use cpu") from None

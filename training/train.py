@@ -28,7 +28,9 @@ from ..adapters.networks import NETWORKS, Affine, Network, Residual, build_netwo
 from ..adapters.ridge import Ridge
 from ..adapters.spaces import LatentSpace, space
 from ..kvae.files import Weights, WeightsError, save_weights
+from .checkpoint import optimiser_tensors, restore_optimiser
 from .errors import UserError
+from .interrupts import BetweenSteps
 from .options import option, write_config
 from .pairs import Pairs, find_pairs, read_manifest
 
@@ -63,10 +65,8 @@ class State:
     best_mse: dict[str, float]
     optimiser: torch.optim.AdamW
     step: int = 0
+    epoch: int = 0  # finished, validation included
     sums: tuple[float, float, int] = (0.0, 0.0, 0)  # of the running epoch: squared errors both ways, clips
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for name in DIRECTIONS for p in self.networks[name].parameters()]
 
 
 def run(config: TrainConfig) -> int:
@@ -92,23 +92,21 @@ def run(config: TrainConfig) -> int:
 
     steps = sum(math.ceil(len(group) / config.batch_size) for group in shapes.values())
     last_save = time.time()
-    try:
-        for epoch in range(state.step // steps, config.epochs):
-            batches = _batches(shapes, config, epoch)[state.step % steps :]
+    with BetweenSteps() as interrupts:
+        for epoch in range(state.epoch, config.epochs):
+            batches = _batches(shapes, config, epoch)[state.step - epoch * steps :]
             for indices in tqdm(batches, desc=f"epoch {epoch + 1}/{config.epochs}", leave=False, disable=None):
                 _step(state, train.batch(indices, torch.device(config.device)), config, steps * config.epochs)
-                if time.time() - last_save > SAVE_SECONDS:
+                if interrupts.noted or time.time() - last_save > SAVE_SECONDS:
                     _save(state, resume_file, config)
                     last_save = time.time()
+                interrupts.check()
             h2k, k2h, clips = state.sums
             print(f"  Epoch {epoch + 1}/{config.epochs} - H→K MSE: {h2k / clips:.6f} | K→H MSE: {k2h / clips:.6f}")
             _log(log_file, {"step": state.step, "train_h2k": h2k / clips, "train_k2h": k2h / clips})
-            state.sums = (0.0, 0.0, 0)
+            state.epoch, state.sums = epoch + 1, (0.0, 0.0, 0)
             _validate(state, val, config, log_file, epoch + 1)
             _save(state, resume_file, config)
-    except KeyboardInterrupt:
-        _save(state, resume_file, config)
-        raise
     _write_adapters(state, fits, spaces, config, len(train), len(val), time.time() - started)
     plot(log_file, out / "train.png")
     resume_file.unlink(missing_ok=True)
@@ -266,12 +264,12 @@ def _save(state: State, path: Path, config: TrainConfig) -> None:
             ("best", state.best[name]),
         ):
             tensors |= {f"{kind}.{name}.{key}": tensor for key, tensor in weights.items()}
-    for i, p in enumerate(state.parameters()):
-        for key, value in state.optimiser.state.get(p, {}).items():
-            tensors[f"optimiser.{i}.{key}"] = value
+    tensors |= optimiser_tensors("optimiser", state.optimiser)
     metadata = {
         "config": json.dumps(asdict(config)),
-        "progress": json.dumps({"step": state.step, "sums": state.sums, "best_mse": state.best_mse}),
+        "progress": json.dumps(
+            {"step": state.step, "epoch": state.epoch, "sums": state.sums, "best_mse": state.best_mse}
+        ),
     }
     save_weights(path, {key: tensor.clone() for key, tensor in tensors.items()}, metadata)
 
@@ -301,14 +299,10 @@ def _resume(state: State, path: Path, config: TrainConfig) -> bool:
         state.networks[name].load_state_dict({key: saved[f"live.{name}.{key}"] for key in keys})
         state.averages[name] = {key: saved[f"average.{name}.{key}"].to(config.device) for key in keys}
         state.best[name] = {key: saved[f"best.{name}.{key}"].to(config.device) for key in keys}
-    for i, p in enumerate(state.parameters()):
-        slots = [key for key in saved.shapes if key.startswith(f"optimiser.{i}.")]
-        # AdamW keeps its step counter on the CPU, its moments beside the parameter
-        state.optimiser.state[p] = {
-            key.split(".")[2]: saved[key] if key.endswith("step") else saved[key].to(p.device) for key in slots
-        }
+    restore_optimiser("optimiser", state.optimiser, saved)
     progress = json.loads(saved.metadata["progress"])
-    state.step, state.sums, state.best_mse = progress["step"], tuple(progress["sums"]), progress["best_mse"]
+    state.step, state.epoch = progress["step"], progress["epoch"]
+    state.sums, state.best_mse = tuple(progress["sums"]), progress["best_mse"]
     return True
 
 

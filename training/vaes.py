@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Protocol
 
@@ -87,7 +88,6 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
         UserError, WeightsError: nothing there, or something else; the message says what.
     """
     from diffusers import AutoencoderKLHunyuanVideo
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     path = _weights_file(name, "hunyuan", subfolder="vae")
     weights = Weights(path)
@@ -99,8 +99,9 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
         vae = AutoencoderKLHunyuanVideo.from_config(config)
     state = {key: weights[key] for key in weights.shapes}
     if "decoder.mid.attn_1.q.weight" in state:
-        state = convert_ldm_vae_checkpoint(state, vae.config)
-        state = {key: v.flatten(1) if ".to_" in key and v.ndim > 2 else v for key, v in state.items()}
+        state = {diffusers_key(key): tensor for key, tensor in state.items()}
+        # ComfyUI's attention is made of 1x1x1 convolutions, diffusers' of matrices
+        state = {key: v.flatten(1) if ".to_" in key and v.ndim == 5 else v for key, v in state.items()}
     expected = {key: tuple(tensor.shape) for key, tensor in vae.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in state.items()}
     if found != expected:
@@ -115,6 +116,27 @@ def load_kandinsky_vae(name: str, device: str, dtype: torch.dtype = torch.float3
     path = _weights_file(name, "kvae", subfolder="")
     folder = path.parent if (path.parent / "config.json").is_file() else path
     return KandinskyVAE(load_kvae(folder, dtype, device), name, _digest(path))
+
+
+def diffusers_key(key: str) -> str:
+    """A key of ComfyUI's file of the HunyuanVideo VAE → diffusers' (which are Tencent's own).
+
+    The two count the decoder's levels from opposite ends.
+    """
+    key = re.sub(r"down\.(\d)\.block\.(\d)", r"down_blocks.\1.resnets.\2", key)
+    key = re.sub(r"down\.(\d)\.downsample", r"down_blocks.\1.downsamplers.0", key)
+    key = re.sub(r"up\.(\d)\.block\.(\d)", lambda m: f"up_blocks.{3 - int(m[1])}.resnets.{m[2]}", key)
+    key = re.sub(r"up\.(\d)\.upsample", lambda m: f"up_blocks.{3 - int(m[1])}.upsamplers.0", key)
+    key = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", key)
+    key = re.sub(r"mid\.attn_1\.([qkv])\b", r"mid_block.attentions.0.to_\1", key)
+    for theirs, ours in (
+        ("mid.attn_1.norm", "mid_block.attentions.0.group_norm"),
+        ("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0"),
+        ("nin_shortcut", "conv_shortcut"),
+        ("coder.norm_out", "coder.conv_norm_out"),
+    ):
+        key = key.replace(theirs, ours)
+    return key
 
 
 def _weights_file(name: str, which: str, subfolder: str) -> Path:

@@ -1,0 +1,134 @@
+"""The embedded pair: its files, its quality, and that its training runs, resumes and repeats."""
+
+import json
+import signal
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from conftest import make_videos, shared
+from kvae_comfyui.adapters.ridge import Ridge
+from kvae_comfyui.training import tiny
+from kvae_comfyui.training.cli import main
+from kvae_comfyui.training.evaluate import psnr
+from kvae_comfyui.training.muon import orthogonalise
+from kvae_comfyui.training.vaes import TINY, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.videos import Clip, find_videos, read_clip
+
+
+@pytest.mark.parametrize("name", ["kvae", "hunyuan"])
+def test_files_are_small_and_say_how_they_were_made(name):
+    assert TINY[name].stat().st_size <= 8_000_000
+    with safe_open(TINY[name], "pt") as file:
+        metadata = file.metadata()
+        assert all(file.get_tensor(key).dtype == torch.float16 for key in file.keys())  # noqa: SIM118
+    recipe, metrics = json.loads(metadata["recipe"]), json.loads(metadata["metrics"])
+    assert recipe["model"] == name and recipe["stages"]
+    assert 0.3 <= metrics["val_std"] <= 3
+
+
+@pytest.mark.parametrize("load", [load_kandinsky_vae, load_hunyuan_vae])
+def test_reconstruction_of_unseen_clips(load):
+    """A few of the validation clips; the figure in the file is over all of them."""
+    videos = find_videos(shared("clips/ucf101"), "test")[::12]
+    vae = load("tiny", "cpu")
+    clips = [read_clip(Clip(video, 17, 0), 128, 128) for video in videos]
+    figures = [psnr(vae.decode(vae.encode(clip[None]))[0], clip.float()) for clip in clips]
+    with safe_open(TINY["kvae" if load is load_kandinsky_vae else "hunyuan"], "pt") as file:
+        expected = json.loads(file.metadata()["metrics"])["val_psnr"]
+    assert sum(figures) / len(figures) > expected - 2
+
+
+def test_the_two_spaces_differ():
+    """No 1x1x1 affine map takes one into the other, not even one fitted on the very clips it is judged on."""
+    videos = find_videos(shared("clips/ucf101"), "test")[::6]
+    hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kandinsky_vae("tiny", "cpu")
+    fits = Ridge(16, 16, 1), Ridge(16, 16, 1)
+    pairs = []
+    for video in videos:
+        clip = read_clip(Clip(video, 5, 0), 128, 128)[None]
+        z_h, z_k = hunyuan.encode(clip), kvae.encode(clip)
+        fits[0].add(z_h, z_k)
+        fits[1].add(z_k, z_h)
+        pairs.append((z_h, z_k))
+    for fit, forth in zip(fits, (True, False), strict=True):
+        affine = fit.solve()
+        errors = [(affine(a if forth else b) - (b if forth else a)).square().mean().item() for a, b in pairs]
+        assert sum(errors) / len(errors) > 0.02 * fit.target_variance()
+
+
+@pytest.mark.parametrize("model", ["kvae", "hunyuan"])
+def test_training_learns_and_goes_on_where_it_stopped(tmp_path, model, monkeypatch):
+    videos = tmp_path / "videos"
+    for path in make_videos(videos, 9, frames=20, height=48, width=48):
+        path.rename(path.with_name(path.name.replace("_g09", "_g10")))  # g01 to g07 validate, g08 and g10 train
+    monkeypatch.setattr(tiny, "SIDE", 32)
+    monkeypatch.setattr(tiny, "FRAMES", 5)
+    monkeypatch.setattr(tiny, "PCA_SAMPLE", tiny.Stage(1, 32, 20, False))
+    options = ["--model", model, "--videos-root", str(videos), "--stages", "4x16x2s,2x32x1", "--device", "cpu"]
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    assert main(["tiny", *options, "--output", str(whole)]) == 0
+
+    step = tiny.Trainer.train_step
+
+    def interrupted(self, *args):
+        if self.step == 4:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C in the midst of a step
+        return step(self, *args)
+
+    monkeypatch.setattr(tiny, "SAVE_STEPS", 3)
+    monkeypatch.setattr(tiny.Trainer, "train_step", interrupted)
+    assert main(["tiny", *options, "--output", str(parts)]) == 130
+    monkeypatch.setattr(tiny.Trainer, "train_step", step)
+    assert main(["tiny", *options, "--output", str(parts)]) == 0
+    a, b = load_file(whole), load_file(parts)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    again = tmp_path / "again.safetensors"
+    more = ["--model", model, "--videos-root", str(videos), "--stages", "1x16x1", "--device", "cpu"]
+    assert main(["tiny", *more, "--start-from", str(whole), "--output", str(again)]) == 0
+
+
+def test_the_skeleton_is_left_again():
+    kvae = tiny.build(tiny.TinyConfig(videos_root="", output="", model="kvae"))
+    torch.nn.init.normal_(kvae.decoder.mid.block_1.conv2.conv.weight)
+    z = torch.randn(1, 16, 1, 2, 2)
+    before = kvae.decode(z)
+    with tiny.skeleton():
+        assert not torch.allclose(kvae.decode(z), before)
+    assert torch.equal(kvae.decode(z), before)
+
+
+def test_a_new_model_is_its_own_skeleton():
+    for model in ("kvae", "hunyuan"):
+        vae = tiny.build(tiny.TinyConfig(videos_root="", output="", model=model)).eval()
+        x = torch.rand(1, 3, 5, 32, 32)
+        with torch.no_grad():
+            whole = tiny.posterior_of(vae, x).mean
+            with tiny.skeleton():
+                torch.testing.assert_close(tiny.posterior_of(vae, x).mean, whole)
+
+
+def test_orthogonalised_updates():
+    for shape in ((8, 30), (30, 8)):
+        singular = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+        assert singular.min() > 0.5 and singular.max() < 1.3  # the coefficients trade exactness for speed
+
+
+def test_principal_components_of_blocks():
+    """A codec of all components is exact; one of none codes the mean."""
+    clips = [torch.randint(0, 256, (3, 9, 16, 16), dtype=torch.uint8) for _ in range(60)]
+    assert tiny.pca_psnr(clips, clips[:3], count=700) > tiny.pca_psnr(clips, clips[:3], count=16) + 5
+    x = torch.randn(1, 3, 5, 16, 24)
+    y = tiny.blocks(x)
+    assert y.shape == (1, 2, 2, 3, 768)
+    assert torch.equal(y[0, 1, 1, 2].view(3, 4, 8, 8), x[0, :, 1:5, 8:16, 16:24])
+    assert (y[0, 0, 0, 0].view(3, 4, 8, 8) == x[0, :, :1, :8, :8]).all()
+
+
+def test_stages_are_checked(tmp_path, capsys):
+    for text in ("100", "10x12x4", "10x256x1"):
+        argv = ["tiny", "--videos-root", str(tmp_path), "--output", "x", "--stages", text]
+        assert main(argv) == 2
+        assert "expected STEPSxSIDExBATCH" in capsys.readouterr().err

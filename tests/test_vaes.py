@@ -1,0 +1,108 @@
+"""The Hunyuan VAE loads from every layout people have it in, and both VAEs keep to their pixel conventions."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo
+from safetensors.torch import save_file
+
+from kvae_comfyui.kvae import WeightsError
+from kvae_comfyui.training.errors import UserError
+from kvae_comfyui.training.vaes import TINY, load_hunyuan_vae, load_kandinsky_vae
+
+
+@pytest.fixture
+def small_hunyuan():
+    return AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 16), layers_per_block=1, norm_num_groups=4).eval()
+
+
+def comfyui_keys(state):
+    """The keys of ComfyUI's file, written down by hand: levels count from full resolution on both sides."""
+    out = {}
+    for key, tensor in state.items():
+        part, _, rest = key.partition(".")
+        words = rest.split(".")
+        if words[0] in ("down_blocks", "up_blocks"):
+            level = int(words[1]) if words[0] == "down_blocks" else 3 - int(words[1])
+            side = words[0].removesuffix("_blocks")
+            if words[2] == "resnets":
+                tail = ".".join(words[4:]).replace("conv_shortcut", "nin_shortcut")
+                rest = f"{side}.{level}.block.{words[3]}.{tail}"
+            else:
+                rest = f"{side}.{level}.{side}sample.{'.'.join(words[4:])}"
+        elif words[0] == "mid_block" and words[1] == "resnets":
+            rest = f"mid.block_{int(words[2]) + 1}.{'.'.join(words[3:])}"
+        elif words[0] == "mid_block":
+            names = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}
+            rest = f"mid.attn_1.{names[words[3]]}.{words[-1]}"
+            if words[3] != "group_norm" and words[-1] == "weight":
+                tensor = tensor[:, :, None, None, None]
+        else:
+            rest = rest.replace("conv_norm_out", "norm_out")
+        out[f"{part}.{rest}" if rest else part] = tensor.clone()
+    return out
+
+
+def same(vae, reference):
+    state = reference.state_dict()
+    return all(torch.equal(tensor, state[key]) for key, tensor in vae.vae.state_dict().items())
+
+
+def test_folder_pipeline_folder_and_file(tmp_path, small_hunyuan):
+    small_hunyuan.save_pretrained(tmp_path / "pipeline" / "vae")
+    assert same(load_hunyuan_vae(str(tmp_path / "pipeline" / "vae"), "cpu"), small_hunyuan)
+    assert same(load_hunyuan_vae(str(tmp_path / "pipeline"), "cpu"), small_hunyuan)
+    file = tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
+    assert same(load_hunyuan_vae(str(file), "cpu"), small_hunyuan)
+
+
+def test_comfyui_keys(tmp_path, small_hunyuan):
+    config = {key: value for key, value in small_hunyuan.config.items() if not key.startswith("_")}
+    path = tmp_path / "hunyuan_video_vae.safetensors"
+    keys = comfyui_keys(small_hunyuan.state_dict())
+    assert "decoder.up.3.upsample.conv.conv.weight" in keys and "encoder.mid.attn_1.q.weight" in keys
+    save_file(keys, path, {"config": json.dumps(config)})
+    assert same(load_hunyuan_vae(str(path), "cpu"), small_hunyuan)
+
+
+def test_a_published_file_needs_no_config(tmp_path, small_hunyuan):
+    """Without a config the shapes must be the published ones; anything else is named."""
+    save_file(small_hunyuan.state_dict(), tmp_path / "vae.safetensors")
+    with pytest.raises(WeightsError, match="tensors are not those of a HunyuanVideo VAE, first"):
+        load_hunyuan_vae(str(tmp_path / "vae.safetensors"), "cpu")
+
+
+def test_nothing_is_downloaded_unless_it_is_a_hub_id(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    for name in ("absent", "absent.safetensors", "./a/b", "a/b.safetensors", str(tmp_path / "absent")):
+        with pytest.raises(UserError, match="no such file or folder"):
+            load_hunyuan_vae(name, "cpu")
+    with pytest.raises(UserError, match="holds no"):
+        load_hunyuan_vae(str(tmp_path), "cpu")
+    with pytest.raises(AssertionError, match="asked the hub"):
+        load_hunyuan_vae("owner/name", "cpu")
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="nobody/nothing: not found locally"):
+        load_kandinsky_vae("nobody/nothing", "cpu")
+
+
+@pytest.mark.parametrize("load", [load_hunyuan_vae, load_kandinsky_vae])
+def test_pixels_in_and_out(load):
+    vae = load("tiny", "cpu")
+    frames = torch.randint(0, 256, (1, 3, 6, 32, 40), dtype=torch.uint8)
+    z = vae.encode(frames)
+    assert z.shape == (1, 16, 3, 4, 5) and z.dtype == torch.float32  # 6 frames are padded to 9
+    y = vae.decode(z)
+    assert y.shape == (1, 3, 9, 32, 40)
+    assert y.min() >= 0 and y.max() <= 255
+    generator = torch.Generator().manual_seed(1)
+    assert not torch.equal(vae.encode(frames, generator), z)
+    assert len(vae.digest) == 64
+    assert vae.source == "tiny" and TINY["kvae"].exists()
