@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class WeightsError(ValueError):
-    """A file is not what was asked for. The message names what was found, what was expected and what to do."""
+    """A file cannot be read or written as asked. The message names what was found, what was expected and what to do."""
 
 
 class Weights:
@@ -44,7 +44,11 @@ class Weights:
 
 
 def save_weights(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; on any failure the old file, or no file, is what is left."""
+    """Write a safetensors file; on any failure the old file, or no file, is what is left.
+
+    Raises:
+        WeightsError: no room, or no right to write there.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -52,7 +56,7 @@ def save_weights(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial, dict(metadata))
         os.replace(partial, path)
     except SafetensorError as error:
-        raise OSError(f"{path}: could not be written ({error})") from None
+        raise WeightsError(f"{path}: could not be written ({error})") from None
     finally:
         partial.unlink(missing_ok=True)
 

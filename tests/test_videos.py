@@ -64,10 +64,14 @@ def test_what_is_not_a_video(tmp_path):
     (video,) = make_videos(tmp_path / "v", 1, frames=20)
     (tmp_path / "text.avi").write_text("this is not a video")
     (tmp_path / "cut.mp4").write_bytes(video.read_bytes()[:200])
+    write_video(tmp_path / "whole.avi", moving_picture(40, 96, 128), 25)
+    data = (tmp_path / "whole.avi").read_bytes()
+    (tmp_path / "half.avi").write_bytes(data[: len(data) * 6 // 10])
     write_video(tmp_path / "short.mp4", moving_picture(4, 48, 64), 25)
     for name, message in (
         ("text.avi", "not a video"),
         ("cut.mp4", "not a video"),
+        ("half.avi", "cut short, .* of its 40 frames decode"),
         ("short.mp4", "only 4 frames decode; expected at least 5"),
         ("absent.mp4", "no such file"),
     ):

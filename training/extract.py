@@ -75,14 +75,13 @@ def run(config: ExtractConfig) -> int:
             bar.update()
             if isinstance(frames, UserError):
                 failed[str(clip.video.relative_to(root))] = str(frames)
-                bar.write(f"skipped: {frames}", file=sys.stderr)
                 continue
             write_pair(path, _encode(clip, frames, root, hunyuan, kvae, config))
             made += 1
     counts = {"extracted": made, "already_there": present, "skipped": len(failed)}
     write_text(out / "manifest.json", json.dumps(manifest | {"counts": counts, "failed": failed}, indent=2) + "\n")
-    for video, reason in failed.items():
-        print(f"skipped {video}: {reason}", file=sys.stderr)
+    for reason in failed.values():
+        print(f"skipped: {reason}", file=sys.stderr)
     print(f"{made} pairs extracted, {present} already there, {len(failed)} skipped → {out}")
     if not made and not present:
         raise UserError(f"{root}: none of the {len(videos)} videos gave a pair")

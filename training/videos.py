@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -18,6 +19,7 @@ from torch import Tensor
 from .errors import UserError
 
 EXTENSIONS = (".avi", ".mp4", ".mkv", ".mov", ".webm")
+ANNOUNCED_TOLERANCE = 0.9  # containers may announce a frame or two too many
 MIN_FRAMES = 5  # two latents; anything shorter is a picture
 UCF101_TEST_GROUPS = range(1, 8)  # testlist01 of UCF101 is groups g01 to g07
 
@@ -77,9 +79,7 @@ def count_frames(path: Path) -> int:
     Raises:
         UserError: not a video.
     """
-    with _open(path) as container:
-        announced = container.streams.video[0].frames
-    return announced or sum(1 for _ in _decoded(path))
+    return _announced(path) or sum(1 for _ in _decoded(path))
 
 
 def cut(path: Path, count: int, clips: int) -> list[Clip]:
@@ -95,21 +95,20 @@ def read_clip(clip: Clip, height: int, width: int) -> Tensor:
     """The frames of a clip, resized, as uint8 [3, T, H, W]. T may be less than asked where the video is shorter.
 
     Raises:
-        UserError: not a video, damaged, or shorter than 5 frames.
+        UserError: not a video, damaged, cut short, or shorter than 5 frames.
     """
-    if clip.first is None:
-        frames = list(_decoded(clip.video))
-        index = np.linspace(0, len(frames) - 1, min(clip.count, len(frames)), dtype=np.int64)
-        frames = [frames[i] for i in index]
-    else:
-        frames = []
-        for i, frame in enumerate(_decoded(clip.video)):
-            if i >= clip.first:
-                frames.append(frame)
-            if len(frames) == clip.count:
-                break
+    first = clip.first or 0
+    last = None if clip.first is None else first + clip.count
+    frames = list(islice(_decoded(clip.video), first, last))
+    announced = _announced(clip.video) - first
+    expected = announced if last is None else min(clip.count, announced)
+    if len(frames) < ANNOUNCED_TOLERANCE * expected:
+        raise UserError(f"{clip.video}: cut short, {first + len(frames)} of its {first + announced} frames decode")
     if len(frames) < MIN_FRAMES:
         raise UserError(f"{clip.video}: only {len(frames)} frames decode; expected at least {MIN_FRAMES}")
+    if clip.first is None:
+        index = np.linspace(0, len(frames) - 1, min(clip.count, len(frames)), dtype=np.int64)
+        frames = [frames[i] for i in index]
     return resize(torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2), height, width)
 
 
@@ -145,6 +144,12 @@ def frame_rate(path: Path) -> float:
     """Frames per second, 25 where the file does not say."""
     with _open(path) as container:
         return float(container.streams.video[0].average_rate or 25)
+
+
+def _announced(path: Path) -> int:
+    """Frames that the container announces; 0 where it does not."""
+    with _open(path) as container:
+        return container.streams.video[0].frames
 
 
 def _open(path: Path):
