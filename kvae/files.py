@@ -53,7 +53,10 @@ def save_weights(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask says; safetensors alone would write 0600
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial, dict(metadata))
+        partial.chmod(mode)
         os.replace(partial, path)
     except SafetensorError as error:
         raise WeightsError(f"{path}: could not be written ({error})") from None
