@@ -31,14 +31,14 @@ def test_files_are_small_and_say_how_they_were_made(name):
 
 @pytest.mark.parametrize("load", [load_kandinsky_vae, load_hunyuan_vae])
 def test_reconstruction_of_unseen_clips(load):
-    """A few of the validation clips; the figure in the file is over all of them."""
-    videos = find_videos(shared("clips/ucf101"), "test")[::12]
+    """One in six of the validation clips; the figure in the file is over all of them."""
+    videos = find_videos(shared("clips/ucf101"), "test")[::6]
     vae = load("tiny", "cpu")
     clips = [read_clip(Clip(video, 17, 0), 128, 128) for video in videos]
     figures = [psnr(vae.decode(vae.encode(clip[None]))[0], clip.float()) for clip in clips]
     with safe_open(TINY["kvae" if load is load_kandinsky_vae else "hunyuan"], "pt") as file:
         expected = json.loads(file.metadata()["metrics"])["val_psnr"]
-    assert sum(figures) / len(figures) > expected - 2
+    assert sum(figures) / len(figures) == pytest.approx(expected, abs=0.5)
 
 
 def test_the_two_spaces_differ():
