@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -295,7 +296,9 @@ def test_killed_extraction_goes_on(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and limits")
 def test_interrupt_and_full_disk_end_in_one_line(tmp_path):
     make_videos(tmp_path / "videos", 30)
-    process = command("extract", *roots(tmp_path), *SIZE)
+    # a shell's background job ignores Ctrl-C, and its children with it
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = command("extract", *roots(tmp_path), *SIZE, preexec_fn=heed)
     deadline = time.time() + 120
     while not list((tmp_path / "latents").glob("*.zst")) and time.time() < deadline:
         time.sleep(0.02)
