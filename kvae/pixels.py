@@ -18,9 +18,14 @@ def to_unit(x_uint8: Tensor, half_range: float) -> Tensor:
     return x_uint8.float() / half_range - 1
 
 
+def from_unit(x_unit: Tensor, half_range: float) -> Tensor:
+    """−1..1 (any float) → 0..255 (float32), clipped, not rounded: the inverse of `to_unit`."""
+    return ((x_unit.float() + 1) * half_range).clamp(0, 255)
+
+
 def to_uint8(x_unit: Tensor, half_range: float) -> Tensor:
-    """−1..1 (any float) → 0..255 (uint8), rounded and clipped: the inverse of `to_unit`."""
-    return ((x_unit.float() + 1) * half_range).round().clamp(0, 255).to(torch.uint8)
+    """−1..1 (any float) → 0..255 (uint8), rounded and clipped."""
+    return from_unit(x_unit, half_range).round().to(torch.uint8)
 
 
 def kvae_from_hunyuan(x: Tensor) -> Tensor:

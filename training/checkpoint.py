@@ -1,11 +1,39 @@
-"""Optimiser state as plain tensors, so that a training run can be resumed from a safetensors file."""
+"""The state of a training run in a safetensors file: nothing here is ever unpickled."""
 
 from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..kvae.files import Weights
+from ..kvae.files import Weights, WeightsError
+from .errors import UserError
+
+
+def open_state(path: Path, config: Any) -> Weights | None:
+    """The saved state of a run with these settings; None where there is none. Where it runs may change.
+
+    Raises:
+        UserError: the file is damaged, or belongs to a run with other settings.
+    """
+    if not path.exists():
+        return None
+    try:
+        saved = Weights(path)
+        theirs = json.loads(saved.metadata["config"])
+    except (WeightsError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not the state of a training run ({error}); delete it to start anew") from None
+    for key, ours in asdict(config).items():
+        if key not in ("device", "threads") and theirs.get(key) != ours:
+            raise UserError(
+                f"{path}: an unfinished run had {key} = {theirs.get(key)!r}, now {ours!r}; "
+                "delete the file to start anew, or use the old settings to go on"
+            )
+    return saved
 
 
 def optimiser_tensors(prefix: str, optimiser: Optimizer) -> dict[str, Tensor]:

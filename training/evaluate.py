@@ -24,7 +24,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 from tqdm import tqdm
 
 from ..adapters.files import LatentAdapter, load_adapter
-from ..adapters.ridge import Ridge
+from ..adapters.ridge import Ridge, add_both_ways
 from .errors import UserError
 from .options import option, write_config, write_text
 from .pairs import SUFFIX, Pair, Pairs, Source, find_pairs, read_manifest
@@ -110,10 +110,7 @@ def _fit(pairs: Iterator[Pair], config: EvaluateConfig) -> dict[str, Map]:
     fits: dict[str, Ridge] = {}
     for pair in pairs:
         z_h, z_k = pair.z_h[None].to(config.device), pair.z_k[None].to(config.device)
-        if not fits:
-            fits = {"h2k": Ridge(z_h.shape[1], z_k.shape[1], 3), "k2h": Ridge(z_k.shape[1], z_h.shape[1], 3)}
-        fits["h2k"].add(z_h, z_k)
-        fits["k2h"].add(z_k, z_h)
+        add_both_ways(fits, z_h, z_k)
     try:
         return {name: fit.solve().to(config.device).eval() for name, fit in fits.items()}
     except ValueError as error:

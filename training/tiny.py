@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..kvae import KVAE, KVAEConfig, load_kvae
-from ..kvae.files import Weights, save_weights
+from ..kvae.files import save_weights
 from ..kvae.layers import ResnetBlock
 from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, to_unit
-from .checkpoint import optimiser_tensors, restore_optimiser
+from .checkpoint import open_state, optimiser_tensors, restore_optimiser
 from .errors import UserError
 from .interrupts import BetweenSteps
 from .muon import Muon
@@ -268,16 +268,9 @@ class Trainer:
 
     def resume(self, path: Path) -> None:
         """Go on from a saved state, where there is one."""
-        if not path.exists():
+        saved = open_state(path, self.config)
+        if saved is None:
             return
-        saved = Weights(path)
-        theirs, ours = json.loads(saved.metadata["config"]), asdict(self.config)
-        for key in ours:
-            if key not in ("device", "threads") and theirs.get(key) != ours[key]:
-                raise UserError(
-                    f"{path}: an unfinished run had {key} = {theirs.get(key)!r}, now {ours[key]!r}; "
-                    "delete the file to start anew, or use the old settings to go on"
-                )
         self.vae.load_state_dict({key: saved[f"live.{key}"] for key in self.average})
         self.average = {key: saved[f"average.{key}"].to(self.config.device) for key in self.average}
         for i, optimiser in enumerate(self.optimisers):

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from ..adapters.files import LatentAdapter, save_adapter
 from ..adapters.networks import NETWORKS, Affine, Network, Residual, build_network
-from ..adapters.ridge import Ridge
+from ..adapters.ridge import Ridge, add_both_ways
 from ..adapters.spaces import LatentSpace, space
-from ..kvae.files import Weights, WeightsError, save_weights
-from .checkpoint import optimiser_tensors, restore_optimiser
+from ..kvae.files import save_weights
+from .checkpoint import open_state, optimiser_tensors, restore_optimiser
 from .errors import UserError
 from .interrupts import BetweenSteps
 from .options import option, write_config
@@ -149,15 +149,12 @@ def _first_pass(train: Pairs) -> tuple[dict[str, Ridge], dict[tuple, list[int]]]
     shapes: dict[tuple, list[int]] = defaultdict(list)
     for i, pair in enumerate(tqdm(train, desc="first pass", total=len(train), leave=False, disable=None)):
         z_h, z_k = pair.z_h[None], pair.z_k[None]
-        if not fits:
-            fits = {"h2k": Ridge(z_h.shape[1], z_k.shape[1], 3), "k2h": Ridge(z_k.shape[1], z_h.shape[1], 3)}
-        if (z_h.shape[1], z_k.shape[1]) != (fits["h2k"].in_channels, fits["h2k"].out_channels):
+        if fits and (z_h.shape[1], z_k.shape[1]) != (fits["h2k"].in_channels, fits["h2k"].out_channels):
             raise UserError(
                 f"{train.paths[i]}: {z_h.shape[1]} and {z_k.shape[1]} channels; the pairs before had others"
             )
         shapes[tuple(z_h.shape[2:])].append(i)
-        fits["h2k"].add(z_h, z_k)
-        fits["k2h"].add(z_k, z_h)
+        add_both_ways(fits, z_h, z_k)
     return fits, shapes
 
 
@@ -275,25 +272,10 @@ def _save(state: State, path: Path, config: TrainConfig) -> None:
 
 
 def _resume(state: State, path: Path, config: TrainConfig) -> bool:
-    """Fill the state from the file, where there is one.
-
-    Raises:
-        UserError: it belongs to a run with other settings.
-    """
-    if not path.exists():
+    """Fill the state from the file, where there is one."""
+    saved = open_state(path, config)
+    if saved is None:
         return False
-    try:
-        saved = Weights(path)
-        theirs = json.loads(saved.metadata["config"])
-    except (WeightsError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not the state of a training run ({error}); delete it to start anew") from None
-    ours = asdict(config)
-    changed = [key for key in ours if key != "device" and theirs.get(key) != ours[key]]
-    if changed:
-        raise UserError(
-            f"{path}: an unfinished run had {changed[0]} = {theirs.get(changed[0])!r}, now {ours[changed[0]]!r}; "
-            "delete the file to start anew, or use the old settings to go on"
-        )
     for name in DIRECTIONS:
         keys = state.networks[name].state_dict()
         state.networks[name].load_state_dict({key: saved[f"live.{name}.{key}"] for key in keys})

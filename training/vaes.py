@@ -18,7 +18,7 @@ from torch import Tensor
 from ..adapters.spaces import LatentSpace, space
 from ..kvae import KVAE, WeightsError, load_kvae, pad_frames
 from ..kvae.files import Weights, what_is
-from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, to_unit
+from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, from_unit, to_unit
 from .errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -55,7 +55,7 @@ class HunyuanVAE:
     @torch.inference_mode()
     def decode(self, z_Bcthw: Tensor) -> Tensor:
         x = self.vae.decode(z_Bcthw.to(self.vae.device, self.vae.dtype)).sample
-        return ((x.float() + 1) * HUNYUAN_HALF_RANGE).clamp(0, 255)
+        return from_unit(x, HUNYUAN_HALF_RANGE)
 
 
 class KandinskyVAE:
@@ -78,7 +78,7 @@ class KandinskyVAE:
     @torch.inference_mode()
     def decode(self, z_Bcthw: Tensor) -> Tensor:
         x = self.kvae.decode(z_Bcthw.to(self._like))
-        return ((x.float() + 1) * KVAE_HALF_RANGE).clamp(0, 255)
+        return from_unit(x, KVAE_HALF_RANGE)
 
 
 def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32) -> HunyuanVAE:

@@ -86,8 +86,9 @@ def cut(path: Path, count: int, clips: int) -> list[Clip]:
     """`clips` windows of `count` consecutive frames, evenly spaced over the video and never overlapping."""
     if clips == 1:
         return [Clip(path, count, 0)]
-    fit = min(clips, max(1, count_frames(path) // count))
-    gap = (count_frames(path) - count) / (fit - 1) if fit > 1 else 0
+    total = count_frames(path)
+    fit = min(clips, max(1, total // count))
+    gap = (total - count) / (fit - 1) if fit > 1 else 0
     return [Clip(path, count, int(i * gap)) for i in range(fit)]
 
 
