@@ -16,9 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..kvae import KVAE, WeightsError, pad_frames
+from ..kvae import KVAE, WeightsError
 from ..kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
 from .files import LatentAdapter
+from .spaces import native_space
 
 
 class HybridVAE(nn.Module):
@@ -47,11 +48,8 @@ class HybridVAE(nn.Module):
         ):
             if space and not space.name.startswith("kvae"):
                 raise WeightsError(f"the {role}_adapter has {space.name} on KVAE's side: the two adapters are swapped")
-            if space and space.channels != kvae.config.z_channels:
-                raise WeightsError(
-                    f"the {role}_adapter is for {space.name}, {space.channels} channels; "
-                    f"this KVAE has {kvae.config.z_channels}"
-                )
+            if space and space != native_space(kvae.config):
+                raise WeightsError(f"the {role}_adapter is for {space.name}; this is {native_space(kvae.config).name}")
         if decode_adapter and encode_adapter and decode_adapter.source != encode_adapter.target:
             raise WeightsError(
                 f"the adapters serve two spaces, {decode_adapter.source.name} and {encode_adapter.target.name}"
@@ -60,14 +58,14 @@ class HybridVAE(nn.Module):
         self.decode_adapter, self.encode_adapter = decode_adapter, encode_adapter
 
     def encode(self, x_B3THW: Tensor) -> Tensor:
-        """[B, 3, T, H, W] in −1..1, any T ≥ 1 → raw foreign latents [B, c, t, h, w]. The last frame pads T to 4n + 1.
+        """[B, 3, T, H, W] in −1..1, any T, H, W → raw foreign latents [B, c, t, h, w]; see `KVAE.encode_stream`.
 
         Raises:
             WeightsError: there is no encode_adapter.
         """
         if self.encode_adapter is None:
             raise WeightsError(_missing("encode", "kvae_3d_1.0", self.decode_adapter.source.name))  # type: ignore[union-attr]
-        z = self.kvae.encode(pad_frames(kvae_from_hunyuan(x_B3THW)))
+        z = self.kvae.encode(kvae_from_hunyuan(x_B3THW))
         return self.encode_adapter(z)
 
     def decode(self, z_Bcthw: Tensor) -> Tensor:

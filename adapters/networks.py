@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kvae.layers import Cache, CausalConv3d
+from ..kvae.layers import Cache, CausalConv3d, name_streamed
 
 
 class PublishedBlock(nn.Module):
@@ -75,7 +75,8 @@ class Affine(nn.Module):
         super().__init__()
         self.config = {"in_channels": in_channels, "out_channels": out_channels, "kernel": kernel}
         self.radius = kernel // 2
-        self.affine = CausalConv3d(in_channels, out_channels, (kernel,) * 3)
+        self.affine = CausalConv3d(in_channels, out_channels, kernel)
+        name_streamed(self)
 
     def forward(self, z_Bcthw: Tensor, cache: Cache | None = None) -> Tensor:
         """[B, c, t, h, w] → [B, c', t, h, w]."""
@@ -132,6 +133,7 @@ class Residual(nn.Module):
         self.conv_out = nn.Conv3d(width, out_channels, 1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
+        name_streamed(self)
 
     def forward(self, z_Bcthw: Tensor, cache: Cache | None = None) -> Tensor:
         """[B, c, t, h, w] → [B, c', t, h, w]."""

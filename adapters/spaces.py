@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..kvae import KVAEConfig
+
 
 @dataclass(frozen=True)
 class LatentSpace:
@@ -58,3 +60,19 @@ def space(name: str) -> LatentSpace:
     if name not in SPACES:
         raise ValueError(f"no latent space is called {name!r}; the known ones are {', '.join(SPACES)}")
     return SPACES[name]
+
+
+def native_space(config: KVAEConfig) -> LatentSpace:
+    """The space of a KVAE's own latents: 1.0 has GroupNorm, 2.0 has not, and t4s16 has 64 channels.
+
+    Raises:
+        ValueError: no KVAE of the table has that grid.
+    """
+    if not config.per_position:
+        found = SPACES["kvae_3d_1.0"]
+    else:
+        found = SPACES["kvae_3d_2.0_t4s16" if config.z_channels == 64 else "kvae_3d_2.0_t4s8"]
+    grid = config.z_channels, config.temporal_compress_times, config.spatial_factor
+    if grid != (found.channels, found.time, found.space):
+        raise ValueError(f"this KVAE has {grid[0]} channels of {grid[1]}x{grid[2]}x{grid[2]}; no known space has")
+    return found

@@ -1,19 +1,27 @@
 """The KVAE-3D family of video autoencoders: torch and safetensors, nothing else."""
 
-from .config import SEGMENT_FRAMES, KVAEConfig
+from .config import FAMILY, SEGMENT_FRAMES, KVAEConfig
 from .files import WeightsError
 from .frames import pad_frames, padded_frames
 from .load import load_kvae, save_kvae
 from .model import KVAE, Posterior
+from .plan import BudgetError, Plan, plan_decode, plan_encode
+from .strips import Method
 
 __all__ = [
+    "FAMILY",
     "KVAE",
     "SEGMENT_FRAMES",
+    "BudgetError",
     "KVAEConfig",
+    "Method",
+    "Plan",
     "Posterior",
     "WeightsError",
     "load_kvae",
     "pad_frames",
     "padded_frames",
+    "plan_decode",
+    "plan_encode",
     "save_kvae",
 ]

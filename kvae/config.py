@@ -4,51 +4,117 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
-SEGMENT_FRAMES = 16  # after the first frame; GroupNorm runs over a segment, so this is part of the model
+SEGMENT_FRAMES = 16  # after the first frame; where GroupNorm runs over a segment, this is part of the model
 
 
 @dataclass(frozen=True)
 class KVAEConfig:
-    """Shape of a KVAE-3D-1.0 model. The defaults are the published model (617,982,115 parameters).
+    """Shape of a KVAE-3D model. The defaults are KVAE-3D-1.0.
 
-    The field names are those of the diffusers config.json; `norm_groups` is ours, so that narrow models
-    can keep several channels in a group.
+    Raises:
+        ValueError: the numbers do not make a model of the family.
     """
 
-    ch: int = 128  # channels at full resolution
-    ch_mult: tuple[int, ...] = (1, 2, 4, 8)  # channels per level, in units of ch; each level halves H and W
+    encoder_widths: tuple[int, ...] = (128, 256, 512, 1024)  # channels per level; each level halves H and W
+    decoder_widths: tuple[int, ...] = (128, 256, 512, 1024)
     num_res_blocks: int = 2  # per encoder level; the decoder has one more
     z_channels: int = 16
-    temporal_compress_times: int = 4  # halved at the first levels of the encoder
+    temporal_compress_times: int = 4
+    temporal_start_level: int = 0  # the first encoder level that halves time
+    norm: str = "group"  # "group": GroupNorm over a segment; "rms": over the channels of each position
     norm_groups: int = 32
+    downsample_version: int = 1  # 2: downsampling doubles the channels
+    padding: str = "replicate"  # of rows and columns; or "zeros"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        if self.temporal_compress_times not in (1, 2, 4, 8):
-            raise ValueError(f"temporal_compress_times is {self.temporal_compress_times}; expected 1, 2, 4 or 8")
-        for mult in self.ch_mult:
-            if self.ch * mult % self.norm_groups:
-                raise ValueError(
-                    f"a level of {self.ch * mult} channels does not divide into norm_groups={self.norm_groups}; "
-                    "choose ch and ch_mult so that every level does"
-                )
+        for name in ("encoder_widths", "decoder_widths"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, choices in (
+            ("temporal_compress_times", (1, 2, 4, 8)),
+            ("norm", ("group", "rms")),
+            ("downsample_version", (1, 2)),
+            ("padding", ("replicate", "zeros")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {choices}")
+        if len(self.encoder_widths) != len(self.decoder_widths):
+            raise ValueError(
+                f"encoder_widths has {len(self.encoder_widths)} levels, decoder_widths {len(self.decoder_widths)}"
+            )
+        if self.temporal_levels.stop > len(self.encoder_widths) - 1:
+            raise ValueError(
+                f"{len(self.encoder_widths)} levels are too few to compress time {self.temporal_compress_times} times "
+                f"from level {self.temporal_start_level} on"
+            )
+        for width in (*self.encoder_widths, *self.decoder_widths):
+            if self.norm == "group" and width % self.norm_groups:
+                raise ValueError(f"a level of {width} channels does not divide into norm_groups={self.norm_groups}")
 
     @property
-    def temporal_levels(self) -> int:
-        """How many of the levels halve time."""
-        return self.temporal_compress_times.bit_length() - 1
+    def temporal_levels(self) -> range:
+        """The encoder levels that halve time; the decoder doubles it at as many, counted from its other end."""
+        return range(
+            self.temporal_start_level, self.temporal_start_level + self.temporal_compress_times.bit_length() - 1
+        )
 
     @property
     def spatial_factor(self) -> int:
         """Pixels per latent row or column."""
-        return 2 ** (len(self.ch_mult) - 1)
+        return 2 ** (len(self.encoder_widths) - 1)
+
+    @property
+    def per_position(self) -> bool:
+        """Whether no statistic runs over time or space, so that any segmentation gives the same values."""
+        return self.norm == "rms"
 
     @classmethod
     def from_dict(cls, values: dict) -> KVAEConfig:
-        """Read a config.json. Keys that describe training or the library are ignored; ours override the defaults."""
+        """Read a config.json: ours, that of the official repository (`model.encoder_params` …), or diffusers' (`ch` …).
+
+        Keys that describe training or a library are ignored.
+        """
+        if "model" in values:
+            values = _from_official(**values["model"])
+        elif "ch" in values:
+            values = values | dict.fromkeys(("encoder_widths", "decoder_widths"), _widths(values))
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict:
         """The fields as JSON takes them."""
-        return asdict(self) | {"ch_mult": list(self.ch_mult)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def _widths(params: dict) -> tuple[int, ...]:
+    return tuple(round(params["ch"] * mult) for mult in params.get("ch_mult", (1, 2, 4, 8)))
+
+
+def _from_official(encoder_params: dict, decoder_params: dict, **_: object) -> dict:
+    """The official constructor's arguments, where they differ from its defaults, as our fields."""
+    return {
+        "encoder_widths": _widths({"ch": 128} | encoder_params),
+        "decoder_widths": _widths({"ch": 128} | decoder_params),
+        "num_res_blocks": encoder_params.get("num_res_blocks", 2),
+        "z_channels": encoder_params.get("z_channels", 16),
+        "temporal_compress_times": encoder_params.get("temporal_compress_times", 4),
+        "temporal_start_level": encoder_params.get("temporal_compress_start_level", 0),
+        "norm": {"group_norm": "group", "rms_norm": "rms"}[encoder_params.get("norm_type", "group_norm")],
+        "downsample_version": encoder_params.get("downsample_version", 1),
+        "padding": encoder_params.get("padding_mode") or "replicate",
+    }
+
+
+# https://huggingface.co/kandinskylab: KVAE-3D-1.0, KVAE-3D-2.0-t4s8, KVAE-3D-2.0-t4s16
+FAMILY = {
+    "1.0": KVAEConfig(),
+    "2.0-t4s8": KVAEConfig(norm="rms", downsample_version=2),
+    "2.0-t4s16": KVAEConfig(
+        encoder_widths=(16, 128, 256, 512, 1024),
+        decoder_widths=(16, 256, 512, 1024, 2048),
+        z_channels=64,
+        temporal_start_level=1,
+        norm="rms",
+        downsample_version=2,
+        padding="zeros",
+    ),
+}

@@ -1,6 +1,6 @@
 """The blocks of KVAE-3D, written for streams: every layer with a memory takes a `cache`.
 
-A cache is a plain dict, one per stream, from layer to the frames that layer must see again. It belongs to
+A cache is a plain dict, one per stream, from a layer's name to the frames that it must see again. It belongs to
 the caller, so one model serves any number of streams at a time. A layer that is not in the cache yet is at
 the start of the stream.
 
@@ -14,78 +14,119 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Cache = dict[nn.Module, Tensor]
+from .config import KVAEConfig
+
+Cache = dict[str, Tensor]
 
 
-class CausalConv3d(nn.Module):
-    """Convolution that sees only the past: time is padded with the stream's first frame, space by replication.
+class Streamed(nn.Module):
+    """A layer that remembers frames. Its `name`, the key of its memory in a cache, is given by the whole model."""
+
+    name: str
+
+
+def name_streamed(model: nn.Module) -> None:
+    """Give every layer with a memory its name in this model."""
+    for name, module in model.named_modules():
+        if isinstance(module, Streamed):
+            module.name = name
+
+
+class CausalConv3d(Streamed):
+    """Convolution that sees only the past: time is padded with the stream's first frame, space with a border.
 
     Args:
-        kernel: (time, height, width), odd.
-        time_stride: 1, or 2 to halve the frames.
+        kernel: 3 or 1, over time and space alike.
+        padding: of space, "replicate" or "zeros".
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int] = (3, 3, 3), time_stride=1):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, padding: str = "replicate"):
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=(time_stride, 1, 1))
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel)
+        self.padding = padding
 
     def forward(self, x_BCTHW: Tensor, cache: Cache) -> Tensor:
-        """[B, C, T, H, W] → [B, C', ceil(T / stride), H, W] at the start of a stream, T / stride later on."""
-        time, height, width = self.conv.kernel_size
-        past = cache[self] if self in cache else x_BCTHW[:, :, :1].expand(-1, -1, time - 1, -1, -1)
-        x = torch.cat([past, x_BCTHW], dim=2)
-        stride = self.conv.stride[0]
-        outputs = (x.shape[2] - time) // stride + 1
-        cache[self] = x[:, :, outputs * stride :].clone()
-        if height > 1:
-            x = F.pad(x, (width // 2, width // 2, height // 2, height // 2, 0, 0), mode="replicate")
-        return self.conv(x)
+        """[B, C, T, H, W] → [B, C', T, H, W]."""
+        kernel = self.conv.kernel_size[0]
+        x = remember(x_BCTHW, cache, self.name, memory=kernel - 1)
+        return self.conv(pad_border(x, self.padding) if kernel == 3 else x)
 
 
-def to_rate_of(z_Bcthw: Tensor, x_BCTHW: Tensor, first: bool) -> Tensor:
-    """Repeat latents (nearest) to the frames, rows and columns of x. The stream's first latent is one frame."""
-    _, _, T, H, W = x_BCTHW.shape
-    t, h, w = z_Bcthw.shape[2:]
-    if first and t > 1:
-        head, tail = z_Bcthw[:, :, :1], z_Bcthw[:, :, 1:]
-        tail = tail.repeat_interleave((T - 1) // (t - 1), dim=2)
-        z_Bcthw = torch.cat([head, tail], dim=2)
-    else:
-        z_Bcthw = z_Bcthw.repeat_interleave(T // t, dim=2)
-    return z_Bcthw.repeat_interleave(H // h, dim=3).repeat_interleave(W // w, dim=4)
+def remember(x_BCTHW: Tensor, cache: Cache, name: str, memory: int, stride: int = 1) -> Tensor:
+    """x after the frames it follows: `memory` times the first frame at the start of a stream, else those in the cache.
+
+    The cache then holds the frames that the next window of memory + 1 frames starts with; windows are `stride` apart.
+    """
+    past = cache[name] if name in cache else x_BCTHW[:, :, :1].expand(-1, -1, memory, -1, -1)
+    x = torch.cat([past, x_BCTHW], dim=2) if past.shape[2] else x_BCTHW
+    windows = (x.shape[2] - memory - 1) // stride + 1
+    cache[name] = x[:, :, windows * stride :].clone()
+    return x
+
+
+def pad_border(x_BCTHW: Tensor, padding: str) -> Tensor:
+    """One row and column more on each side: [B, C, T, H, W] → [B, C, T, H + 2, W + 2]."""
+    return F.pad(x_BCTHW, (1, 1, 1, 1, 0, 0), mode="replicate" if padding == "replicate" else "constant")
+
+
+class RMSNorm(nn.Module):
+    """Each position's channels scaled to a root mean square of 1, times gamma."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, 1, 1, 1))
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        """[B, C, T, H, W] → the same shape."""
+        return F.normalize(x_BCTHW, dim=1) * (self.gamma * len(self.gamma) ** 0.5)
+
+
+def make_norm(channels: int, config: KVAEConfig) -> nn.Module:
+    """The encoder's norm, and the inner one of the decoder's."""
+    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6) if config.norm == "group" else RMSNorm(channels)
 
 
 class SpatialNorm(nn.Module):
-    """GroupNorm over a segment, then a scale and a shift computed from the latent at each position."""
+    """The decoder's norm: then a scale and a shift computed from the latent at each position."""
 
-    def __init__(self, channels: int, z_channels: int, groups: int):
+    def __init__(self, channels: int, config: KVAEConfig):
         super().__init__()
-        self.norm_layer = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.conv_y = nn.Conv3d(z_channels, channels, 1)
-        self.conv_b = nn.Conv3d(z_channels, channels, 1)
+        self.norm_layer = make_norm(channels, config)
+        self.conv_y = nn.Conv3d(config.z_channels, channels, 1)
+        self.conv_b = nn.Conv3d(config.z_channels, channels, 1)
 
     def forward(self, x_BCTHW: Tensor, z_Bcthw: Tensor, first: bool) -> Tensor:
         """[B, C, T, H, W] → the same shape; `first` says whether the segment starts the stream."""
-        scale, shift = self.conv_y(z_Bcthw), self.conv_b(z_Bcthw)  # 1x1x1: commutes with the repetition
+        # 1x1x1 convolutions commute with the repetition: at the latent's resolution they cost next to nothing
+        scale, shift = self.conv_y(z_Bcthw), self.conv_b(z_Bcthw)
         x = self.norm_layer(x_BCTHW)
-        return x * to_rate_of(scale, x, first) + to_rate_of(shift, x, first)
+        if not first or scale.shape[2] == 1:
+            return modulate(x, scale, shift)
+        head = modulate(x[:, :, :1], scale[:, :, :1], shift[:, :, :1])  # the stream's first latent is one frame
+        return torch.cat([head, modulate(x[:, :, 1:], scale[:, :, 1:], shift[:, :, 1:])], dim=2)
+
+
+def modulate(x_BCTHW: Tensor, scale_BCthw: Tensor, shift_BCthw: Tensor) -> Tensor:
+    """x · scale + shift, each latent's scale and shift for the whole block of frames, rows and columns it covers."""
+    t, h, w = scale_BCthw.shape[2:]
+    blocks = x_BCTHW.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1))
+    scale, shift = (s[:, :, :, None, :, None, :, None] for s in (scale_BCthw, shift_BCthw))
+    return torch.addcmul(shift, blocks, scale).reshape(x_BCTHW.shape)
 
 
 class ResnetBlock(nn.Module):
-    """Two causal convolutions beside a shortcut. With `z_channels` the norms are conditioned on the latent."""
+    """Two causal convolutions beside a shortcut. In the decoder the norms are conditioned on the latent."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, z_channels: int | None = None):
+    def __init__(self, in_channels: int, out_channels: int, config: KVAEConfig, conditioned: bool):
         super().__init__()
 
         def norm(channels: int) -> nn.Module:
-            if z_channels is None:
-                return nn.GroupNorm(groups, channels, eps=1e-6)
-            return SpatialNorm(channels, z_channels, groups)
+            return SpatialNorm(channels, config) if conditioned else make_norm(channels, config)
 
         self.norm1 = norm(in_channels)
-        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels, padding=config.padding)
         self.norm2 = norm(out_channels)
-        self.conv2 = CausalConv3d(out_channels, out_channels)
+        self.conv2 = CausalConv3d(out_channels, out_channels, padding=config.padding)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
@@ -95,53 +136,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, cache: Cache, z_Bcthw: Tensor | None = None) -> Tensor:
         """[B, C, T, H, W] → [B, C', T, H, W]."""
-        condition = () if z_Bcthw is None else (z_Bcthw, self.conv1 not in cache)
+        condition = () if z_Bcthw is None else (z_Bcthw, self.conv1.name not in cache)
         h = self.conv1(F.silu(self.norm1(x_BCTHW, *condition)), cache)
         h = self.conv2(F.silu(self.norm2(h, *condition)), cache)
         return self.shortcut(x_BCTHW) + h
-
-
-class Downsample(nn.Module):
-    """Halve rows and columns, and frames where `time`: a mean over neighbours plus a strided convolution."""
-
-    def __init__(self, channels: int, time: bool):
-        super().__init__()
-        self.spatial_conv = nn.Conv3d(
-            channels, channels, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1), padding_mode="reflect"
-        )
-        if time:
-            self.temporal_conv = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2)
-        self.linear = nn.Conv3d(channels, channels, 1)
-
-    def forward(self, x_BCTHW: Tensor, cache: Cache) -> Tensor:
-        """[B, C, T, H, W] → [B, C, T', H/2, W/2]; T' is (T + 1) / 2 at the start of a stream, T / 2 later on."""
-        x = F.avg_pool3d(x_BCTHW, (1, 2, 2)) + self.spatial_conv(x_BCTHW)
-        if hasattr(self, "temporal_conv"):
-            if self.temporal_conv in cache:
-                mean = F.avg_pool3d(x, (2, 1, 1))
-            else:
-                mean = torch.cat([x[:, :, :1], F.avg_pool3d(x[:, :, 1:], (2, 1, 1))], dim=2) if x.shape[2] > 1 else x
-            x = mean + self.temporal_conv(x, cache)
-        return self.linear(x)
-
-
-class Upsample(nn.Module):
-    """Double rows and columns, and frames where `time`; the stream's first frame stays one frame."""
-
-    def __init__(self, channels: int, time: bool):
-        super().__init__()
-        self.spatial_conv = nn.Conv3d(channels, channels, (1, 3, 3), padding=(0, 1, 1), padding_mode="reflect")
-        if time:
-            self.temporal_conv = CausalConv3d(channels, channels, (3, 1, 1))
-        self.linear = nn.Conv3d(channels, channels, 1)
-
-    def forward(self, x_BCTHW: Tensor, cache: Cache) -> Tensor:
-        """[B, C, T, H, W] → [B, C, T', 2H, 2W]; T' is 2T − 1 at the start of a stream, 2T later on."""
-        x = x_BCTHW
-        if hasattr(self, "temporal_conv"):
-            x = x.repeat_interleave(2, dim=2)
-            if self.temporal_conv not in cache:
-                x = x[:, :, 1:]
-            x = x + self.temporal_conv(x, cache)
-        x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")
-        return self.linear(x + self.spatial_conv(x))

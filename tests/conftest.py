@@ -20,7 +20,7 @@ def _seeded():
 @pytest.fixture
 def small_kvae() -> KVAE:
     """A KVAE-3D-1.0 of 32 channels with every weight at random, in a shape diffusers can take too."""
-    kvae = KVAE(KVAEConfig(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1)).eval().requires_grad_(False)
+    kvae = KVAE(KVAEConfig((32, 64, 64, 64), (32, 64, 64, 64), num_res_blocks=1)).eval().requires_grad_(False)
     for parameter in kvae.parameters():
         if parameter.ndim < 2:
             torch.nn.init.normal_(parameter, std=0.1)

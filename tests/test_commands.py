@@ -259,7 +259,7 @@ def test_refusals_of_models(job, tmp_path, capsys):
     i, j = swapped.index("--adapter-h2k") + 1, swapped.index("--adapter-k2h") + 1
     swapped[i], swapped[j] = swapped[j], swapped[i]
     assert "the two files are swapped" in refusal(["evaluate", *swapped], capsys)
-    other = KVAE(KVAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1))
+    other = KVAE(KVAEConfig((32,) * 4, (32,) * 4, num_res_blocks=1))
     save_file(other.state_dict(), tmp_path / "other.safetensors")
     options = [*evaluate_options(job), "--kvae", str(tmp_path / "other.safetensors")]
     assert "made with another kvae" in refusal(["evaluate", *options], capsys)

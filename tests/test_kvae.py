@@ -4,14 +4,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKLKVAEVideo
 
-from kvae_comfyui.kvae import KVAE, KVAEConfig, pad_frames, padded_frames
+from kvae_comfyui.kvae import KVAEConfig, pad_frames, padded_frames
 from kvae_comfyui.kvae.load import official_key
 
 
 @pytest.fixture
 def pair(small_kvae):
-    c = small_kvae.config
-    theirs = AutoencoderKLKVAEVideo(ch=c.ch, ch_mult=c.ch_mult, num_res_blocks=c.num_res_blocks).eval()
+    theirs = AutoencoderKLKVAEVideo(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1).eval()
     names = {official_key(key): key for key in theirs.state_dict()}
     theirs.load_state_dict({names[key]: tensor for key, tensor in small_kvae.state_dict().items()})
     return small_kvae, theirs.requires_grad_(False)
@@ -20,13 +19,6 @@ def pair(small_kvae):
 def relative(a, b):
     assert a.shape == b.shape
     return ((a - b).norm() / b.norm()).item()
-
-
-def test_the_published_size():
-    with torch.device("meta"):
-        kvae = KVAE()
-    assert sum(p.numel() for p in kvae.parameters()) == 617_982_115
-    assert len(kvae.state_dict()) == 364
 
 
 @pytest.mark.parametrize("frames", [1, 5, 9, 17, 33, 49])
@@ -50,15 +42,6 @@ def test_keeps_all_frames_where_diffusers_drops_three(pair, frames):
     torch.testing.assert_close(y[:, :, :whole], dropped[:, :, :whole], rtol=1e-4, atol=1e-5)
 
 
-def test_last_segment_of_one_latent_decodes_as_part_of_a_longer_one(small_kvae):
-    """What the frames after the last whole segment must be: GroupNorm aside, causality fixes them."""
-    for module in small_kvae.modules():
-        if isinstance(module, torch.nn.GroupNorm):
-            module.forward = lambda x: x  # without statistics over the segment, segmentation cannot matter
-    z = torch.randn(1, 16, 10, 4, 4) * 0.1
-    torch.testing.assert_close(small_kvae.decode(z)[:, :, :21], small_kvae.decode(z[:, :, :6]), rtol=1e-4, atol=1e-5)
-
-
 def test_posterior(small_kvae):
     x = torch.rand(2, 3, 21, 32, 32) * 2 - 1
     posterior = small_kvae.posterior(x)
@@ -78,14 +61,6 @@ def test_batch_equals_one_by_one(small_kvae):
     )
 
 
-def test_interleaved_streams_do_not_touch_each_other(small_kvae):
-    a, b = torch.randn(2, 1, 16, 10, 4, 4)
-    alone = [torch.cat(list(small_kvae.decode_stream(z)), 2) for z in (a, b)]
-    pieces = list(zip(small_kvae.decode_stream(a), small_kvae.decode_stream(b), strict=True))
-    for i in range(2):
-        assert torch.equal(torch.cat([piece[i] for piece in pieces], 2), alone[i])
-
-
 def test_stream_comes_in_segments(small_kvae):
     z = torch.randn(1, 16, 10, 4, 4)
     assert [frames.shape[2] for frames in small_kvae.decode_stream(z)] == [17, 16, 4]
@@ -102,12 +77,10 @@ def test_gradients_reach_the_latent(small_kvae):
 def test_wrong_shapes_are_named(small_kvae):
     with pytest.raises(ValueError, match=r"\[1, 4, 2, 4, 4\]; expected \[B, 16, T, H, W\]"):
         small_kvae.decode(torch.randn(1, 4, 2, 4, 4))
-    with pytest.raises(ValueError, match="33x32 pixels; expected multiples of 8"):
-        small_kvae.encode(torch.randn(1, 3, 5, 33, 32))
-    with pytest.raises(ValueError, match="6 frames; expected 4n"):
-        small_kvae.encode(torch.randn(1, 3, 6, 32, 32))
+    with pytest.raises(ValueError, match=r"video has shape \[3, 5, 32, 32\]; expected \[B, 3, T, H, W\]"):
+        small_kvae.encode(torch.randn(3, 5, 32, 32))
     with pytest.raises(ValueError, match="40 channels does not divide into norm_groups=32"):
-        KVAEConfig(ch=40)
+        KVAEConfig((40, 80, 160, 320))
 
 
 @pytest.mark.parametrize(("frames", "padded"), [(1, 1), (2, 5), (5, 5), (6, 9), (33, 33), (34, 37)])

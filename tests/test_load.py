@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLKVAEVideo
 from safetensors.torch import save_file
 
-from kvae_comfyui.kvae import KVAE, KVAEConfig, WeightsError, load_kvae, save_kvae
+from kvae_comfyui.kvae import FAMILY, KVAE, KVAEConfig, WeightsError, load_kvae, save_kvae
 from kvae_comfyui.kvae.files import save_weights
 from kvae_comfyui.kvae.load import config_from_shapes
 
@@ -23,15 +23,28 @@ def test_official_file_by_its_shapes(tmp_path, small_kvae):
     assert same(loaded, small_kvae)
 
 
-def test_published_config_is_read_off_the_shapes():
+@pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
+def test_published_configs_are_read_off_the_shapes(config):
     with torch.device("meta"):
-        shapes = {key: tuple(tensor.shape) for key, tensor in KVAE().state_dict().items()}
-    assert config_from_shapes(shapes) == KVAEConfig()
+        shapes = {key: tuple(tensor.shape) for key, tensor in KVAE(config).state_dict().items()}
+    assert config_from_shapes(shapes) == config
+
+
+def test_official_config():
+    """As the official repository's constructor takes it, and huggingface_hub writes it."""
+    both = {"ch_mult": [0.125, 1, 2, 4, 8], "num_res_blocks": 2, "z_channels": 64, "temporal_compress_times": 4}
+    both |= {"norm_type": "rms_norm", "temporal_compress_start_level": 1, "padding_mode": "zeros"}
+    encoder = both | {"ch": 128, "downsample_version": 2, "double_z": True}
+    decoder = both | {"ch": 256, "ch_mult": [0.0625, 1, 2, 4, 8]}
+    values = {"model": {"encoder_params": encoder, "decoder_params": decoder}, "data": {"input_norm": "m11"}}
+    assert KVAEConfig.from_dict(values) == FAMILY["2.0-t4s16"]
+    assert KVAEConfig.from_dict({"model": {"encoder_params": {}, "decoder_params": {}}}) == FAMILY["1.0"]
+    for config in FAMILY.values():
+        assert KVAEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_diffusers_folder(tmp_path, small_kvae):
-    c = small_kvae.config
-    theirs = AutoencoderKLKVAEVideo(ch=c.ch, ch_mult=c.ch_mult, num_res_blocks=c.num_res_blocks).eval()
+    theirs = AutoencoderKLKVAEVideo(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1).eval()
     theirs.save_pretrained(tmp_path)
     ours = load_kvae(tmp_path)
     z = torch.randn(1, 16, 3, 4, 4)
@@ -40,7 +53,7 @@ def test_diffusers_folder(tmp_path, small_kvae):
 
 
 def test_self_describing_file_keeps_what_shapes_cannot_tell(tmp_path):
-    kvae = KVAE(KVAEConfig(ch=16, ch_mult=(1, 2), num_res_blocks=1, norm_groups=4))
+    kvae = KVAE(KVAEConfig((16, 32), (16, 32), num_res_blocks=1, temporal_compress_times=2, norm_groups=4))
     save_kvae(tmp_path / "tiny.safetensors", kvae, torch.float16, {"recipe": "none"})
     loaded = load_kvae(tmp_path / "tiny.safetensors", torch.bfloat16)
     assert loaded.config.norm_groups == 4
@@ -62,7 +75,7 @@ def test_missing_and_wrong_tensors_are_named(tmp_path, small_kvae):
 def test_other_files_are_called_by_their_name(tmp_path, small_kvae):
     hunyuan = AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
     for name, keys, message in (
-        ("hunyuan", hunyuan.state_dict(), "a HunyuanVideo VAE; expected a KVAE-3D-1.0"),
+        ("hunyuan", hunyuan.state_dict(), "a HunyuanVideo VAE; expected a KVAE-3D VAE"),
         ("wan", {"decoder.middle.0.residual.0.gamma": torch.ones(1)}, "a Wan VAE"),
         ("model", {"model.diffusion_model.x": torch.ones(1)}, "a checkpoint with a diffusion model"),
         ("other", {"x": torch.ones(1)}, "not a file this project knows"),
@@ -91,7 +104,7 @@ def test_damaged_files(tmp_path, small_kvae):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "model.safetensors").write_bytes(data)
     (tmp_path / "folder" / "config.json").write_text(json.dumps({"ch": 40}))
-    with pytest.raises(WeightsError, match="its config is not that of a KVAE-3D-1.0"):
+    with pytest.raises(WeightsError, match="its config is not that of a KVAE-3D VAE"):
         load_kvae(tmp_path / "folder")
 
 

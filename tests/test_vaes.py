@@ -8,7 +8,6 @@ from diffusers import AutoencoderKLHunyuanVideo
 from safetensors.torch import save_file
 
 from kvae_comfyui.kvae import WeightsError
-from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.vaes import TINY, load_hunyuan_vae, load_kandinsky_vae
 
 
@@ -79,9 +78,9 @@ def test_nothing_is_downloaded_unless_it_is_a_hub_id(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     for name in ("absent", "absent.safetensors", "./a/b", "a/b.safetensors", str(tmp_path / "absent")):
-        with pytest.raises(UserError, match="no such file or folder"):
+        with pytest.raises(WeightsError, match="no such file or folder"):
             load_hunyuan_vae(name, "cpu")
-    with pytest.raises(UserError, match="holds no"):
+    with pytest.raises(WeightsError, match="holds neither"):
         load_hunyuan_vae(str(tmp_path), "cpu")
     with pytest.raises(AssertionError, match="asked the hub"):
         load_hunyuan_vae("owner/name", "cpu")
@@ -89,7 +88,7 @@ def test_nothing_is_downloaded_unless_it_is_a_hub_id(tmp_path, monkeypatch):
 
 def test_an_unreachable_hub_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="nobody/nothing: not found locally"):
+    with pytest.raises(WeightsError, match="nobody/nothing: no such file or folder, and the hub says"):
         load_kandinsky_vae("nobody/nothing", "cpu")
 
 

@@ -161,14 +161,14 @@ class Data:
         return [clip[:, t : t + FRAMES] for clip in self.small for t in (0, FRAMES) if t + FRAMES <= clip.shape[1]]
 
     def crops(self, stage: Stage, generator: torch.Generator) -> Tensor:
-        """uint8 [B, 3, 17, side, side]: 7 of 10 from the small copies, mirrored and reversed at random."""
+        """uint8 [B, 3, 17, side, side]: 9 of 10 from the small copies, mirrored and reversed at random."""
         return torch.stack([self._crop(stage.side, generator) for _ in range(stage.batch)])
 
     def _crop(self, side: int, generator: torch.Generator) -> Tensor:
         def draw(n: int) -> int:
             return int(torch.randint(n, (), generator=generator))
 
-        pool = self.small if side == SIDE or draw(10) < 7 else self.full
+        pool = self.small if side == SIDE or draw(10) < 9 else self.full
         video = pool[draw(len(pool))]
         t, y, x = (draw(size - part + 1) for size, part in zip(video.shape[1:], (FRAMES, side, side), strict=True))
         crop = video[:, t : t + FRAMES, y : y + side, x : x + side]
@@ -301,10 +301,11 @@ def build(config: TinyConfig) -> Any:
     if config.start_from:
         load = load_kvae if config.model == "kvae" else lambda path: load_hunyuan_vae(path, "cpu").vae
         return load(config.start_from).train().requires_grad_(True)
+    widths = (16, 32, 64, 80)
     if config.model == "kvae":
-        vae: Any = KVAE(KVAEConfig(ch=16, ch_mult=(1, 2, 4, 5), num_res_blocks=1, norm_groups=8))
+        vae: Any = KVAE(KVAEConfig(widths, widths, num_res_blocks=1, norm_groups=8))
     else:
-        vae = AutoencoderKLHunyuanVideo(block_out_channels=(16, 32, 64, 80), layers_per_block=1, norm_num_groups=4)
+        vae = AutoencoderKLHunyuanVideo(block_out_channels=widths, layers_per_block=1, norm_num_groups=4)
     initialise(vae)
     return vae
 

@@ -15,11 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..adapters.spaces import LatentSpace, space
+from ..adapters.spaces import LatentSpace, native_space, space
 from ..kvae import KVAE, WeightsError, load_kvae, pad_frames
 from ..kvae.files import Weights, what_is
+from ..kvae.find import find_weights
 from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, from_unit, to_unit
-from .errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 TINY = {"hunyuan": ASSETS / "tiny_hunyuan.safetensors", "kvae": ASSETS / "tiny_kvae.safetensors"}
@@ -63,29 +63,23 @@ class KandinskyVAE:
 
     def __init__(self, kvae: KVAE, source: str, digest: str):
         self.kvae, self.source, self.digest = kvae, source, digest
-        self.space = space("kvae_3d_1.0")
-
-    @property
-    def _like(self) -> Tensor:
-        return self.kvae.decoder.conv_out.conv.weight
+        self.space = native_space(kvae.config)
 
     @torch.inference_mode()
     def encode(self, x_B3THW: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        x = pad_frames(to_unit(x_B3THW.to(self._like.device), KVAE_HALF_RANGE)).to(self._like.dtype)
-        posterior = self.kvae.posterior(x)
+        posterior = self.kvae.posterior(to_unit(x_B3THW, KVAE_HALF_RANGE))
         return (posterior.sample(generator) if generator else posterior.mean).float()
 
     @torch.inference_mode()
     def decode(self, z_Bcthw: Tensor) -> Tensor:
-        x = self.kvae.decode(z_Bcthw.to(self._like))
-        return from_unit(x, KVAE_HALF_RANGE)
+        return from_unit(self.kvae.decode(z_Bcthw), KVAE_HALF_RANGE)
 
 
 def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32) -> HunyuanVAE:
     """The HunyuanVideo VAE from "tiny", a folder, a .safetensors file (diffusers, Tencent or ComfyUI keys) or a hub id.
 
     Raises:
-        UserError, WeightsError: nothing there, or something else; the message says what.
+        WeightsError: nothing there, or something else; the message says what.
     """
     from diffusers import AutoencoderKLHunyuanVideo
 
@@ -114,8 +108,10 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
 def load_kandinsky_vae(name: str, device: str, dtype: torch.dtype = torch.float32) -> KandinskyVAE:
     """KVAE-3D from "tiny", a folder, a .safetensors file or a hub id. Raises as `load_hunyuan_vae` does."""
     path = _weights_file(name, "kvae", subfolder="")
-    folder = path.parent if (path.parent / "config.json").is_file() else path
-    return KandinskyVAE(load_kvae(folder, dtype, device), name, _digest(path))
+    vae = KandinskyVAE(load_kvae(path, dtype, device), name, _digest(path))
+    if vae.space.name != "kvae_3d_1.0":
+        raise WeightsError(f"{path}: this is {vae.space.name}; pairs are made with kvae_3d_1.0")
+    return vae
 
 
 def diffusers_key(key: str) -> str:
@@ -140,34 +136,7 @@ def diffusers_key(key: str) -> str:
 
 
 def _weights_file(name: str, which: str, subfolder: str) -> Path:
-    if name == "tiny":
-        return TINY[which]
-    path = Path(name)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        for candidate in (path, path / subfolder):
-            for file in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
-                if (candidate / file).is_file():
-                    return candidate / file
-        raise UserError(f"{path}: holds no diffusion_pytorch_model.safetensors or model.safetensors")
-    if name.count("/") == 1 and not name.startswith((".", "/")) and path.suffix != ".safetensors":
-        return _download(name, subfolder)
-    raise UserError(
-        f'{name}: no such file or folder; give a .safetensors file, a folder, a hub id (owner/name) or "tiny"'
-    )
-
-
-def _download(repository: str, subfolder: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    prefix = f"{subfolder}/" if subfolder else ""
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=[f"{prefix}*.safetensors", f"{prefix}config.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{repository}: not found locally, and the hub says: {str(error).splitlines()[0]}") from None
-    return _weights_file(str(folder), "", subfolder)
+    return TINY[which] if name == "tiny" else find_weights(name, subfolder)
 
 
 def _config(path: Path, weights: Weights) -> dict:

@@ -1,0 +1,282 @@
+"""Choose how to compute a clip within a memory budget, by adding up beforehand what `kvae.strips` will hold.
+
+    plan = plan_decode(kvae, z.shape, budget=6_000_000_000)
+    print(plan)                                # segments of 16 frames, strips of 64 MB, …: 5.8 GB
+    video = kvae.decode(z, plan.method)
+
+Counted are the tensors that a segment makes: activations and what the stream remembers; not the weights, the latents,
+the clip, or what a convolution's kernel takes for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from .coders import Coder
+from .config import SEGMENT_FRAMES
+from .layers import CausalConv3d, ResnetBlock
+from .model import KVAE
+from .resample import Downsample, Upsample
+from .strips import STATISTICS_BYTES, Method, even_strips
+
+STRIP_BYTES = (256 << 20, 64 << 20, 16 << 20)  # smaller ones keep the hardware less busy
+MARGIN = 1.05  # small tensors that are not counted; measured on small and published widths, see docs/kvae.md
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method, and the most bytes that it is going to hold."""
+
+    method: Method
+    peak: int
+
+    def __str__(self) -> str:
+        again = ("", ", upsampled maps computed again", ", upsampled and inner maps computed again")
+        return (
+            f"segments of {self.method.segment} frames, strips of {self.method.strip_bytes >> 20} MB"
+            f"{again[self.method.recompute]}: {self.peak / 1e9:.2f} GB"
+        )
+
+
+class BudgetError(ValueError):
+    """Nothing fits the budget; `least` is the plan that comes nearest."""
+
+    def __init__(self, budget: int, least: Plan):
+        super().__init__(
+            f"the budget is {budget / 1e9:.2f} GB; the least memory this takes is {least.peak / 1e9:.2f} GB "
+            "beside the weights: give more, or a smaller picture"
+        )
+        self.least = least
+
+
+def plan_decode(kvae: KVAE, z_shape: Sequence[int], budget: int | None = None) -> Plan:
+    """The fastest exact way to decode latents of shape [B, c, t, h, w] within `budget` bytes.
+
+    Raises:
+        BudgetError: there is none.
+    """
+    B, _, t, h, w = z_shape
+
+    def peak(method: Method) -> int:
+        count = Count(kvae, kvae.decoder, method, B)
+        lengths = _lengths(t, method.segment // kvae.config.temporal_compress_times)
+        return int(MARGIN * max(count.segment(n, h, w, *place, latent=(n, h, w)) for n, *place in lengths))
+
+    return _fastest(kvae, peak, budget)
+
+
+def plan_encode(kvae: KVAE, x_shape: Sequence[int], budget: int | None = None) -> Plan:
+    """The fastest exact way to encode pixels of shape [B, 3, T, H, W] within `budget` bytes.
+
+    Raises:
+        BudgetError: there is none.
+    """
+    B, _, T, H, W = x_shape
+    side, cadence = kvae.config.spatial_factor, kvae.config.temporal_compress_times
+    H, W = (-(-size // side) * side for size in (H, W))
+    T += (1 - T) % cadence
+
+    def peak(method: Method) -> int:
+        count = Count(kvae, kvae.encoder, method, B)
+        return int(MARGIN * max(count.segment(n, H, W, *place) for n, *place in _lengths(T, method.segment)))
+
+    return _fastest(kvae, peak, budget)
+
+
+def _fastest(kvae: KVAE, peak: Callable[[Method], int], budget: int | None) -> Plan:
+    plans = []
+    for method in _methods(kvae):
+        plans.append(Plan(method, peak(method)))
+        if budget is None or plans[-1].peak <= budget:
+            return plans[-1]
+    raise BudgetError(budget, min(plans, key=lambda plan: plan.peak))  # type: ignore[arg-type]
+
+
+def _methods(kvae: KVAE) -> Iterator[Method]:
+    """From the fastest on. Short segments cost little; computing things again costs a tenth, then a half more."""
+    cadence = kvae.config.temporal_compress_times
+    segments = (SEGMENT_FRAMES, 2 * cadence, cadence) if kvae.config.per_position else (SEGMENT_FRAMES,)
+    for recompute in (0, 1, 2):
+        for segment in segments:
+            for strip_bytes in STRIP_BYTES:
+                yield Method(segment, strip_bytes, recompute)
+
+
+def _lengths(total: int, rest: int) -> set[tuple[int, bool, bool]]:
+    """(length, whether it is the first, whether it is the last) of the kinds of segment that a clip is cut into."""
+    lengths = [min(rest + 1, total)]
+    while sum(lengths) < total:
+        lengths.append(min(rest, total - sum(lengths)))
+    return {(n, i == 0, i == len(lengths) - 1) for i, n in enumerate(lengths)}
+
+
+class Count:
+    """Adds up, along the stages of a coder, what the functions of `kvae.strips` hold at one time."""
+
+    def __init__(self, kvae: KVAE, coder: Coder, method: Method, batch: int):
+        self.coder, self.method = coder, method
+        self.group = not kvae.config.per_position
+        self.item = kvae.decoder.conv_out.conv.weight.element_size()
+        self.unit = batch * self.item  # bytes of one value for all clips
+
+    def segment(self, T: int, H: int, W: int, first: bool, last: bool, latent: tuple[int, ...] | None = None) -> int:
+        """The peak of one segment that enters the coder with these sides."""
+        self.T, self.H, self.W, self.first, self.last, self.latent = T, H, W, first, last, latent
+        self.now = self.peak = 0
+        coder: Coder = self.coder
+        conv_in, conv_out = coder.conv_in, coder.conv_out  # type: ignore[attr-defined]
+        self.now = 0 if first else sum(self._memory(*layer) for layer in self._remembering())
+        self.lazy = 0  # bytes of a row's worth of what is computed on demand before the current layer reads it
+        self.held = 0  # bytes of the map that the current layer reads, where it is held
+        self._convolution(conv_in, held_output=latent is not None)
+        for stage in coder.stages():
+            if isinstance(stage, ResnetBlock):
+                self._resnet(stage)
+            elif isinstance(stage, Downsample):
+                self._downsample(stage)
+            elif isinstance(stage, Upsample):
+                self._upsample(stage)
+        self._convolution(conv_out, held_output=True, normed=True)
+        return self.peak
+
+    def _remembering(self) -> Iterator[tuple[int, int, int, int]]:
+        """(channels, frames, rows, columns) of all that the stream remembers."""
+        H, W = self.H, self.W
+        yield self.coder.conv_in.conv.in_channels, 2, H, W  # type: ignore[attr-defined, union-attr, misc]
+        for stage in self.coder.stages():
+            if isinstance(stage, ResnetBlock):
+                yield stage.conv1.conv.in_channels, 2, H, W
+                yield stage.conv2.conv.in_channels, 2, H, W
+            elif isinstance(stage, Downsample):
+                H, W = H // 2, W // 2
+                if hasattr(stage, "temporal_conv"):
+                    yield stage.linear.in_channels, 1, H, W
+            elif isinstance(stage, Upsample):
+                if hasattr(stage, "temporal_conv"):
+                    yield stage.linear.in_channels, 1, H, W
+                H, W = 2 * H, 2 * W
+        yield self.coder.conv_out.conv.in_channels, 2, H, W  # type: ignore[attr-defined, union-attr, misc]
+
+    def _memory(self, channels: int, frames: int, H: int, W: int) -> int:
+        return self.unit * channels * frames * H * W
+
+    def _map(self, channels: int) -> int:
+        return self.unit * channels * self.T * self.H * self.W
+
+    def _touch(self, extra: int) -> None:
+        self.peak = max(self.peak, self.now + extra)
+
+    def _rows(self, row_bytes: int, most: int) -> int:
+        return max(hi - lo for lo, hi in even_strips(self.H, most // max(1, row_bytes)))
+
+    def _row(self, cin: int, cout: int) -> int:
+        return self.unit * (cin + cout) * (self.T + 2) * (self.W + 2)
+
+    def _strip(self, cin: int, cout: int, lazy: int, add: bool) -> int:
+        """What one strip of a convolution holds, the strip before it included."""
+        rows = self._rows(lazy + self._row(cin, cout), self.method.strip_bytes)
+        padded = self.unit * cin * (self.T + 2) * (rows + 2) * (self.W + 2)
+        out = self.unit * cout * self.T * rows * self.W
+        pending = 0 if rows == self.H else out
+        affine = 0
+        if self.latent:
+            t, _, w = self.latent
+            affine = (2 * self.item + 16) * (self.unit // self.item) * cin * t * w * (rows + 2)
+        return pending + lazy * (rows + 2) + max(padded + max(out, affine), (2 if add else 1) * out)
+
+    def _statistics(self, channels: int, lazy: int) -> None:
+        if self.group:
+            row = self.unit // self.item * channels * self.T * self.W * 4
+            rows = self._rows(row, STATISTICS_BYTES)
+            self._touch(rows * (2 * row + lazy))
+
+    def _keep(self, channels: int, frames: int = 2) -> int:
+        """What a layer will remember; nothing after the last segment."""
+        return 0 if self.last else self._memory(channels, frames, self.H, self.W)
+
+    def _forget(self, channels: int, frames: int = 2) -> None:
+        if not self.first:
+            self.now -= self._memory(channels, frames, self.H, self.W)
+
+    def _convolution(self, layer: CausalConv3d, held_output: bool, normed: bool = False) -> None:
+        cin, cout = layer.conv.in_channels, layer.conv.out_channels
+        if normed:
+            self._statistics(cin, self.lazy)
+        self.now += self._keep(cin)
+        if held_output:
+            self._touch(self._map(cout) * (self._row(cin, cout) * self.H > self.method.strip_bytes))
+            self._touch(self._output(cin, cout, self.lazy))
+            self._forget(cin)
+            self.now += self._map(cout) - self.held
+            self.held, self.lazy = self._map(cout), 0
+        else:
+            self._forget(cin)
+            self.held, self.lazy = 0, self._row(cin, cout)
+
+    def _output(self, cin: int, cout: int, lazy: int, add: bool = False, new: bool = True) -> int:
+        """A held map in the making: its strips, and the map itself unless one strip is all of it."""
+        whole = self._rows(lazy + self._row(cin, cout), self.method.strip_bytes) == self.H
+        return self._strip(cin, cout, lazy, add) + (self._map(cout) if new and not whole else 0)
+
+    def _resnet(self, block: ResnetBlock) -> None:
+        cin, cout = block.conv1.conv.in_channels, block.conv1.conv.out_channels
+        self._statistics(cin, self.lazy)
+        lazy = self.lazy
+        again = self.method.recompute == 2
+        if not again:
+            self.now += self._keep(cin)
+            self._touch(self._output(cin, cout, lazy))
+            self.now += self._map(cout)
+            self._statistics(cout, 0)
+            self.now += self._keep(cout)
+            self._touch(self._output(cout, cout, 0, add=True, new=False) + lazy)
+        else:
+            inner = lazy + self._row(cin, cout)
+            self._statistics(cout, inner)
+            self.now += self._keep(cin) + self._keep(cout)
+            in_place = self.held == self._map(cout)
+            self._touch(self._output(cout, cout, inner, add=True, new=not in_place))
+            self.now += 0 if in_place else self._map(cout)
+            self.held = 0 if in_place else self.held
+        self._forget(cin)
+        self._forget(cout)
+        self.now -= self.held
+        self.held, self.lazy = self._map(cout), 0
+
+    def _downsample(self, layer: Downsample) -> None:
+        cout = layer.linear.in_channels
+        self.H, self.W = self.H // 2, self.W // 2
+        small = self._map(cout)
+        rows = self._rows(self.held // self.H, self.method.strip_bytes)
+        self._touch(small + (self.held + small) * rows // self.H)
+        self.now += small - self.held
+        if hasattr(layer, "temporal_conv"):
+            self.T = (self.T + 1) // 2
+            self.now += self._keep(cout, frames=1)
+            self._touch(small * 3 // 2 + self.unit * cout * 2 * self.H * self.W)
+            self._forget(cout, frames=1)
+            self.now += self._map(cout) - small
+        self.held = self._map(cout)
+
+    def _upsample(self, layer: Upsample) -> None:
+        channels = layer.linear.in_channels
+        if hasattr(layer, "temporal_conv"):
+            before = self.held
+            self.now += self._keep(channels, frames=1)
+            self.T = 2 * self.T - self.first
+            self._touch(before + self._map(channels) + before)
+            self._forget(channels, frames=1)
+            self.now += self._map(channels) - before
+            self.held = self._map(channels)
+        small = self.held
+        self.H, self.W = 2 * self.H, 2 * self.W
+        row = 2 * self.unit * channels * self.T * self.W
+        if self.method.recompute:
+            self.lazy = row
+            return
+        rows = self._rows(row, self.method.strip_bytes)
+        out = self._map(channels)
+        self._touch(out + row * rows)
+        self.now += out - small
+        self.held = out
