@@ -1,4 +1,4 @@
-"""The README's example runs, and what it names exists."""
+"""The examples of the README and of docs/ run, and what they name exists."""
 
 import os
 import re
@@ -14,13 +14,26 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_example_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    code = code.replace('"training/', f'"{ROOT.as_posix()}/training/')  # run elsewhere, since it writes a file
+def run_python(text: str, folder: Path) -> str:
+    """What all Python blocks of a page print, run one after the other as one script."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    code = code.replace('"training/', f'"{ROOT.as_posix()}/training/')  # run elsewhere, since they may write files
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    assert out.stdout.strip() == "torch.Size([1, 3, 9, 64, 64])"
+    return out.stdout
+
+
+def test_the_python_example_runs(tmp_path):
+    assert run_python(README, tmp_path).strip() == "torch.Size([1, 3, 9, 64, 64])"
+
+
+def test_the_examples_of_the_family_run(tmp_path):
+    text = (ROOT / "docs" / "kvae.md").read_text(encoding="utf-8")
+    plan, first, done, *_, refused = run_python(text, tmp_path).splitlines()
+    assert plan.startswith(re.search(r"# (segments of .*?:)", text)[1])
+    assert (first, done) == ("torch.Size([1, 3, 17, 64, 64])", "17")
+    assert refused.startswith("the budget is 0.00 GB; the least memory this takes is ")
 
 
 def test_every_option_named_exists(capsys):

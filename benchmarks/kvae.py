@@ -1,0 +1,166 @@
+"""KVAE beside diffusers' KVAE: seconds, side by side in one run, and peak memory.
+
+    python -m benchmarks.kvae                          # prints the tables
+    python -m benchmarks.kvae --write docs/performance.md
+
+Memory is counted on the meta device (see `benchmarks.storages`), so any size can be asked for on any machine. Times are
+medians of interleaved runs of models of full size with the same random weights, same threads, same allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLKVAEVideo
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from kvae_comfyui.benchmarks.storages import PeakMemory
+from kvae_comfyui.kvae import FAMILY, KVAE, BudgetError, Plan, plan_decode, plan_encode
+from kvae_comfyui.kvae.load import official_key
+
+Run = Callable[[Tensor], object]
+
+
+def main() -> None:
+    """Print the tables; write them too, where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each side (default 3)")
+    parser.add_argument("--size", default="17x128x128", help="FRAMESxHEIGHTxWIDTH of the timed clip")
+    parser.add_argument("--write", help="Markdown file to write the tables to")
+    options = parser.parse_args()
+    lines = []
+    for line in report(options.rounds, *map(int, options.size.split("x"))):
+        print(line, flush=True)
+        lines.append(line)
+    if options.write:
+        Path(options.write).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def report(rounds: int, frames: int, height: int, width: int) -> Iterator[str]:
+    """The tables, line by line."""
+    yield "# Performance of kvae/"
+    yield ""
+    yield "Printed by `python -m benchmarks.kvae`; what the columns mean is said in that file."
+    yield ""
+    yield f"## Seconds, {frames} frames of {height}x{width}"
+    yield ""
+    yield f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, {rounds} rounds."
+    yield "The floor is the arithmetic of a run at the rate of one large convolution, measured beside it."
+    yield ""
+    yield "| | diffusers | kvae/ | ratio | floor |"
+    yield "|---|---|---|---|---|"
+    yield from seconds(rounds, frames, height, width)
+    yield ""
+    yield "## Activations, GB, bf16"
+    yield ""
+    yield "Weights, latents and the clip itself are not counted. The last columns are the plans for half the memory and"
+    yield "for the least. All results are exact."
+    yield ""
+    yield "| | diffusers | kvae/ | ratio | for half | the least |"
+    yield "|---|---|---|---|---|---|"
+    for size in ((17, 256, 256), (33, 480, 832), (33, 720, 1280)):
+        yield from memory(*size)
+
+
+@torch.no_grad()
+def seconds(rounds: int, frames: int, height: int, width: int) -> Iterator[str]:
+    """Rows of the first table: KVAE-3D-1.0 against diffusers."""
+    ours, theirs = KVAE().eval().requires_grad_(False), AutoencoderKLKVAEVideo().eval().requires_grad_(False)
+    state = ours.state_dict()
+    theirs.load_state_dict({key: state[official_key(key)] for key in theirs.state_dict()})
+    x, z = (
+        torch.rand(1, 3, frames, height, width) * 2 - 1,
+        torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8),
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        ours.unfold().to(dtype).fold()
+        theirs.to(dtype)
+        rate = convolution_rate(dtype)
+        pairs: list[tuple[str, Tensor, Run, Run]] = [
+            ("decode", z.to(dtype), lambda a: theirs.decode(a).sample, ours.decode),
+            ("encode", x.to(dtype), lambda a: theirs.encode(a).latent_dist.mode(), ours.encode),
+        ]
+        for name, source, their_run, our_run in pairs:
+            with FlopCounterMode(display=False) as flops:
+                our_run(source)
+            times: list[list[float]] = [[], []]
+            for _ in range(rounds):
+                for run, out in zip((their_run, our_run), times, strict=True):
+                    start = time.perf_counter()
+                    run(source)
+                    out.append(time.perf_counter() - start)
+            a, b = map(statistics.median, times)
+            floor = flops.get_total_flops() / rate
+            yield f"| 1.0 {name}, {str(dtype)[6:]} | {a:.2f} | {b:.2f} | {a / b:.2f}x | {floor:.2f} |"
+
+
+def convolution_rate(dtype: torch.dtype) -> float:
+    """Operations a second of one large 3x3x3 convolution, the best of five runs."""
+    x, weight = torch.randn(1, 256, 8, 48, 48, dtype=dtype), torch.randn(256, 256, 3, 3, 3, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        y = F.conv3d(x, weight)
+        best = min(best, time.perf_counter() - start)
+    return 2 * y.numel() * weight[0].numel() / best
+
+
+@torch.no_grad()
+def memory(frames: int, height: int, width: int) -> Iterator[str]:
+    """Rows of the second table, for one size of clip."""
+    for name, config in FAMILY.items():
+        with torch.device("meta"):
+            kvae = KVAE(config).to(torch.bfloat16).requires_grad_(False).fold()
+            theirs = AutoencoderKLKVAEVideo().to(torch.bfloat16) if name == "1.0" else None
+        side = config.spatial_factor
+        x = torch.empty(1, 3, frames, height, width, dtype=torch.bfloat16, device="meta")
+        t, h, w = (frames - 1) // config.temporal_compress_times + 1, height // side, width // side
+        z = torch.empty(1, config.z_channels, t, h, w, dtype=torch.bfloat16, device="meta")
+        for direction, source, run, plan in (
+            ("decode", z, kvae.decode_stream, plan_decode),
+            ("encode", x, kvae.encode_stream, plan_encode),
+        ):
+            most = plan(kvae, source.shape)
+            half, least = (nearest(plan, kvae, source, budget) for budget in (most.peak // 2, 0))
+            peak = count(exhaust, run, source, most.method)
+            row = [f"{name} {direction}, {frames}x{height}x{width}"]
+            if theirs:
+                theirs_peak = count(getattr(theirs, direction), source)
+                row += [f"{theirs_peak:.2f}", f"{peak:.2f}", f"{peak / theirs_peak:.2f}"]
+            else:
+                row += ["", f"{peak:.2f}", ""]
+            row += [str(half), f"{least}, counted {count(exhaust, run, source, least.method):.2f}"]
+            yield f"| {' | '.join(row)} |"
+
+
+def nearest(plan: Callable[..., Plan], kvae: KVAE, source: Tensor, budget: int) -> Plan:
+    """The plan for a budget, or for the least that is possible."""
+    try:
+        return plan(kvae, source.shape, budget)
+    except BudgetError as error:
+        return error.least
+
+
+def exhaust(run: Callable[..., Iterable[object]], *args: object) -> None:
+    """Drop what a stream gives, piece by piece."""
+    for _ in run(*args):
+        pass
+
+
+def count(run: Callable[..., object], *args: object) -> float:
+    """GB counted while it runs."""
+    with PeakMemory() as counter:
+        run(*args)
+    return counter.peak / 1e9
+
+
+if __name__ == "__main__":
+    main()
