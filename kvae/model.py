@@ -18,17 +18,18 @@ Source of the method: https://github.com/kandinskylab/kvae.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from .coders import Decoder, Encoder
 from .config import SEGMENT_FRAMES, KVAEConfig
-from .frames import pad_frames, pad_sides, regroup, with_last
+from .frames import pad_frames, pad_sides, padded_frames, regroup, with_last
 from .layers import Cache, name_streamed
 from .resample import Resampler
 from .strips import Method, decode_segment, encode_segment
+from .tiles import tiles
 
 DEFAULT = Method()
 Progress = Callable[[int], None]  # called with the number of frames done so far; may raise, to cancel
@@ -89,7 +90,7 @@ class KVAE(nn.Module):
         Raises:
             ValueError: the shape is not one the model takes, or there are no frames.
         """
-        self._check_segment(method.segment)
+        self._check_method(method)
         cache: Cache = {}
         done = 0
         chunks = [frames] if isinstance(frames, Tensor) else frames
@@ -120,7 +121,7 @@ class KVAE(nn.Module):
         Raises:
             ValueError: the shape is not one the model takes.
         """
-        self._check_segment(method.segment)
+        self._check_method(method)
         _checked(z_Bcthw, self.config.z_channels, "latent")
         cache: Cache = {}
         done = 0
@@ -144,11 +145,63 @@ class KVAE(nn.Module):
 
     def encode(self, x_B3THW: Tensor, method: Method = DEFAULT, progress: Progress | None = None) -> Tensor:
         """The latent of a video: its posterior's mean, [B, c, t, h, w], raw."""
-        return torch.cat([posterior.mean for posterior in self.encode_stream(x_B3THW, method, progress)], dim=2)
+        if method.tiles == (1, 1):
+            return torch.cat([posterior.mean for posterior in self.encode_stream(x_B3THW, method, progress)], dim=2)
+
+        def latents(rows: slice, columns: slice, method: Method, progress: Progress) -> Iterator[Tensor]:
+            for posterior in self.encode_stream(x_B3THW[:, :, :, rows, columns], method, progress):
+                yield posterior.mean
+
+        _checked(x_B3THW, 3, "video")
+        B, _, T, H, W = x_B3THW.shape
+        side = self.config.spatial_factor
+        sides = (padded_frames(T, self._cadence) - 1) // self._cadence + 1, -(-H // side), -(-W // side)
+        z = torch.empty(B, self.config.z_channels, *sides, dtype=self._like.dtype, device=self._like.device)
+        return self._by_tiles(latents, z, sides[1:], (side, 1), T, method, progress)
 
     def decode(self, z_Bcthw: Tensor, method: Method = DEFAULT, progress: Progress | None = None) -> Tensor:
         """Raw latents [B, c, t, h, w] → video [B, 3, 4(t − 1) + 1, 8h, 8w], about −1..1, not clipped."""
-        return torch.cat(list(self.decode_stream(z_Bcthw, method, progress)), dim=2)
+        if method.tiles == (1, 1):
+            return torch.cat(list(self.decode_stream(z_Bcthw, method, progress)), dim=2)
+
+        def frames(rows: slice, columns: slice, method: Method, progress: Progress) -> Iterator[Tensor]:
+            return self.decode_stream(z_Bcthw[:, :, :, rows, columns], method, progress)
+
+        B, _, t, h, w = _checked(z_Bcthw, self.config.z_channels, "latent").shape
+        side, T = self.config.spatial_factor, self._cadence * (t - 1) + 1
+        x = torch.empty(B, 3, T, side * h, side * w, dtype=self._like.dtype, device=self._like.device)
+        return self._by_tiles(frames, x, (h, w), (1, side), T, method, progress)
+
+    def _by_tiles(
+        self,
+        stream: Callable[[slice, slice, Method, Progress], Iterator[Tensor]],
+        out: Tensor,
+        sides: tuple[int, int],
+        scales: tuple[int, int],
+        frames: int,
+        method: Method,
+        progress: Progress | None,
+    ) -> Tensor:
+        """Fill `out` tile by tile; `scales` are the source's and the result's rows per latent."""
+        source, result = scales
+        found = list(tiles(self.config, *sides, method.tiles, decode=scales[0] == 1))
+        for i, tile in enumerate(found):
+
+            def report(done: int, i: int = i) -> None:
+                if progress:
+                    progress((i * frames + done) // len(found))
+
+            start = 0
+            outer = [slice(lo * source, hi * source) for lo, hi in tile.outer]
+            inner = [slice(lo * result, hi * result) for lo, hi in tile.inner]
+            within = [
+                slice((lo - first) * result, (hi - first) * result)
+                for (lo, hi), (first, _) in zip(tile.inner, tile.outer, strict=True)
+            ]
+            for part in stream(*outer, replace(method, tiles=(1, 1)), report):
+                out[:, :, start : start + part.shape[2], *inner] = part[:, :, :, *within]
+                start += part.shape[2]
+        return out
 
     def _needs_gradient(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or self._like.requires_grad)
@@ -161,7 +214,10 @@ class KVAE(nn.Module):
     def _cadence(self) -> int:
         return self.config.temporal_compress_times
 
-    def _check_segment(self, frames: int) -> None:
+    def _check_method(self, method: Method) -> None:
+        if method.tiles != (1, 1):
+            raise ValueError("a stream gives whole pictures, segment by segment: for tiles use encode or decode")
+        frames = method.segment
         if not self.config.per_position and frames != SEGMENT_FRAMES:
             raise ValueError(
                 f"segments of {frames} frames; this model has GroupNorm over a segment of {SEGMENT_FRAMES} frames"

@@ -12,15 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 
 from .coders import Coder
 from .config import SEGMENT_FRAMES
+from .frames import padded_frames
 from .layers import CausalConv3d, ResnetBlock
 from .model import KVAE
 from .resample import Downsample, Upsample
 from .strips import STATISTICS_BYTES, Method, even_strips
+from .tiles import tiles
 
 STRIP_BYTES = (256 << 20, 64 << 20, 16 << 20)  # smaller ones keep the hardware less busy
+RECOMPUTE_COST = (1.0, 1.1, 1.6)  # of `Method.recompute`, in operations, about
+MOST_TILES = 4  # along an axis
 MARGIN = 1.05  # small tensors that are not counted; measured on small and published widths, see docs/kvae.md
 
 
@@ -33,8 +39,10 @@ class Plan:
 
     def __str__(self) -> str:
         again = ("", ", upsampled maps computed again", ", upsampled and inner maps computed again")
+        rows, columns = self.method.tiles
+        tiled = f"{rows}x{columns} tiles, " if rows * columns > 1 else ""
         return (
-            f"segments of {self.method.segment} frames, strips of {self.method.strip_bytes >> 20} MB"
+            f"{tiled}segments of {self.method.segment} frames, strips of {self.method.strip_bytes >> 20} MB"
             f"{again[self.method.recompute]}: {self.peak / 1e9:.2f} GB"
         )
 
@@ -50,57 +58,78 @@ class BudgetError(ValueError):
         self.least = least
 
 
-def plan_decode(kvae: KVAE, z_shape: Sequence[int], budget: int | None = None) -> Plan:
+def plan_decode(kvae: KVAE, z_shape: Sequence[int], budget: int | None = None, stream: bool = False) -> Plan:
     """The fastest exact way to decode latents of shape [B, c, t, h, w] within `budget` bytes.
+
+    Args:
+        stream: for `decode_stream`, which does not take tiles.
 
     Raises:
         BudgetError: there is none.
     """
     B, _, t, h, w = z_shape
+    cadence = kvae.config.temporal_compress_times
 
     def peak(method: Method) -> int:
         count = Count(kvae, kvae.decoder, method, B)
-        lengths = _lengths(t, method.segment // kvae.config.temporal_compress_times)
-        return int(MARGIN * max(count.segment(n, h, w, *place, latent=(n, h, w)) for n, *place in lengths))
+        sides = _largest_tile(kvae, (h, w), method, decode=True)
+        kinds = _lengths(t, method.segment // cadence)
+        return int(MARGIN * max(count.segment(n, *sides, *place, latent=(n, *sides)) for n, *place in kinds))
 
-    return _fastest(kvae, peak, budget)
+    return _fastest(_methods(kvae, (h, w), decode=True, stream=stream), peak, budget)
 
 
-def plan_encode(kvae: KVAE, x_shape: Sequence[int], budget: int | None = None) -> Plan:
+def plan_encode(kvae: KVAE, x_shape: Sequence[int], budget: int | None = None, stream: bool = False) -> Plan:
     """The fastest exact way to encode pixels of shape [B, 3, T, H, W] within `budget` bytes.
+
+    Args:
+        stream: for `encode_stream`, which does not take tiles.
 
     Raises:
         BudgetError: there is none.
     """
     B, _, T, H, W = x_shape
-    side, cadence = kvae.config.spatial_factor, kvae.config.temporal_compress_times
-    H, W = (-(-size // side) * side for size in (H, W))
-    T += (1 - T) % cadence
+    side = kvae.config.spatial_factor
+    h, w = (-(-size // side) for size in (H, W))
+    T = padded_frames(T, kvae.config.temporal_compress_times)
 
     def peak(method: Method) -> int:
         count = Count(kvae, kvae.encoder, method, B)
-        return int(MARGIN * max(count.segment(n, H, W, *place) for n, *place in _lengths(T, method.segment)))
+        rows, columns = _largest_tile(kvae, (h, w), method, decode=False)
+        kinds = _lengths(T, method.segment)
+        return int(MARGIN * max(count.segment(n, rows * side, columns * side, *place) for n, *place in kinds))
 
-    return _fastest(kvae, peak, budget)
+    return _fastest(_methods(kvae, (h, w), decode=False, stream=stream), peak, budget)
 
 
-def _fastest(kvae: KVAE, peak: Callable[[Method], int], budget: int | None) -> Plan:
+def _fastest(methods: list[Method], peak: Callable[[Method], int], budget: int | None) -> Plan:
     plans = []
-    for method in _methods(kvae):
+    for method in methods:
         plans.append(Plan(method, peak(method)))
         if budget is None or plans[-1].peak <= budget:
             return plans[-1]
     raise BudgetError(budget, min(plans, key=lambda plan: plan.peak))  # type: ignore[arg-type]
 
 
-def _methods(kvae: KVAE) -> Iterator[Method]:
-    """From the fastest on. Short segments cost little; computing things again costs a tenth, then a half more."""
-    cadence = kvae.config.temporal_compress_times
-    segments = (SEGMENT_FRAMES, 2 * cadence, cadence) if kvae.config.per_position else (SEGMENT_FRAMES,)
-    for recompute in (0, 1, 2):
-        for segment in segments:
-            for strip_bytes in STRIP_BYTES:
-                yield Method(segment, strip_bytes, recompute)
+def _methods(kvae: KVAE, sides: tuple[int, int], decode: bool, stream: bool) -> list[Method]:
+    """All there are, from the fastest on."""
+    cadence, free = kvae.config.temporal_compress_times, kvae.config.per_position
+    segments = (SEGMENT_FRAMES, 2 * cadence, cadence) if free else (SEGMENT_FRAMES,)
+    counts = list(product(range(1, MOST_TILES + 1), repeat=2)) if free and not stream else [(1, 1)]
+    methods = [Method(*choice) for choice in product(segments, STRIP_BYTES, range(3), counts)]
+
+    def cost(method: Method) -> float:
+        areas = [prod(hi - lo for lo, hi in t.outer) for t in tiles(kvae.config, *sides, method.tiles, decode)]
+        short = 1 + 0.02 * segments.index(method.segment) + 0.01 * STRIP_BYTES.index(method.strip_bytes)
+        return RECOMPUTE_COST[method.recompute] * short * sum(areas) / prod(sides)
+
+    return sorted(methods, key=cost)
+
+
+def _largest_tile(kvae: KVAE, sides: tuple[int, int], method: Method, decode: bool) -> list[int]:
+    """Rows and columns, in latents, of the largest tile with its halo."""
+    outer = [tile.outer for tile in tiles(kvae.config, *sides, method.tiles, decode)]
+    return [max(hi - lo for lo, hi in axis) for axis in zip(*outer, strict=True)]
 
 
 def _lengths(total: int, rest: int) -> set[tuple[int, bool, bool]]:

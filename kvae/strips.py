@@ -26,6 +26,7 @@ from .layers import Cache, CausalConv3d, ResnetBlock, RMSNorm, SpatialNorm
 from .resample import Downsample, Upsample, like
 
 STATISTICS_BYTES = 32 << 20  # of the float32 copy that GroupNorm's statistics are gathered from
+BATCH_NORM_DEVICES = ("cpu", "cuda")  # those with torch.batch_norm_update_stats
 MIN_ROWS = 2  # so that the strip before is all that the next one's window can reach
 
 
@@ -38,11 +39,14 @@ class Method:
         strip_bytes: about the size of a convolution's input and output, per strip.
         recompute: 0 holds every feature map; 1 computes upsampled ones again wherever they are read; 2 also the inner
             ones of the blocks.
+        tiles: rows and columns of tiles, each computed for the whole clip before the next (see `kvae.tiles`). Only
+            where no norm runs over the picture, and not in streams.
     """
 
     segment: int = SEGMENT_FRAMES
     strip_bytes: int = 256 << 20
     recompute: int = 0
+    tiles: tuple[int, int] = (1, 1)
 
 
 class Rows(Protocol):
@@ -174,22 +178,31 @@ class Affine:
 def group_affine(norm: nn.GroupNorm, source: Rows) -> tuple[Tensor, Tensor]:
     """GroupNorm over a whole feature map, as scale and shift [B, C, 1, 1, 1] in float32."""
     B, C, T, H, W = source.shape
-    means, variances, counts = [], [], []
-    for lo, hi in even_strips(H, STATISTICS_BYTES // (B * C * T * W * 4)):
-        x = source(lo, hi).unflatten(1, (norm.num_groups, -1)).float()
-        variance, mean = torch.var_mean(x, dim=(2, 3, 4, 5), correction=0)
-        means.append(mean)
-        variances.append(variance)
-        counts.append(hi - lo)
-    weights = torch.tensor(counts, dtype=torch.float, device=mean.device)[:, None, None] / H
-    strip_means = torch.stack(means)
-    mean = (weights * strip_means).sum(0)
-    variance = (weights * (torch.stack(variances) + (strip_means - mean).square())).sum(0)
-    deviation = (variance + norm.eps).rsqrt()
-    per_group = C // norm.num_groups
-    scale = norm.weight.float() * deviation.repeat_interleave(per_group, dim=1)
-    shift = norm.bias.float() - mean.repeat_interleave(per_group, dim=1) * scale
-    return scale[..., None, None, None], shift[..., None, None, None]
+    bounds = list(even_strips(H, STATISTICS_BYTES // (B * C * T * W * 4)))
+    if isinstance(source, Held) and source.x.device.type in BATCH_NORM_DEVICES:
+        bounds = [(0, H)]  # nothing is copied
+    moments = [channel_moments(source(lo, hi)) for lo, hi in bounds]
+    # [strips, B, groups, channels of a group]; a group's variance is that within its parts plus that between them
+    means, variances = (torch.stack(m).unflatten(2, (norm.num_groups, -1)) for m in zip(*moments, strict=True))
+    share = means.new_tensor([(hi - lo) / H for lo, hi in bounds])[:, None, None, None]
+    mean = (share * means).sum(0).mean(-1, keepdim=True)
+    variance = (share * (variances + (means - mean).square())).sum(0).mean(-1, keepdim=True)
+    scale = norm.weight.float().view(norm.num_groups, -1) * (variance + norm.eps).rsqrt()
+    shift = norm.bias.float().view(norm.num_groups, -1) - mean * scale
+    return scale.flatten(1)[..., None, None, None], shift.flatten(1)[..., None, None, None]
+
+
+def channel_moments(x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of each clip, [B, C] in float32."""
+    if x_BCTHW.device.type not in BATCH_NORM_DEVICES:
+        variance, mean = torch.var_mean(x_BCTHW.float(), dim=(2, 3, 4), correction=0)
+        return mean, variance
+    # 3 to 30 times as fast as var_mean on a CPU; running statistics in float32 make it accumulate so
+    dtype = torch.promote_types(x_BCTHW.dtype, torch.float32)
+    unused = torch.zeros(x_BCTHW.shape[1], dtype=dtype, device=x_BCTHW.device)
+    moments = [torch.batch_norm_update_stats(clip[None], unused, unused, 0.0) for clip in x_BCTHW]
+    mean, variance = (torch.stack(m) for m in zip(*moments, strict=True))
+    return mean, variance
 
 
 class Convolved:

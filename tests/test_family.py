@@ -8,6 +8,7 @@ import torch
 
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.kvae import FAMILY, KVAE, KVAEConfig, Method, Posterior
+from kvae_comfyui.kvae.tiles import needed_to_decode, needed_to_encode
 
 SMALL = {
     "1.0": KVAEConfig((32, 32, 64, 64), (32, 32, 64, 64), num_res_blocks=1),
@@ -269,3 +270,39 @@ def test_a_segment_can_be_exported_and_compiled(name):
     compiled = torch.compile(Segment(), backend="aot_eager", fullgraph=True)
     for later in (exported, compiled):
         assert_same(torch.cat([first, later(z[:, :, 5:], cache)[0]], 2), expected)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_tiles_of_two_are_exact(name):
+    """And no smaller halo would do: the halo is what is computed to be needed, and all of it is."""
+    kvae = small(name)
+    x, z = clip(kvae, 6, 46, 2), latent(kvae, 2, 46, 2)
+    told = []
+    assert_same(kvae.decode(z, Method(tiles=(2, 2)), told.append), kvae.decode(z))
+    assert told[-1] == 5 and told == sorted(told)
+    x = x[..., :-3, :-1]  # sides that are not whole latents
+    assert_same(kvae.encode(x, Method(tiles=(2, 1))), kvae.encode(x))
+    with pytest.raises(ValueError, match="a stream gives whole pictures"):
+        next(kvae.decode_stream(z, Method(tiles=(2, 1))))
+
+
+def test_one_has_no_exact_tiles():
+    with pytest.raises(ValueError, match="tiles cannot be exact where GroupNorm runs over the whole picture"):
+        small("1.0").decode(torch.randn(1, 16, 1, 4, 4), Method(tiles=(2, 1)))
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_halos_are_just_what_is_needed(name):
+    """A gradient says which latents a pixel depends on, and which pixels a latent does."""
+    config = SMALL[name]
+    kvae = small(name)
+    side, middle = config.spatial_factor, 20
+    z = latent(kvae, 1, 41, 1).requires_grad_()
+    rows = kvae.decode(z)[..., middle * side : (middle + 1) * side, :].abs().sum()
+    reached = torch.autograd.grad(rows, z)[0].abs().sum((0, 1, 2, 4)).nonzero()
+    lo, hi = needed_to_decode(config, (middle, middle + 1))
+    assert (reached.min(), reached.max() + 1) == (lo, hi)
+    x = clip(kvae, 1, 41, 1).requires_grad_()
+    reached = torch.autograd.grad(kvae.encode(x)[..., middle, :].abs().sum(), x)[0].abs().sum((0, 1, 2, 4)).nonzero()
+    lo, hi = needed_to_encode(config, (middle, middle + 1))
+    assert (reached.min() // side, reached.max() // side + 1) == (lo, hi)
