@@ -128,7 +128,7 @@ def memory(frames: int, height: int, width: int) -> Iterator[str]:
             ("decode", z, kvae.decode_stream, plan_decode),
             ("encode", x, kvae.encode_stream, plan_encode),
         ):
-            most = plan(kvae, source.shape)
+            most = plan(kvae, source.shape, stream=True)
             half, least = (nearest(plan, kvae, source, budget) for budget in (most.peak // 2, 0))
             peak = count(exhaust, run, source, most.method)
             row = [f"{name} {direction}, {frames}x{height}x{width}"]
@@ -144,7 +144,7 @@ def memory(frames: int, height: int, width: int) -> Iterator[str]:
 def nearest(plan: Callable[..., Plan], kvae: KVAE, source: Tensor, budget: int) -> Plan:
     """The plan for a budget, or for the least that is possible."""
     try:
-        return plan(kvae, source.shape, budget)
+        return plan(kvae, source.shape, budget, stream=True)
     except BudgetError as error:
         return error.least
 

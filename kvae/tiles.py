@@ -1,7 +1,7 @@
 """Exact tiles for the models whose norm is per position (2.0): a tile is computed with all that its values depend on.
 
-What a stage reads beyond what it writes is known, so the halo of a tile is counted, not guessed: 18 latents for decoding
-with the published models, 14 for encoding. At the picture's own edges there is none, and the border is the model's.
+What a stage reads beyond what it writes is known, so the halo of a tile is counted, not guessed: with the published models
+18 latents for decoding, 14 for encoding. At the picture's own edges there is none, and the border is the model's.
 
     # lo:hi along one axis, in latents, pixels, or whatever the stage at hand counts in
 """
@@ -39,11 +39,13 @@ def tiles(config: KVAEConfig, h: int, w: int, counts: tuple[int, int], decode: b
     needs = needed_to_decode if decode else needed_to_encode
     for rows in spans(h, counts[0]):
         for columns in spans(w, counts[1]):
-            outer = tuple(
-                (max(0, lo), min(size, hi))
-                for (lo, hi), size in ((needs(config, rows), h), (needs(config, columns), w))
-            )
-            yield Tile((rows, columns), outer)  # type: ignore[arg-type]
+            outer = within(needs(config, rows), h), within(needs(config, columns), w)
+            yield Tile((rows, columns), outer)
+
+
+def within(span: Span, size: int) -> Span:
+    """The part of a span that is in the picture."""
+    return max(0, span[0]), min(size, span[1])
 
 
 def spans(size: int, count: int) -> list[Span]:

@@ -28,14 +28,14 @@ def test_the_prediction_is_what_is_counted(kvae, direction):
     else:
         x, plan = torch.empty(1, 3, 41, 360, 640, dtype=torch.bfloat16, device="meta"), plan_encode
         stream = kvae.encode_stream
-    most = plan(kvae, x.shape)
+    most = plan(kvae, x.shape, stream=True)
     with pytest.raises(BudgetError) as refused:
-        plan(kvae, x.shape, budget=1000)
+        plan(kvae, x.shape, budget=1000, stream=True)
     least = refused.value.least.peak
     assert most.peak > 1.4 * least
     methods = set()
     for budget in (most.peak, (most.peak + least) // 2, least):
-        found = plan(kvae, x.shape, budget)
+        found = plan(kvae, x.shape, budget, stream=True)
         with PeakMemory() as memory:
             for _ in stream(x, found.method):
                 pass
@@ -43,6 +43,21 @@ def test_the_prediction_is_what_is_counted(kvae, direction):
         assert found.peak <= 1.15 * memory.peak
         methods.add(found.method)
     assert len(methods) == 3
+
+
+def test_tiles_are_planned_too():
+    """What a stream cannot do: the plan is for the clip as a whole, whose frames it does not count."""
+    with torch.device("meta"):
+        kvae = KVAE(MODELS["2.0"]).to(torch.bfloat16).requires_grad_(False).fold()
+        z = torch.empty(1, 16, 11, 90, 80, dtype=torch.bfloat16)
+    with pytest.raises(BudgetError) as refused:
+        plan_decode(kvae, z.shape, budget=1000, stream=True)
+    least = refused.value.least.peak
+    found = plan_decode(kvae, z.shape, budget=least * 9 // 10)
+    with PeakMemory() as memory:
+        frames = kvae.decode(z, found.method)
+    assert found.method.tiles != (1, 1)
+    assert memory.peak - frames.nbytes <= found.peak <= least * 9 // 10
 
 
 def test_a_plan_says_what_it_does(kvae):
