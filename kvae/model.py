@@ -28,7 +28,7 @@ from .config import SEGMENT_FRAMES, KVAEConfig
 from .frames import pad_frames, pad_sides, padded_frames, regroup, with_last
 from .layers import Cache, name_streamed
 from .resample import Resampler
-from .strips import Method, decode_segment, encode_segment
+from .strips import Memory, Method, decode_segment, encode_segment
 from .tiles import tiles
 
 DEFAULT = Method()
@@ -91,7 +91,8 @@ class KVAE(nn.Module):
             ValueError: the shape is not one the model takes, or there are no frames.
         """
         self._check_method(method)
-        cache: Cache = {}
+        cache: Cache = {}  # of the modules themselves
+        memory = Memory()  # of the strips
         done = 0
         chunks = [frames] if isinstance(frames, Tensor) else frames
         pieces = regroup((_checked(chunk, 3, "video") for chunk in chunks), method.segment + 1, method.segment)
@@ -102,7 +103,7 @@ class KVAE(nn.Module):
                 moments = self.encoder(whole, cache)
             else:
                 with torch.no_grad():
-                    moments = encode_segment(self.encoder, whole, cache, last, method)
+                    moments = encode_segment(self.encoder, whole, memory, not done, last, method)
             done += x.shape[2]
             yield Posterior(*moments.chunk(2, dim=1))
             if progress:
@@ -123,7 +124,8 @@ class KVAE(nn.Module):
         """
         self._check_method(method)
         _checked(z_Bcthw, self.config.z_channels, "latent")
-        cache: Cache = {}
+        cache: Cache = {}  # of the modules themselves
+        memory = Memory()  # of the strips
         done = 0
         length = method.segment // self._cadence
         for piece, last in with_last(regroup([z_Bcthw], length + 1, length)):
@@ -132,7 +134,7 @@ class KVAE(nn.Module):
                 frames = self.decoder(z, cache)
             else:
                 with torch.no_grad():
-                    frames = decode_segment(self.decoder, z, cache, last, method)
+                    frames = decode_segment(self.decoder, z, memory, not done, last, method)
             done += frames.shape[2]
             yield frames
             if progress:

@@ -158,6 +158,7 @@ class Count:
         self.now = 0 if first else sum(self._memory(*layer) for layer in self._remembering())
         self.lazy = 0  # bytes of a row's worth of what is computed on demand before the current layer reads it
         self.held = 0  # bytes of the map that the current layer reads, where it is held
+        self.shrunk = 1  # 4 where the next past is remembered at half the rows and columns, and computed again
         self._convolution(conv_in, held_output=latent is not None)
         for stage in coder.stages():
             if isinstance(stage, ResnetBlock):
@@ -172,10 +173,12 @@ class Count:
     def _remembering(self) -> Iterator[tuple[int, int, int, int]]:
         """(channels, frames, rows, columns) of all that the stream remembers."""
         H, W = self.H, self.W
+        small = H, W  # of what the next convolution's past is computed from
         yield self.coder.conv_in.conv.in_channels, 2, H, W  # type: ignore[attr-defined, union-attr, misc]
         for stage in self.coder.stages():
             if isinstance(stage, ResnetBlock):
-                yield stage.conv1.conv.in_channels, 2, H, W
+                yield stage.conv1.conv.in_channels, 2, *small
+                small = H, W
                 yield stage.conv2.conv.in_channels, 2, H, W
             elif isinstance(stage, Downsample):
                 H, W = H // 2, W // 2
@@ -184,7 +187,10 @@ class Count:
             elif isinstance(stage, Upsample):
                 if hasattr(stage, "temporal_conv"):
                     yield stage.linear.in_channels, 1, H, W
+                small = (H, W) if self.method.recompute else (2 * H, 2 * W)
                 H, W = 2 * H, 2 * W
+                continue
+            small = H, W
         yield self.coder.conv_out.conv.in_channels, 2, H, W  # type: ignore[attr-defined, union-attr, misc]
 
     def _memory(self, channels: int, frames: int, H: int, W: int) -> int:
@@ -224,9 +230,9 @@ class Count:
         """What a layer will remember; nothing after the last segment."""
         return 0 if self.last else self._memory(channels, frames, self.H, self.W)
 
-    def _forget(self, channels: int, frames: int = 2) -> None:
+    def _forget(self, channels: int, frames: int = 2, shrunk: int = 1) -> None:
         if not self.first:
-            self.now -= self._memory(channels, frames, self.H, self.W)
+            self.now -= self._memory(channels, frames, self.H, self.W) // shrunk
 
     def _convolution(self, layer: CausalConv3d, held_output: bool, normed: bool = False) -> None:
         cin, cout = layer.conv.in_channels, layer.conv.out_channels
@@ -250,11 +256,10 @@ class Count:
 
     def _resnet(self, block: ResnetBlock) -> None:
         cin, cout = block.conv1.conv.in_channels, block.conv1.conv.out_channels
-        self._statistics(cin, self.lazy)
-        lazy = self.lazy
-        again = self.method.recompute == 2
-        if not again:
-            self.now += self._keep(cin)
+        lazy, shrunk = self.lazy, self.shrunk
+        self._statistics(cin, lazy)
+        if self.method.recompute < 2:
+            self.now += self._keep(cin) // shrunk
             self._touch(self._output(cin, cout, lazy))
             self.now += self._map(cout)
             self._statistics(cout, 0)
@@ -263,15 +268,15 @@ class Count:
         else:
             inner = lazy + self._row(cin, cout)
             self._statistics(cout, inner)
-            self.now += self._keep(cin) + self._keep(cout)
+            self.now += self._keep(cin) // shrunk + self._keep(cout)
             in_place = self.held == self._map(cout)
             self._touch(self._output(cout, cout, inner, add=True, new=not in_place))
             self.now += 0 if in_place else self._map(cout)
             self.held = 0 if in_place else self.held
-        self._forget(cin)
+        self._forget(cin, shrunk=shrunk)
         self._forget(cout)
         self.now -= self.held
-        self.held, self.lazy = self._map(cout), 0
+        self.held, self.lazy, self.shrunk = self._map(cout), 0, 1
 
     def _downsample(self, layer: Downsample) -> None:
         cout = layer.linear.in_channels
@@ -302,7 +307,7 @@ class Count:
         self.H, self.W = 2 * self.H, 2 * self.W
         row = 2 * self.unit * channels * self.T * self.W
         if self.method.recompute:
-            self.lazy = row
+            self.lazy, self.shrunk = row, 4
             return
         rows = self._rows(row, self.method.strip_bytes)
         out = self._map(channels)

@@ -12,7 +12,8 @@ normalised straight into its padded input, and a block's output takes the place 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
@@ -70,16 +71,25 @@ class Held:
 
 
 @dataclass
+class Memory:
+    """What a stream remembers from segment to segment: `pasts`, the two frames before the next one that each
+    convolution reads, and `cache`, that of the resamplers."""
+
+    pasts: dict[str, Rows] = field(default_factory=dict)
+    cache: Cache = field(default_factory=dict)
+
+
+@dataclass
 class Segment:
     """One segment on its way through a coder.
 
     Attributes:
-        cache: what the stream remembers; written too, unless this is the `last` segment.
+        memory: of the stream; written too, unless this is the `last` segment.
         z_Bcthw: conditions the norms, in the decoder.
     """
 
     method: Method
-    cache: Cache
+    memory: Memory
     first: bool
     last: bool
     element_size: int  # bytes
@@ -130,7 +140,8 @@ class Affine:
     """A norm as scale and shift: those of GroupNorm from its statistics, those of the latent on top of it."""
 
     def __init__(self, segment: Segment, norm: nn.Module, source: Rows):
-        self.segment, self.height = segment, source.shape[3]
+        self.height = source.shape[3]
+        self.z, self.first = segment.z_Bcthw, segment.first
         self.spatial = norm if isinstance(norm, SpatialNorm) else None
         inner = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
         self.rms = isinstance(inner, RMSNorm)
@@ -139,6 +150,16 @@ class Affine:
         else:
             self.scale, self.shift = group_affine(inner, source)  # type: ignore[arg-type]
 
+    def tail(self, frames: int, T: int) -> Affine:
+        """The same for the last frames alone, of T."""
+        part = copy(self)
+        if self.z is not None:
+            t, first = self.z.shape[2], int(self.first)
+            rate = (T - first) // (t - first)
+            latents = (frames + rate - 1) // rate
+            part.z, part.first = self.z[:, :, t - latents :], False
+        return part
+
     def write(self, x_BCTHW: Tensor, lo: int, hi: int, out: Tensor) -> None:
         """out = norm(x), for rows lo:hi of the source."""
         if self.rms:
@@ -146,7 +167,7 @@ class Affine:
         if self.spatial is None:
             self._apply(x_BCTHW, self.scale, self.shift, out)
             return
-        z = self.segment.z_Bcthw
+        z = self.z
         assert z is not None
         rate = self.height // z.shape[3]
         z = z[:, :, :, lo // rate : (hi - 1) // rate + 1]
@@ -155,7 +176,7 @@ class Affine:
         rows = torch.arange(lo, hi, device=z.device) // rate - lo // rate
         scale, shift = ((s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale * self.scale, shift))
         # the stream's first latent is one frame
-        head = 1 if self.segment.first and x_BCTHW.shape[2] > 1 else 0
+        head = 1 if self.first and x_BCTHW.shape[2] > 1 else 0
         for frames, latents in ((slice(0, head), slice(0, head)), (slice(head, None), slice(head, None))):
             if x_BCTHW[:, :, frames].shape[2]:
                 part = scale[:, :, latents], shift[:, :, latents]
@@ -215,8 +236,10 @@ class Convolved:
         self.affine = Affine(segment, norm, source) if norm else None
         element = segment.element_size
         self.row_bytes = source.row_bytes + B * (source.shape[1] + self.shape[1]) * (T + 2) * (W + 2) * element
-        self.past = segment.cache.pop(conv.name, None)
-        self.future: Tensor | None = None
+        self.past: Rows | None = segment.memory.pasts.pop(conv.name, None)
+        self.future: Rows | None = None
+        if not segment.last:
+            self.future = self._remember()
 
     def __call__(self, lo: int, hi: int) -> Tensor:
         B, C, T, H, W = self.source.shape
@@ -230,18 +253,37 @@ class Convolved:
             F.silu(now, inplace=True)
         else:
             now.copy_(x)
-        inner[:, :, :2] = now[:, :, :1] if self.past is None else self.past[:, :, :, lo - above : hi + below]
-        if not self.segment.last:
-            if self.future is None:
-                self.future = like(x, (B, C, 2, H, W))
-            self.future[:, :, :, lo:hi] = padded[:, :, T:, 1:-1, 1:-1]
+        inner[:, :, :2] = now[:, :, :1] if self.past is None else self.past(lo - above, hi + below)
+        if isinstance(self.future, Held):
+            self.future.x[:, :, :, lo:hi] = padded[:, :, T:, 1:-1, 1:-1]
         fill_border(padded, self.conv.padding, top=not above, bottom=not below)
         return self.conv.conv(padded)
+
+    def _remember(self) -> Rows:
+        """The last two frames of what the convolution reads: to be filled, or to be computed again."""
+        B, C, T, H, W = self.source.shape
+        if isinstance(self.source, Upsampled) and self.affine and T > 1:
+            return Activated(self.source.tail(2), self.affine.tail(2, T))
+        return Held(like(self.source(0, 1), (B, C, 2, H, W)))
 
     def close(self) -> None:
         """All rows have been computed: what must be seen again goes to the cache."""
         if self.future is not None:
-            self.segment.cache[self.conv.name] = self.future
+            self.segment.memory.pasts[self.conv.name] = self.future
+
+
+class Activated:
+    """Frames of an earlier segment, normalised as they were then; computed on demand."""
+
+    def __init__(self, source: Rows, affine: Affine):
+        self.source, self.affine = source, affine
+        self.shape, self.row_bytes = source.shape, source.row_bytes
+
+    def __call__(self, lo: int, hi: int) -> Tensor:
+        x = self.source(lo, hi)
+        y = torch.empty_like(x)
+        self.affine.write(x, lo, hi, out=y)
+        return F.silu(y, inplace=True)
 
 
 def fill_border(x_BCTHW: Tensor, padding: str, top: bool, bottom: bool) -> None:
@@ -260,13 +302,21 @@ class Upsampled:
         self.upsample, self.weights = upsample, upsample.folded()
         x = source(0, source.shape[3])
         if "time_0" in self.weights:
-            x = upsample.double_time(x, segment.cache, self.weights)
+            x = upsample.double_time(x, segment.memory.cache, self.weights)
             if segment.last:
-                segment.cache.pop(upsample.name)
+                segment.memory.cache.pop(upsample.name)
         self.x = x
         B, C, T, H, W = x.shape
         self.shape = torch.Size((B, C, T, 2 * H, 2 * W))
         self.row_bytes = 2 * B * C * T * 2 * W * segment.element_size
+
+    def tail(self, frames: int) -> Upsampled:
+        """The last frames alone, in memory of their own."""
+        part = copy(self)
+        part.x = self.x[:, :, -frames:].clone()
+        B, C, _, H, W = self.shape
+        part.shape = torch.Size((B, C, frames, H, W))
+        return part
 
     def __call__(self, lo: int, hi: int) -> Tensor:
         first, end = lo // 2, -(-hi // 2)
@@ -307,24 +357,28 @@ def halve_space(segment: Segment, source: Rows, layer: Downsample) -> Held:
 
 def halve_time(segment: Segment, source: Rows, layer: Downsample) -> Held:
     """Half the frames at once, where images are small."""
-    y = layer.halve_time(source(0, source.shape[3]), segment.cache, layer.folded())
+    y = layer.halve_time(source(0, source.shape[3]), segment.memory.cache, layer.folded())
     if segment.last:
-        segment.cache.pop(layer.name)
+        segment.memory.cache.pop(layer.name)
     return Held(y)
 
 
-def encode_segment(encoder: Encoder, x_B3THW: Tensor, cache: Cache, last: bool, method: Method) -> Tensor:
-    """`encoder(x, cache)`: [B, 3, T, H, W] → [B, 2c, t, h, w]."""
-    segment = Segment(method, cache, encoder.conv_in.name not in cache, last, x_B3THW.element_size())
+def encode_segment(
+    encoder: Encoder, x_B3THW: Tensor, memory: Memory, first: bool, last: bool, method: Method
+) -> Tensor:
+    """What `encoder(x, cache)` gives: [B, 3, T, H, W] → [B, 2c, t, h, w]."""
+    segment = Segment(method, memory, first, last, x_B3THW.element_size())
     start = Convolved(segment, Held(x_B3THW), encoder.conv_in, None)
     h = run(segment, start, encoder)
     start.close()
     return finish(segment, h, encoder)
 
 
-def decode_segment(decoder: Decoder, z_Bcthw: Tensor, cache: Cache, last: bool, method: Method) -> Tensor:
-    """`decoder(z, cache)`: [B, c, t, h, w] → [B, 3, T, H, W]."""
-    segment = Segment(method, cache, decoder.conv_in.name not in cache, last, z_Bcthw.element_size(), z_Bcthw)
+def decode_segment(
+    decoder: Decoder, z_Bcthw: Tensor, memory: Memory, first: bool, last: bool, method: Method
+) -> Tensor:
+    """What `decoder(z, cache)` gives: [B, c, t, h, w] → [B, 3, T, H, W]."""
+    segment = Segment(method, memory, first, last, z_Bcthw.element_size(), z_Bcthw)
     start = Convolved(segment, Held(z_Bcthw), decoder.conv_in, None)
     h = run(segment, segment.hold(start), decoder)
     start.close()
