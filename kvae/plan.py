@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
+from .affine import STATISTICS_BYTES
 from .coders import Coder
 from .config import SEGMENT_FRAMES
 from .frames import padded_frames
 from .layers import CausalConv3d, ResnetBlock
 from .model import KVAE
 from .resample import Downsample, Upsample
-from .strips import STATISTICS_BYTES, Method, even_strips
+from .rows import even_strips
+from .strips import Method
 from .tiles import tiles
 
 STRIP_BYTES = (256 << 20, 64 << 20, 16 << 20)  # smaller ones keep the hardware less busy

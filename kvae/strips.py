@@ -1,9 +1,9 @@
 """A segment computed for its result alone: the numbers of the modules' own `forward`, in less memory and time.
 
 Every layer runs by strips of rows. A 3x3 window needs one row beyond its strip, and the statistics of a GroupNorm are
-gathered over all strips before the first is normalised, so strips are exact. A feature map is something that is asked
-for by rows (`Rows`): one held in memory, or one computed on demand from another. What a convolution reads is
-normalised straight into its padded input, and a block's output takes the place of its inner feature map.
+gathered over all strips before the first is normalised, so strips are exact. Feature maps are held in memory, or are
+computed on demand from others (`kvae.rows`). What a convolution reads is normalised straight into its padded input, and
+a block's output takes the place of its inner feature map.
 
     # B batch, C channels, T frames, H/W rows and columns, lo:hi rows
     # x_BCTHW, z_Bcthw (the latent that conditions the decoder's norms)
@@ -14,21 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .affine import Affine
 from .coders import Decoder, Encoder
 from .config import SEGMENT_FRAMES
-from .layers import Cache, CausalConv3d, ResnetBlock, RMSNorm, SpatialNorm
+from .layers import Cache, CausalConv3d, ResnetBlock
 from .resample import Downsample, Upsample, like
-
-STATISTICS_BYTES = 32 << 20  # of the float32 copy that GroupNorm's statistics are gathered from
-BATCH_NORM_DEVICES = ("cpu", "cuda")  # those with torch.batch_norm_update_stats
-MIN_ROWS = 2  # so that the strip before is all that the next one's window can reach
+from .rows import Held, Rows, even_strips
 
 
 @dataclass(frozen=True)
@@ -48,26 +44,6 @@ class Method:
     strip_bytes: int = 256 << 20
     recompute: int = 0
     tiles: tuple[int, int] = (1, 1)
-
-
-class Rows(Protocol):
-    """A feature map that is asked for by rows."""
-
-    shape: torch.Size  # [B, C, T, H, W]
-    row_bytes: int  # in use while one row is computed
-
-    def __call__(self, lo: int, hi: int) -> Tensor:
-        """[B, C, T, hi − lo, W]."""
-
-
-class Held:
-    """A feature map in memory."""
-
-    def __init__(self, x_BCTHW: Tensor):
-        self.x, self.shape, self.row_bytes = x_BCTHW, x_BCTHW.shape, 0
-
-    def __call__(self, lo: int, hi: int) -> Tensor:
-        return self.x[:, :, :, lo:hi]
 
 
 @dataclass
@@ -128,104 +104,6 @@ class Segment:
         return Held(whole)
 
 
-def even_strips(height: int, most: int) -> Iterator[tuple[int, int]]:
-    """Bounds of the fewest strips of nearly equal height, at most `most` rows each where MIN_ROWS allows."""
-    count = -(-height // max(MIN_ROWS, most))
-    count = max(1, min(count, height // MIN_ROWS))
-    bounds = [height * i // count for i in range(count + 1)]
-    yield from pairwise(bounds)
-
-
-class Affine:
-    """A norm as scale and shift: those of GroupNorm from its statistics, those of the latent on top of it."""
-
-    def __init__(self, segment: Segment, norm: nn.Module, source: Rows):
-        self.height = source.shape[3]
-        self.z, self.first = segment.z_Bcthw, segment.first
-        self.spatial = norm if isinstance(norm, SpatialNorm) else None
-        inner = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
-        self.rms = isinstance(inner, RMSNorm)
-        if isinstance(inner, RMSNorm):
-            self.scale, self.shift = inner.gamma[None].float() * len(inner.gamma) ** 0.5, None
-        else:
-            self.scale, self.shift = group_affine(inner, source)  # type: ignore[arg-type]
-
-    def tail(self, frames: int, T: int) -> Affine:
-        """The same for the last frames alone, of T."""
-        part = copy(self)
-        if self.z is not None:
-            t, first = self.z.shape[2], int(self.first)
-            rate = (T - first) // (t - first)
-            latents = (frames + rate - 1) // rate
-            part.z, part.first = self.z[:, :, t - latents :], False
-        return part
-
-    def write(self, x_BCTHW: Tensor, lo: int, hi: int, out: Tensor) -> None:
-        """out = norm(x), for rows lo:hi of the source."""
-        if self.rms:
-            x_BCTHW = torch.div(x_BCTHW, x_BCTHW.norm(dim=1, keepdim=True).clamp_min_(1e-12), out=out)
-        if self.spatial is None:
-            self._apply(x_BCTHW, self.scale, self.shift, out)
-            return
-        z = self.z
-        assert z is not None
-        rate = self.height // z.shape[3]
-        z = z[:, :, :, lo // rate : (hi - 1) // rate + 1]
-        scale, shift = self.spatial.conv_y(z), self.spatial.conv_b(z)
-        shift = shift if self.shift is None else scale * self.shift + shift
-        rows = torch.arange(lo, hi, device=z.device) // rate - lo // rate
-        scale, shift = ((s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale * self.scale, shift))
-        # the stream's first latent is one frame
-        head = 1 if self.first and x_BCTHW.shape[2] > 1 else 0
-        for frames, latents in ((slice(0, head), slice(0, head)), (slice(head, None), slice(head, None))):
-            if x_BCTHW[:, :, frames].shape[2]:
-                part = scale[:, :, latents], shift[:, :, latents]
-                self._apply_blocks(x_BCTHW[:, :, frames], *part, out[:, :, frames])
-
-    @staticmethod
-    def _apply(x_BCTHW: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor) -> None:
-        if shift is None:
-            torch.mul(x_BCTHW, scale.to(x_BCTHW.dtype), out=out)
-        else:
-            torch.addcmul(shift.to(x_BCTHW.dtype), x_BCTHW, scale.to(x_BCTHW.dtype), out=out)
-
-    @staticmethod
-    def _apply_blocks(x_BCTHW: Tensor, scale_BCtHw: Tensor, shift_BCtHw: Tensor, out: Tensor) -> None:
-        t, w = scale_BCtHw.shape[2], scale_BCtHw.shape[4]
-        x, y = (m.unflatten(4, (w, -1)).unflatten(2, (t, -1)) for m in (x_BCTHW, out))
-        torch.addcmul(shift_BCtHw[:, :, :, None, :, :, None], x, scale_BCtHw[:, :, :, None, :, :, None], out=y)
-
-
-def group_affine(norm: nn.GroupNorm, source: Rows) -> tuple[Tensor, Tensor]:
-    """GroupNorm over a whole feature map, as scale and shift [B, C, 1, 1, 1] in float32."""
-    B, C, T, H, W = source.shape
-    bounds = list(even_strips(H, STATISTICS_BYTES // (B * C * T * W * 4)))
-    if isinstance(source, Held) and source.x.device.type in BATCH_NORM_DEVICES:
-        bounds = [(0, H)]  # nothing is copied
-    moments = [channel_moments(source(lo, hi)) for lo, hi in bounds]
-    # [strips, B, groups, channels of a group]; a group's variance is that within its parts plus that between them
-    means, variances = (torch.stack(m).unflatten(2, (norm.num_groups, -1)) for m in zip(*moments, strict=True))
-    share = means.new_tensor([(hi - lo) / H for lo, hi in bounds])[:, None, None, None]
-    mean = (share * means).sum(0).mean(-1, keepdim=True)
-    variance = (share * (variances + (means - mean).square())).sum(0).mean(-1, keepdim=True)
-    scale = norm.weight.float().view(norm.num_groups, -1) * (variance + norm.eps).rsqrt()
-    shift = norm.bias.float().view(norm.num_groups, -1) - mean * scale
-    return scale.flatten(1)[..., None, None, None], shift.flatten(1)[..., None, None, None]
-
-
-def channel_moments(x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of each clip, [B, C] in float32."""
-    if x_BCTHW.device.type not in BATCH_NORM_DEVICES:
-        variance, mean = torch.var_mean(x_BCTHW.float(), dim=(2, 3, 4), correction=0)
-        return mean, variance
-    # 3 to 30 times as fast as var_mean on a CPU; running statistics in float32 make it accumulate so
-    dtype = torch.promote_types(x_BCTHW.dtype, torch.float32)
-    unused = torch.zeros(x_BCTHW.shape[1], dtype=dtype, device=x_BCTHW.device)
-    moments = [torch.batch_norm_update_stats(clip[None], unused, unused, 0.0) for clip in x_BCTHW]
-    mean, variance = (torch.stack(m) for m in zip(*moments, strict=True))
-    return mean, variance
-
-
 class Convolved:
     """A causal convolution of the activations of another feature map (or of the map itself, without a norm)."""
 
@@ -233,7 +111,7 @@ class Convolved:
         B, _, T, H, W = source.shape
         self.shape = torch.Size((B, conv.conv.out_channels, T, H, W))
         self.segment, self.source, self.conv = segment, source, conv
-        self.affine = Affine(segment, norm, source) if norm else None
+        self.affine = Affine(norm, source, segment.z_Bcthw, segment.first) if norm else None
         element = segment.element_size
         self.row_bytes = source.row_bytes + B * (source.shape[1] + self.shape[1]) * (T + 2) * (W + 2) * element
         self.past: Rows | None = segment.memory.pasts.pop(conv.name, None)

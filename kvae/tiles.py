@@ -1,7 +1,7 @@
 """Exact tiles for the models whose norm is per position (2.0): a tile is computed with all that its values depend on.
 
-What a stage reads beyond what it writes is known, so the halo of a tile is counted, not guessed: 18 latents to decode, 14
-to encode, with the published models. At the picture's own edges there is none, and the border is the model's.
+What a stage reads beyond what it writes is known, so the halo of a tile is counted, not guessed: 18 latents to decode
+and 14 to encode with the published models. At the picture's own edges there is none, and the border is the model's.
 
     # lo:hi along one axis, in latents, pixels, or whatever the stage at hand counts in
 """

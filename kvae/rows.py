@@ -1,0 +1,43 @@
+"""Feature maps that are asked for by rows: held in memory here, or computed on demand from others elsewhere.
+
+# B batch, C channels, T frames, H/W rows and columns, lo:hi rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+MIN_ROWS = 2  # so that the strip before is all that the next one's window can reach
+
+
+class Rows(Protocol):
+    """A feature map that is asked for by rows."""
+
+    shape: torch.Size  # [B, C, T, H, W]
+    row_bytes: int  # in use while one row is computed
+
+    def __call__(self, lo: int, hi: int) -> Tensor:
+        """[B, C, T, hi − lo, W]."""
+
+
+class Held:
+    """A feature map in memory."""
+
+    def __init__(self, x_BCTHW: Tensor):
+        self.x, self.shape, self.row_bytes = x_BCTHW, x_BCTHW.shape, 0
+
+    def __call__(self, lo: int, hi: int) -> Tensor:
+        return self.x[:, :, :, lo:hi]
+
+
+def even_strips(height: int, most: int) -> Iterator[tuple[int, int]]:
+    """Bounds of the fewest strips of nearly equal height, at most `most` rows each where MIN_ROWS allows."""
+    count = -(-height // max(MIN_ROWS, most))
+    count = max(1, min(count, height // MIN_ROWS))
+    bounds = [height * i // count for i in range(count + 1)]
+    yield from pairwise(bounds)
