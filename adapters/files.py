@@ -45,8 +45,16 @@ class LatentAdapter(nn.Module):
         self.source, self.target = source, target
         self.training_info, self.metrics = training or {}, metrics or {}
 
+    def about(self) -> str:
+        """What it maps, on what it was trained and what it reached, one line each."""
+        weights = sum(parameter.numel() for parameter in self.network.parameters())
+        lines = [f"{self.source.name} → {self.target.name}, {type(self.network).__name__}, {weights:,} weights"]
+        lines += [f"training {key}: {value}" for key, value in self.training_info.items()]
+        lines += [f"{key}: {value}" for key, value in self.metrics.items()]
+        return "\n".join(lines)
+
     def forward(self, z_Bcthw: Tensor, cache: Cache | None = None) -> Tensor:
-        """[B, c, t, h, w] raw in the source space → [B, c', t, h, w] raw in the target space.
+        """[B, c, t, h, w] raw in the source space → [B, c', t, h, w] raw in the target space, in the dtype given.
 
         Raises:
             ValueError: the latent has another number of channels.
@@ -56,7 +64,9 @@ class LatentAdapter(nn.Module):
                 f"latent has shape {list(z_Bcthw.shape)}; a {self.source.name} latent is "
                 f"[B, {self.source.channels}, t, h, w]"
             )
-        return self.network(z_Bcthw, cache)
+        # an adapter is small and stays in float32 beside a VAE in bfloat16
+        dtype = next(self.network.parameters()).dtype
+        return self.network(z_Bcthw.to(dtype), cache).to(z_Bcthw.dtype)
 
 
 def save_adapter(path: str | os.PathLike, adapter: LatentAdapter) -> None:
@@ -73,6 +83,18 @@ def save_adapter(path: str | os.PathLike, adapter: LatentAdapter) -> None:
         "metrics": json.dumps(adapter.metrics),
     }
     save_weights(path, adapter.network.state_dict(), metadata)
+
+
+def direction_of(path: str | os.PathLike) -> tuple[str, str] | None:
+    """(source, target) space names of an adapter file, from its header alone; None if it does not say.
+
+    Raises:
+        WeightsError: missing, damaged, or not safetensors.
+    """
+    metadata = Weights(path).metadata
+    if metadata.get("format") == FORMAT and {"source_space", "target_space"} <= metadata.keys():
+        return metadata["source_space"], metadata["target_space"]
+    return PUBLISHED_NAMES.get(Path(path).name)
 
 
 def load_adapter(

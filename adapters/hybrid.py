@@ -11,7 +11,7 @@ video = vae.decode(z)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -57,19 +57,25 @@ class HybridVAE(nn.Module):
         self.kvae = kvae
         self.decode_adapter, self.encode_adapter = decode_adapter, encode_adapter
 
-    def encode(self, x_B3THW: Tensor) -> Tensor:
+    def encode(self, x_B3THW: Tensor, on_segment: Callable[[int], None] = lambda t: None) -> Tensor:
         """[B, 3, T, H, W] in −1..1, any T, H, W → raw foreign latents [B, c, t, h, w]; see `KVAE.encode_stream`.
+
+        Args:
+            on_segment: called after each segment with its number of latent frames.
 
         Raises:
             WeightsError: there is no encode_adapter.
         """
         if self.encode_adapter is None:
             raise WeightsError(_missing("encode", "kvae_3d_1.0", self.decode_adapter.source.name))  # type: ignore[union-attr]
-        z = self.kvae.encode(kvae_from_hunyuan(x_B3THW))
-        return self.encode_adapter(z)
+        means = []
+        for posterior in self.kvae.encode_stream(to_kvae_pixels(x_B3THW)):
+            means.append(posterior.mean)
+            on_segment(posterior.mean.shape[2])
+        return self.encode_adapter(torch.cat(means, dim=2))
 
     def decode(self, z_Bcthw: Tensor) -> Tensor:
-        """Raw foreign latents [B, c, t, h, w] → [B, 3, 4(t − 1) + 1, H, W], about −1..1, not clipped.
+        """Raw foreign latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W], about −1..1, not clipped.
 
         Raises:
             WeightsError: there is no decode_adapter.
@@ -81,7 +87,17 @@ class HybridVAE(nn.Module):
         if self.decode_adapter is None:
             raise WeightsError(_missing("decode", self.encode_adapter.target.name, "kvae_3d_1.0"))  # type: ignore[union-attr]
         for frames in self.kvae.decode_stream(self.decode_adapter(z_Bcthw)):
-            yield hunyuan_from_kvae(frames)
+            yield from_kvae_pixels(frames)
+
+
+def to_kvae_pixels(x_B3THW: Tensor) -> Tensor:
+    """−1..1 as x/127.5 − 1 → KVAE's convention, in the dtype given; computed in float32, since bfloat16 would band."""
+    return kvae_from_hunyuan(x_B3THW.float()).to(x_B3THW.dtype)
+
+
+def from_kvae_pixels(x_B3THW: Tensor) -> Tensor:
+    """KVAE's convention, in any dtype → −1..1 as x/127.5 − 1, float32."""
+    return hunyuan_from_kvae(x_B3THW.float())
 
 
 def _missing(verb: str, source: str, target: str) -> str:

@@ -1,0 +1,16 @@
+"""KVAE for ComfyUI: this folder as a custom node pack.
+
+Importing it costs nothing and needs no ComfyUI: the nodes are imported when ComfyUI asks for them.
+"""
+
+WEB_DIRECTORY = "./web"  # help pages, web/docs/<node id>.md
+
+
+async def comfy_entrypoint():
+    """What ComfyUI calls to learn of the nodes."""
+    from .nodes import KVAEExtension
+
+    return KVAEExtension()
+
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

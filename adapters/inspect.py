@@ -1,0 +1,113 @@
+"""What a latent is: the spaces its shape fits, what it decodes to, and whether it is fit to be decoded.
+
+A shape does not tell everything: HunyuanVideo, KVAE 1.0 and KVAE 2.0-t4s8 latents share one grid, which is why latents
+made by this project carry their space's name beside them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .spaces import SPACES, LatentSpace
+
+# Channels of video latents that people meet but that no adapter here maps.
+FOREIGN = {12: "Mochi", 48: "Wan 2.2 5B", 128: "LTX-Video"}
+
+
+def fitting_spaces(z: Tensor) -> list[LatentSpace]:
+    """The spaces whose latents have the shape of `z`, most common first; none for an image latent."""
+    if z.ndim != 5:
+        return []
+    return [space for space in SPACES.values() if space.channels == z.shape[1]]
+
+
+def what_latent(z: Tensor) -> str:
+    """What a latent looks like, as words that complete "this is …"."""
+    shape = list(z.shape)
+    if z.ndim == 4:
+        return f"an image latent, {shape}"
+    if z.ndim != 5:
+        return f"not a latent of an image or a video, {shape}"
+    names = [space.name for space in fitting_spaces(z)]
+    if names:
+        return f"a latent of {' or '.join(names)}, {shape}"
+    if z.shape[1] in FOREIGN:
+        return f"a latent of {FOREIGN[z.shape[1]]}, {shape}"
+    return f"a video latent of {z.shape[1]} channels, which no space here has, {shape}"
+
+
+def check_latent(z: Tensor, space: LatentSpace, known: str | None = None) -> None:
+    """Refuse what is not a latent [B, c, t, h, w] of this space, or is spoilt.
+
+    Args:
+        known: the name of the space the latent is known to be of, if it is.
+
+    Raises:
+        ValueError: names what was found, what was expected and what to do.
+    """
+    expected = f"expected a {space.name} latent, [B, {space.channels}, t, h, w]"
+    if z.ndim != 5 or z.shape[1] != space.channels:
+        raise ValueError(f"This is {what_latent(z)}; {expected}. {_advice(z)}")
+    if known not in (None, space.name):
+        raise ValueError(
+            f"This is a latent of {known}; {expected}. Both have the same shape, but not the same meaning: "
+            f"convert it with an adapter {known} → {space.name}, or use a VAE for {known}."
+        )
+    if 0 in z.shape:
+        raise ValueError(f"This latent is empty, {list(z.shape)}; {expected}. Check what made it.")
+    bad = int((~torch.isfinite(z)).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {z.numel()} values of this latent are NaN or infinite; it would decode to a black picture. "
+            "The sampler failed: run the diffusion model in bfloat16 rather than float16, or lower its guidance."
+        )
+
+
+def _advice(z: Tensor) -> str:
+    if z.ndim == 5 and z.shape[1] == 32:
+        return "HunyuanVideo 1.5 has a VAE of its own: decode it with that, by Load VAE and VAE Decode."
+    if z.ndim == 5 and z.shape[1] == 64:
+        return "KVAE 2.0-t4s16 decodes it natively: load that file, without adapters."
+    if z.ndim == 4:
+        return "Decode it with the VAE of the image model that made it."
+    return "Decode it with the VAE of the model that made it."
+
+
+def describe(z: Tensor, known: str | None = None) -> str:
+    """A report on a latent: shape, what it decodes to, statistics, which space it looks like and why."""
+    lines = [f"This is {what_latent(z)}, {str(z.dtype).removeprefix('torch.')} on {z.device}."]
+    spaces = fitting_spaces(z)
+    for grid in dict.fromkeys((s.time, s.space) for s in spaces):
+        frames, height, width = grid[0] * (z.shape[2] - 1) + 1, grid[1] * z.shape[3], grid[1] * z.shape[4]
+        lines.append(f"It decodes to {frames} frames of {width} x {height} pixels, {z.shape[0]} clip(s).")
+    values = z.float()
+    finite = torch.isfinite(values)
+    if not finite.any():
+        return "\n".join([*lines, "It holds no finite value: the sampler failed, or nothing was sampled."])
+    if not finite.all():
+        lines.append(f"{int((~finite).sum())} of {z.numel()} values are NaN or infinite: the sampler failed.")
+    values = values[finite]
+    std = values.std(correction=0).item()
+    lines.append(f"Mean {values.mean():.3f}, deviation {std:.3f}, from {values.min():.3f} to {values.max():.3f}.")
+    return "\n".join(lines + _verdict(spaces, std, known))
+
+
+def _verdict(spaces: list[LatentSpace], std: float, known: str | None) -> list[str]:
+    if std == 0:
+        return ["All values are equal: this is an empty latent, not sampled yet."]
+    if known:
+        return [f"Its space is {known}: the node that made it says so."]
+    lines = []
+    for space in spaces:
+        # A sampler's latents have a deviation near 1; a raw one is that divided by the scaling factor.
+        if space.scaling_factor and not 0.8 < space.scaling_factor < 1.25:
+            raw = 1 / space.scaling_factor
+            state = "raw" if abs(std - raw) < abs(std - 1) else "scaled"
+            lines.append(
+                f"If it is {space.name}, it looks {state}: raw latents of that space deviate by about {raw:.2f}, "
+                "scaled ones by about 1."
+            )
+    if len(spaces) > 1:
+        lines.append("These spaces share one shape (Wan 2.1 too); only what made the latent tells which one it is.")
+    return lines

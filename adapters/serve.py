@@ -1,0 +1,180 @@
+"""ServedVAE: a KVAE as hosts expect a video VAE, with progress, and with its frames off the device as they come.
+
+vae = ServedVAE(kvae, decode_adapter, encode_adapter)     # HunyuanVideo's latents; without adapters, KVAE's own
+vae.on_progress = lambda done, total: print(done, total)  # once a segment; what it raises stops the work
+z = vae.encode(x)
+for frames in vae.decode_stream(z):                       # 17, 16, 16 … frames, wherever `output_device` says
+    ...
+
+# x_B3THW pixels in −1..1 as x/127.5 − 1, z_Bcthw raw latents
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..kvae import KVAE, pad_frames
+from .files import LatentAdapter
+from .hybrid import HybridVAE, from_kvae_pixels, to_kvae_pixels
+from .inspect import check_latent
+from .memory import decode_bytes, encode_bytes
+from .spaces import SPACES, LatentSpace
+
+
+class NativeVAE(nn.Module):
+    """A KVAE alone, with the interface and the pixels of HybridVAE."""
+
+    def __init__(self, kvae: KVAE):
+        super().__init__()
+        self.kvae = kvae
+
+    def encode(self, x_B3THW: Tensor, on_segment: Callable[[int], None]) -> Tensor:
+        """[B, 3, T, H, W] in −1..1 → raw latents [B, c, t, h, w]."""
+        means = []
+        for posterior in self.kvae.encode_stream(pad_frames(to_kvae_pixels(x_B3THW))):
+            means.append(posterior.mean)
+            on_segment(posterior.mean.shape[2])
+        return torch.cat(means, dim=2)
+
+    def decode_stream(self, z_Bcthw: Tensor) -> Iterator[Tensor]:
+        """Raw latents [B, c, t, h, w] → float32 frames, segment by segment."""
+        return map(from_kvae_pixels, self.kvae.decode_stream(z_Bcthw))
+
+
+class ServedVAE(nn.Module):
+    """A video VAE of `space`: encode and decode whole tensors, one clip of a batch after the other.
+
+    Args:
+        decode_adapter, encode_adapter: between the space to serve and KVAE's; with neither, KVAE's own is served.
+        on_progress: called with (done, total) after each segment, in latent frames.
+
+    Raises:
+        WeightsError: the adapters do not fit the KVAE or each other.
+    """
+
+    comfy_has_chunked_io = True  # newer ComfyUI: decode fills `output_buffer`, encode takes `device`
+
+    def __init__(
+        self, kvae: KVAE, decode_adapter: LatentAdapter | None = None, encode_adapter: LatentAdapter | None = None
+    ):
+        super().__init__()
+        self.vae: NativeVAE | HybridVAE
+        if decode_adapter or encode_adapter:
+            self.vae = HybridVAE(kvae, decode_adapter, encode_adapter)
+            self.space = decode_adapter.source if decode_adapter else encode_adapter.target  # type: ignore[union-attr]
+        else:
+            self.vae = NativeVAE(kvae)
+            self.space = native_space(kvae)
+        self.on_progress: Callable[[int, int], None] = lambda done, total: None
+        self.output_device = torch.device("cpu")
+
+    @property
+    def kvae(self) -> KVAE:
+        return self.vae.kvae
+
+    def encode(self, x_B3THW: Tensor, device: torch.device | None = None) -> Tensor:
+        """[B, 3, T, H, W] → raw latents [B, c, (T − 1) // 4 + 1, H/8, W/8], in the dtype of the weights.
+
+        The last one to three frames of a T that is not 4n + 1 are left out: a host counts latents like that.
+
+        Raises:
+            ValueError: no frames, or sides that the VAE does not take.
+            WeightsError: there is no adapter to encode with.
+        """
+        side = self.space.space
+        if x_B3THW.ndim != 5 or x_B3THW.shape[2] == 0 or min(x_B3THW.shape[3:]) < side:
+            raise ValueError(
+                f"pixels have shape {list(x_B3THW.shape)}; expected [B, 3, T, H, W] with at least one frame "
+                f"and {side} x {side} pixels"
+            )
+        x = x_B3THW[:, :, : self.space.time * ((x_B3THW.shape[2] - 1) // self.space.time) + 1]
+        report = self._progress(len(x) * ((x.shape[2] - 1) // self.space.time + 1))
+        return torch.cat([self.vae.encode(self._place(clip, device), report) for clip in x.split(1)])
+
+    def decode(self, z_Bcthw: Tensor, output_buffer: Tensor | None = None) -> Tensor:
+        """Raw latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W] on `output_device`, or in the buffer given.
+
+        Raises:
+            ValueError: not latents of this space, or not finite.
+            WeightsError: there is no adapter to decode with.
+        """
+        check_latent(z_Bcthw, self.space)
+        x = output_buffer
+        if x is None:
+            x = torch.empty(self.decode_output_shape(z_Bcthw.shape), device=self.output_device)
+        report = self._progress(len(z_Bcthw) * z_Bcthw.shape[2])
+        for clip, z in zip(x.split(1), z_Bcthw.split(1), strict=True):
+            start = 0
+            for frames in self._decode_clip(z, report):
+                clip[:, :, start : start + frames.shape[2]] = frames
+                start += frames.shape[2]
+        return x
+
+    def decode_stream(self, z_Bcthw: Tensor) -> Iterator[Tensor]:
+        """The frames of each clip in turn, segment by segment: [1, 3, 17, H, W], [1, 3, 16, H, W] …
+
+        Raises:
+            ValueError, WeightsError: as `decode`.
+        """
+        check_latent(z_Bcthw, self.space)
+        report = self._progress(len(z_Bcthw) * z_Bcthw.shape[2])
+        for z in z_Bcthw.split(1):
+            for frames in self._decode_clip(z, report):
+                yield frames.to(self.output_device)
+
+    def decode_output_shape(self, z_shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of what latents of shape [B, c, t, h, w] decode to."""
+        b, _, t, h, w = z_shape
+        return b, 3, self.space.time * (t - 1) + 1, self.space.space * h, self.space.space * w
+
+    def memory_used_decode(self, z_shape: Sequence[int], dtype: torch.dtype) -> float:
+        """Bytes that decoding latents of this shape needs beside the weights."""
+        return decode_bytes(self.kvae.config, z_shape, dtype)
+
+    def memory_used_encode(self, x_shape: Sequence[int], dtype: torch.dtype) -> float:
+        """Bytes that encoding pixels of this shape needs beside the weights."""
+        return encode_bytes(self.kvae.config, x_shape, dtype)
+
+    def _decode_clip(self, z_1cthw: Tensor, report: Callable[[int], None]) -> Iterator[Tensor]:
+        for frames in self.vae.decode_stream(self._place(z_1cthw)):
+            yield frames
+            report(-(-frames.shape[2] // self.space.time))
+
+    def _place(self, x: Tensor, device: torch.device | None = None) -> Tensor:
+        """To the dtype of the weights; and the weights to the input, where a host left some of them elsewhere."""
+        x = x.to(device=device or x.device, dtype=next(self.kvae.parameters()).dtype)
+        if any(parameter.device != x.device for parameter in self.parameters()):
+            self.to(x.device)
+        return x
+
+    def _progress(self, total: int) -> Callable[[int], None]:
+        done = 0
+
+        def report(latent_frames: int) -> None:
+            nonlocal done
+            done += latent_frames
+            self.on_progress(done, total)
+
+        return report
+
+
+def native_space(kvae: KVAE) -> LatentSpace:
+    """The latent space of a KVAE: the first in the table with its grid.
+
+    Raises:
+        ValueError: the table has none.
+    """
+    config = kvae.config
+    grid = config.z_channels, config.temporal_compress_times, config.spatial_factor
+    for space in SPACES.values():
+        if space.name.startswith("kvae") and (space.channels, space.time, space.space) == grid:
+            return space
+    raise ValueError(f"this KVAE has {grid[0]} channels, t{grid[1]} s{grid[2]}; no known latent space has")
+
+
+def to_image(x: Tensor) -> Tensor:
+    """−1..1 → 0..1, clipped. In place, and returned: hosts differ in which of the two they use."""
+    return x.add_(1).div_(2).clamp_(0, 1)

@@ -1,0 +1,96 @@
+"""KVAE Decode and KVAE Encode: what VAE Decode and VAE Encode do, and what they cannot know."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..adapters.frames import kept_frames, to_clip
+from ..adapters.inspect import check_latent
+from .latent_dict import FRAMES, SPACE, samples_of, space_of
+from .vae import KVAEVae
+
+RAW, SCALED = "raw", "scaled"
+
+
+class KVAEDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KVAEDecode",
+            display_name="KVAE Decode",
+            category="KVAE",
+            description="Decodes a video latent with a VAE from Load KVAE. Beyond VAE Decode: checks that the latent "
+            "is of the VAE's space, takes latents of wrapper packs, decodes the video part of a latent with audio, and "
+            "gives back just the frames that KVAE Encode was given.",
+            inputs=latent_inputs(),
+            outputs=[io.Image.Output(tooltip="The frames; the clips of a batch one after the other.")],
+        )
+
+    @classmethod
+    def execute(cls, samples: dict, vae: KVAEVae, scaling: str) -> io.NodeOutput:
+        z = latent_for(vae, samples, scaling)
+        frames = vae.decode(z)
+        return io.NodeOutput(frames[:, : kept_frames(frames.shape[1], samples.get(FRAMES))].flatten(0, 1))
+
+
+class KVAEEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KVAEEncode",
+            display_name="KVAE Encode",
+            category="KVAE",
+            description="Encodes a clip with a VAE from Load KVAE. Beyond VAE Encode: keeps every frame, by repeating "
+            "the last one up to the next 4n + 1, and tells the latent which space it is in.",
+            inputs=[
+                io.Image.Input("pixels", tooltip="The frames of one clip. Sides are cropped to a multiple of 8."),
+                io.Vae.Input("vae", tooltip="From Load KVAE."),
+            ],
+            outputs=[io.Latent.Output(tooltip="The latent of the clip, raw, as samplers of ComfyUI take it.")],
+        )
+
+    @classmethod
+    def execute(cls, pixels: torch.Tensor, vae: KVAEVae) -> io.NodeOutput:
+        check_vae(vae)
+        clip = to_clip(pixels, vae.kvae_space.time)
+        return io.NodeOutput({"samples": vae.encode(clip), SPACE: vae.kvae_space.name, FRAMES: len(pixels)})
+
+
+def latent_inputs() -> list[io.Input]:
+    """The inputs of every node that decodes."""
+    return [
+        io.Latent.Input("samples", tooltip="A video latent of the space that the VAE serves."),
+        io.Vae.Input("vae", tooltip="From Load KVAE."),
+        io.Combo.Input(
+            "scaling",
+            options=[RAW, SCALED],
+            tooltip="Latents of ComfyUI's own nodes are raw. Choose scaled for those of wrapper packs that pass on "
+            "what their sampler works with (HunyuanVideoWrapper); if colours are flat or burnt, it is the other one.",
+        ),
+    ]
+
+
+def latent_for(vae: KVAEVae, latent: dict, scaling: str) -> torch.Tensor:
+    """The raw latent [B, c, t, h, w] to decode.
+
+    Raises:
+        ValueError: the VAE is not one of ours, or the latent is not for it.
+    """
+    check_vae(vae)
+    z = samples_of(latent)
+    check_latent(z, vae.kvae_space, space_of(latent))
+    return vae.kvae_space.unscale(z) if scaling == SCALED else z
+
+
+def check_vae(vae: object) -> None:
+    """Refuse a VAE that does not come from Load KVAE.
+
+    Raises:
+        ValueError: says which VAE it is.
+    """
+    if not isinstance(vae, KVAEVae):
+        found = type(getattr(vae, "first_stage_model", vae)).__name__
+        raise ValueError(
+            f"This VAE is a {found}; expected one from Load KVAE. Connect Load KVAE, or use VAE Decode and VAE Encode."
+        )

@@ -1,0 +1,78 @@
+"""Load Latent Adapter and Convert Latent: latents of one space → latents of another, before or without decoding."""
+
+from __future__ import annotations
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from ..adapters import LatentAdapter, load_adapter
+from ..adapters.inspect import check_latent
+from ..kvae import WeightsError
+from . import folders
+from .latent_dict import SPACE, samples_of, space_of
+
+Adapter = io.Custom("KVAE_LATENT_ADAPTER")
+
+
+class KVAELoadAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KVAELoadAdapter",
+            display_name="Load Latent Adapter",
+            category="KVAE",
+            description="Loads an adapter between two latent spaces, for Convert Latent. The file says what it maps.",
+            inputs=[
+                io.Combo.Input(
+                    "adapter_name",
+                    options=folders.adapter_names(),
+                    tooltip="An adapter file from models/latent_adapters.",
+                )
+            ],
+            outputs=[
+                Adapter.Output(display_name="adapter", tooltip="For Convert Latent."),
+                io.String.Output(display_name="about", tooltip="What it maps, and what it was trained on and reached."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, adapter_name: str) -> bool | str:
+        try:
+            folders.adapter_path(adapter_name)
+        except WeightsError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter_name: str) -> list:
+        return folders.stamp(folders.adapter_path(adapter_name))
+
+    @classmethod
+    def execute(cls, adapter_name: str) -> io.NodeOutput:
+        adapter = load_adapter(folders.adapter_path(adapter_name))
+        return io.NodeOutput(adapter, adapter.about())
+
+
+class KVAEConvertLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KVAEConvertLatent",
+            display_name="Convert Latent",
+            category="KVAE",
+            description="Maps a latent from one space to another with an adapter, say HunyuanVideo → KVAE. Load KVAE "
+            "with adapters does this by itself; use this node to work on the converted latent.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="A latent of the space that the adapter maps from."),
+                Adapter.Input("adapter", tooltip="From Load Latent Adapter."),
+            ],
+            outputs=[io.Latent.Output(tooltip="The latent in the space that the adapter maps to.")],
+        )
+
+    @classmethod
+    def execute(cls, samples: dict, adapter: LatentAdapter) -> io.NodeOutput:
+        z = samples_of(samples)
+        check_latent(z, adapter.source, space_of(samples))
+        device = comfy.model_management.get_torch_device()
+        converted = adapter.to(device)(z.to(device)).to(comfy.model_management.intermediate_device())
+        return io.NodeOutput({**samples, "samples": converted, SPACE: adapter.target.name})

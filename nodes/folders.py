@@ -1,0 +1,106 @@
+"""Where the files are: KVAEs in models/kvae and models/vae, adapters in models/latent_adapters; extra paths count."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ..adapters.files import direction_of
+from ..kvae import WeightsError
+
+KVAE, ADAPTERS = "kvae", "latent_adapters"
+TINY = "tiny KVAE (included)"
+_TINY_PATH = Path(__file__).parents[1] / "training" / "assets" / "tiny_kvae.safetensors"
+
+GET_KVAE = (
+    "KVAE-3D-1.0 is model.safetensors of kandinskylab/KVAE-3D-1.0 on Hugging Face: save it there under a name of your "
+    f'own, or choose "{TINY}" to try things out'
+)
+GET_ADAPTER = (
+    "Put adapter_hunyuan_to_kvae3d.safetensors (to decode) and adapter_kvae3d_to_hunyuan.safetensors (to encode) "
+    'there, or train your own with "python -m training train"'
+)
+
+
+def register() -> None:
+    """Tell ComfyUI of the two folders. Paths that extra_model_paths.yaml gave them stay."""
+    for key in (KVAE, ADAPTERS):
+        folder_paths.add_model_folder_path(key, os.path.join(folder_paths.models_dir, key))
+        paths, _ = folder_paths.folder_names_and_paths[key]
+        folder_paths.folder_names_and_paths[key] = (paths, {".safetensors"})
+
+
+def kvae_names() -> list[str]:
+    """What the loader offers: models/kvae first, then models/vae, then the tiny KVAE of this pack."""
+    names = folder_paths.get_filename_list(KVAE)
+    names += [name for name in folder_paths.get_filename_list("vae") if name.endswith(".safetensors")]
+    return [*dict.fromkeys(names), TINY]
+
+
+def kvae_path(name: str) -> str:
+    """The file of that name.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    if name == TINY:
+        return str(_TINY_PATH)
+    path = folder_paths.get_full_path(KVAE, name) or folder_paths.get_full_path("vae", name)
+    if path is None:
+        folders = folder_paths.get_folder_paths(KVAE) + folder_paths.get_folder_paths("vae")
+        raise WeightsError(f"{name}: no such file in {' or '.join(folders)}. {GET_KVAE}.")
+    return path
+
+
+def adapter_names() -> list[str]:
+    """The adapter files there are."""
+    return folder_paths.get_filename_list(ADAPTERS)
+
+
+def adapter_path(name: str) -> str:
+    """The adapter file of that name.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    path = folder_paths.get_full_path(ADAPTERS, name)
+    if path is None:
+        raise WeightsError(f"{name}: no such file in {_adapter_folders()}. {GET_ADAPTER}.")
+    return path
+
+
+def find_adapter(source: str, target: str) -> str | None:
+    """The one adapter file that says of itself that it maps source → target; None if there is none.
+
+    Raises:
+        WeightsError: there are several.
+    """
+    names = [name for name in adapter_names() if _direction(name) == (source, target)]
+    if len(names) > 1:
+        raise WeightsError(
+            f"{len(names)} adapters map {source} → {target}: {', '.join(names)}; choose one by its name."
+        )
+    return adapter_path(names[0]) if names else None
+
+
+def no_adapters(source: str, target: str) -> str:
+    """What to say where neither direction is found."""
+    return f"No adapter in {_adapter_folders()} maps {source} → {target} or back. {GET_ADAPTER}."
+
+
+def stamp(*paths: str | None) -> list:
+    """Changes when one of the files does."""
+    return [path and (path, os.path.getmtime(path), os.path.getsize(path)) for path in paths]
+
+
+def _direction(name: str) -> tuple[str, str] | None:
+    try:
+        return direction_of(adapter_path(name))
+    except WeightsError:
+        return None  # a damaged file is reported when it is chosen, not when another one is looked for
+
+
+def _adapter_folders() -> str:
+    return " or ".join(folder_paths.get_folder_paths(ADAPTERS))

@@ -1,0 +1,137 @@
+"""Inspect Latent, Save Latent and Load Latent from File."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import folder_paths
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
+
+from ..adapters.inspect import describe
+from ..adapters.latent_files import load_latent, save_latent
+from .latent_dict import FRAMES, SPACE, samples_of, space_of
+
+SCALINGS = {"auto": None, "raw": False, "scaled": True}
+SAVED = "latents"  # the folder in ComfyUI's output that Save Latent writes to, unless told otherwise
+
+
+class KVAEInspectLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KVAEInspectLatent",
+            display_name="Inspect Latent",
+            category="KVAE",
+            description="Says what a latent is: its shape, what it decodes to, its statistics, and which model's space "
+            "it looks like and why.",
+            inputs=[io.Latent.Input("samples", tooltip="Any latent.")],
+            outputs=[io.String.Output(display_name="report", tooltip="The report as text.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, samples: dict) -> io.NodeOutput:
+        report = describe(samples_of(samples), space_of(samples))
+        return io.NodeOutput(report, ui=ui.PreviewText(report))
+
+
+class KVAESaveLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KVAESaveLatent",
+            display_name="Save Latent (KVAE)",
+            category="KVAE",
+            description="Saves a latent before it is decoded, so that a decode that fails after a long sampling can be "
+            "done again. The file is ComfyUI's .latent, and names its space.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="The latent to save. Of a latent with audio, the video part."),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{SAVED}/KVAE",
+                    tooltip=f"Folder and name in ComfyUI's output. Load Latent from File looks in {SAVED}.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(tooltip="The same latent: connect it to the decoder, so that saving comes first.")
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, samples: dict, filename_prefix: str) -> io.NodeOutput:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
+        file = f"{name}_{counter:05}_.latent"
+        path = os.path.join(folder, file)
+        save_latent(path, samples_of(samples), space_of(samples), samples.get(FRAMES), cls._workflow())
+        return io.NodeOutput(samples, ui={"latents": [ui.SavedResult(file, subfolder, io.FolderType.output)]})
+
+    @classmethod
+    def _workflow(cls) -> dict[str, str]:
+        if args.disable_metadata:
+            return {}
+        known = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
+        return {key: json.dumps(value) for key, value in known.items() if value is not None}
+
+
+class KVAELoadLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KVAELoadLatent",
+            display_name="Load Latent from File",
+            category="KVAE",
+            description="Loads a latent that ComfyUI, musubi-tuner or diffusers saved, as a raw latent. Only "
+            "safetensors files: a pickle (.pt, .bin) can run code when it is opened.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_latent_files(),
+                    tooltip=f"A .latent or .safetensors file of ComfyUI's input folder, or one of output/{SAVED}.",
+                ),
+                io.Combo.Input(
+                    "scaling",
+                    options=list(SCALINGS),
+                    tooltip="Whether it holds raw latents or a sampler's scaled ones. auto goes by the kind of file.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(tooltip="The latent, raw."),
+                io.String.Output(display_name="report", tooltip="What the file was taken for, and what the latent is."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        if file is not None and not folder_paths.exists_annotated_filepath(file):
+            return f"{file}: no such latent file; put it into ComfyUI's input folder and refresh the page (press R)."
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **_) -> float:
+        return os.path.getmtime(folder_paths.get_annotated_filepath(file))
+
+    @classmethod
+    def execute(cls, file: str, scaling: str) -> io.NodeOutput:
+        found = load_latent(folder_paths.get_annotated_filepath(file), SCALINGS[scaling])
+        latent = {"samples": found.z, SPACE: found.space, FRAMES: found.frames}
+        latent = {key: value for key, value in latent.items() if value is not None}
+        report = f"Read as a {found.kind}.\n{describe(found.z, found.space)}"
+        return io.NodeOutput(latent, report)
+
+
+def _latent_files() -> list[str]:
+    found = []
+    for folder, below, ending, suffix in (
+        (folder_paths.get_input_directory(), "", (".latent", ".safetensors"), ""),
+        (folder_paths.get_output_directory(), SAVED, (".latent",), " [output]"),
+    ):
+        for path, _, names in os.walk(os.path.join(folder, below)):
+            relative = os.path.relpath(path, folder)
+            found += [os.path.normpath(os.path.join(relative, n)) + suffix for n in sorted(names) if n.endswith(ending)]
+    return found

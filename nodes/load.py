@@ -1,0 +1,107 @@
+"""Load KVAE: a KVAE file, and adapters where it is to serve another model's latents → VAE."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..adapters import LatentAdapter, load_adapter
+from ..adapters.serve import ServedVAE, native_space
+from ..kvae import KVAE, WeightsError, load_kvae
+from . import folders
+from .vae import KVAEVae, working_dtype
+
+HUNYUAN, NATIVE = "HunyuanVideo / Kandinsky 5", "KVAE (native)"
+AUTO, NONE = "auto", "none"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class KVAELoad(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        adapters = [AUTO, *folders.adapter_names(), NONE]
+        return io.Schema(
+            node_id="KVAELoad",
+            display_name="Load KVAE",
+            category="KVAE",
+            description="Loads KVAE-3D as a VAE for every node that takes one. With latent adapters it stands in for "
+            "the VAE of HunyuanVideo and Kandinsky 5: put it in the place of Load VAE.",
+            inputs=[
+                io.Combo.Input(
+                    "kvae_name",
+                    options=folders.kvae_names(),
+                    tooltip="The KVAE-3D weights, from models/kvae or models/vae.",
+                ),
+                io.Combo.Input(
+                    "latents",
+                    options=[HUNYUAN, NATIVE],
+                    tooltip="Whose latents the VAE takes and gives. HunyuanVideo / Kandinsky 5 goes through latent "
+                    "adapters; KVAE is for models trained on KVAE latents, or to encode and decode with KVAE alone.",
+                ),
+                io.Combo.Input(
+                    "decode_adapter",
+                    options=adapters,
+                    tooltip="HunyuanVideo → KVAE, from models/latent_adapters. auto takes the one file that says it "
+                    "maps that way; none leaves a VAE that only encodes. Not used for native latents.",
+                ),
+                io.Combo.Input(
+                    "encode_adapter",
+                    options=adapters,
+                    tooltip="KVAE → HunyuanVideo, from models/latent_adapters; needed for image-to-video. auto takes "
+                    "the one file that says it maps that way; none leaves a VAE that only decodes. Not used for native "
+                    "latents.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=[AUTO, *DTYPES],
+                    tooltip="auto is what ComfyUI uses for VAEs on this machine. bf16 halves the memory of fp32.",
+                ),
+            ],
+            outputs=[io.Vae.Output(tooltip="For VAE Decode, VAE Encode, image-to-video nodes and those of this pack.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, kvae_name: str, decode_adapter: str, encode_adapter: str) -> bool | str:
+        try:
+            if kvae_name is not None:  # None: linked to another node
+                folders.kvae_path(kvae_name)
+            for name in {decode_adapter, encode_adapter} - {AUTO, NONE, None}:
+                folders.adapter_path(name)
+        except WeightsError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, kvae_name: str, **_) -> list:
+        adapters = [folders.adapter_path(name) for name in folders.adapter_names()]
+        return folders.stamp(folders.kvae_path(kvae_name), *adapters)
+
+    @classmethod
+    def execute(
+        cls, kvae_name: str, latents: str, decode_adapter: str, encode_adapter: str, dtype: str
+    ) -> io.NodeOutput:
+        kvae = load_kvae(folders.kvae_path(kvae_name), DTYPES.get(dtype) or working_dtype())
+        if latents == NATIVE:
+            return io.NodeOutput(KVAEVae(ServedVAE(kvae)))
+        decoder, encoder = hunyuan_adapters(kvae, decode_adapter, encode_adapter)
+        return io.NodeOutput(KVAEVae(ServedVAE(kvae, decoder, encoder)))
+
+
+def hunyuan_adapters(kvae: KVAE, decode: str, encode: str) -> tuple[LatentAdapter | None, LatentAdapter | None]:
+    """The two adapters between HunyuanVideo's latents and those of this KVAE, chosen by name or found.
+
+    Raises:
+        WeightsError: neither is there, one is not what it is chosen for, or several fit.
+    """
+    there, back = ("hunyuan_video", native_space(kvae).name), (native_space(kvae).name, "hunyuan_video")
+    decoder, encoder = _adapter(decode, there), _adapter(encode, back)
+    if decoder is None and encoder is None:
+        raise WeightsError(folders.no_adapters(*there))
+    return decoder, encoder
+
+
+def _adapter(choice: str, direction: tuple[str, str]) -> LatentAdapter | None:
+    if choice == NONE:
+        return None
+    path = folders.find_adapter(*direction) if choice == AUTO else folders.adapter_path(choice)
+    return path and load_adapter(path, direction)

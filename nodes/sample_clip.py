@@ -1,0 +1,30 @@
+"""Sample Clip: frames to try a VAE on, without a file."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..adapters.sample_clip import sample_clip
+
+
+class KVAESampleClip(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KVAESampleClip",
+            display_name="Sample Clip",
+            category="KVAE",
+            description="A clip that needs no file: a drifting colour gradient, a disc, fine stripes, a grey ramp.",
+            inputs=[
+                io.Int.Input("width", default=256, min=16, max=4096, step=16, tooltip="Width in pixels."),
+                io.Int.Input("height", default=160, min=16, max=4096, step=16, tooltip="Height in pixels."),
+                io.Int.Input(
+                    "length", default=33, min=1, max=1025, tooltip="Number of frames. Video VAEs like 4n + 1."
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="The frames.")],
+        )
+
+    @classmethod
+    def execute(cls, width: int, height: int, length: int) -> io.NodeOutput:
+        return io.NodeOutput(sample_clip(length, height, width))

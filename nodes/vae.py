@@ -1,0 +1,85 @@
+"""A KVAE as ComfyUI's VAE: the one file that touches comfy.sd.VAE.
+
+The parent's constructor sets the defaults of the ComfyUI at hand and returns early, as there are no weights for it;
+what differs is set here. Everything between the tensors, frames and memory included, is ServedVAE's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+
+from ..adapters.serve import ServedVAE, to_image
+
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+def working_dtype() -> torch.dtype:
+    """What ComfyUI would run a VAE in on this machine, its --bf16-vae and --fp32-vae included."""
+    return comfy.model_management.vae_dtype(comfy.model_management.vae_device(), DTYPES)
+
+
+class KVAEVae(comfy.sd.VAE):
+    """ComfyUI's VAE around a ServedVAE: memory management, tiling and every stock node work on it unchanged."""
+
+    def __init__(self, served: ServedVAE):
+        with _no_weights_is_fine():
+            super().__init__(sd={})
+        space = served.space
+        self.kvae_space = space
+        self.first_stage_model = served.eval()
+        self.latent_channels = space.channels
+        self.latent_dim = 3
+        self.output_channels = 3
+        self.not_video = False
+        self.upscale_ratio = (lambda t: max(0, space.time * (t - 1) + 1), space.space, space.space)
+        self.downscale_ratio = (lambda T: max(0, (T - 1) // space.time + 1), space.space, space.space)
+        self.upscale_index_formula = self.downscale_index_formula = (space.time, space.space, space.space)
+        self.memory_used_decode = served.memory_used_decode
+        self.memory_used_encode = served.memory_used_encode
+        self.process_output = to_image
+        self.working_dtypes = DTYPES
+        self.vae_dtype = next(served.parameters()).dtype
+        self.disable_offload = True  # plain torch.nn layers are moved whole or not at all
+        self.device = comfy.model_management.vae_device()
+        self.output_device = served.output_device = comfy.model_management.intermediate_device()
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            served, load_device=self.device, offload_device=comfy.model_management.vae_offload_device()
+        )
+        self.size = comfy.model_management.module_size(served)
+        served.on_progress = show_progress
+
+    def decode_stream(self, z_Bcthw: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Frames as IMAGEs [17 or 16, H, W, 3] in 0..1: a segment at a time, so that memory does not grow."""
+        memory = self.memory_used_decode(z_Bcthw.shape, self.vae_dtype)
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
+        for frames in self.first_stage_model.decode_stream(z_Bcthw.to(self.device)):
+            yield to_image(frames)[0].movedim(0, -1)
+
+
+def show_progress(done: int, total: int) -> None:
+    """Move the bar of the node that runs. Raises ComfyUI's own exception when the user has pressed Cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    comfy.utils.ProgressBar(total).update_absolute(done)
+
+
+@contextmanager
+def _no_weights_is_fine() -> Iterator[None]:
+    """Keep ComfyUI from warning that there are no weights, which is just what it is asked for."""
+
+    def without_warning(record: logging.LogRecord) -> bool:
+        return "No VAE weights" not in record.getMessage()
+
+    logger = logging.getLogger()
+    logger.addFilter(without_warning)
+    try:
+        yield
+    finally:
+        logger.removeFilter(without_warning)

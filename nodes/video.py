@@ -1,0 +1,83 @@
+"""KVAE Decode to Video: from a latent straight into a file."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+from comfy.cli_args import args
+from comfy_api.latest import InputImpl, io, ui
+
+from ..adapters.frames import cut_stream, kept_frames
+from .coding import latent_for, latent_inputs
+from .latent_dict import FRAMES
+from .vae import KVAEVae
+from .video_writer import CODECS, VideoWriter
+
+
+class KVAEDecodeToVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KVAEDecodeToVideo",
+            display_name="KVAE Decode to Video",
+            category="KVAE",
+            description="Decodes a video latent straight into a file, a few frames at a time, so that memory does not "
+            "grow with the length of the video. Needs a VAE from Load KVAE.",
+            inputs=[
+                *latent_inputs(),
+                io.Float.Input(
+                    "fps", default=24.0, min=1.0, max=240.0, step=0.01, tooltip="Frames per second of the video."
+                ),
+                io.Combo.Input(
+                    "codec", options=list(CODECS), tooltip="h264 plays everywhere; h265 and av1 make smaller files."
+                ),
+                io.Int.Input(
+                    "crf",
+                    default=18,
+                    min=0,
+                    max=51,
+                    tooltip="Constant quality: lower is better and larger. 18 is hard to tell from the original.",
+                ),
+                io.String.Input(
+                    "filename_prefix", default="video/KVAE", tooltip="Folder and start of the name in ComfyUI's output."
+                ),
+                io.Audio.Input("audio", optional=True, tooltip="Sound for the video, cut where the video ends."),
+            ],
+            outputs=[io.Video.Output(tooltip="The video that was written.")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        samples: dict,
+        vae: KVAEVae,
+        scaling: str,
+        fps: float,
+        codec: str,
+        crf: int,
+        filename_prefix: str,
+        audio: dict | None = None,
+    ) -> io.NodeOutput:
+        z = latent_for(vae, samples, scaling)
+        _, _, decoded, height, width = vae.first_stage_model.decode_output_shape(z.shape)
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory(), width, height
+        )
+        file = f"{name}_{counter:05}_.mp4"
+        path = os.path.join(folder, file)
+        segments = cut_stream(vae.decode_stream(z), decoded, kept_frames(decoded, samples.get(FRAMES)))
+        with VideoWriter(path, width, height, fps, codec, crf, audio, cls._workflow()) as writer:
+            for frames in segments:
+                writer.write(frames)
+        preview = ui.PreviewVideo([ui.SavedResult(file, subfolder, io.FolderType.output)])
+        return io.NodeOutput(InputImpl.VideoFromFile(path), ui=preview)
+
+    @classmethod
+    def _workflow(cls) -> dict:
+        if args.disable_metadata:
+            return {}
+        known = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
+        return {key: value for key, value in known.items() if value is not None}

@@ -1,0 +1,109 @@
+"""A real ComfyUI, found through COMFYUI_PATH: its modules in this process, and its server on loopback.
+
+COMFYUI_PATH=/path/to/ComfyUI python -m pytest tests/host
+
+The Python that runs the tests must have ComfyUI's requirements.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvae_comfyui.adapters import LatentAdapter, save_adapter, space
+from kvae_comfyui.adapters.networks import Affine
+from kvae_comfyui.kvae import load_kvae
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "training" / "assets" / "tiny_kvae.safetensors"
+
+
+@pytest.fixture(scope="session")
+def comfyui_path() -> Path:
+    """The folder of ComfyUI."""
+    path = os.environ.get("COMFYUI_PATH")
+    if not path:
+        pytest.skip("COMFYUI_PATH is not set: no ComfyUI to test the nodes in")
+    return Path(path).resolve()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A ComfyUI base directory with this pack in custom_nodes, and adapters between HunyuanVideo and the tiny KVAE."""
+    base = tmp_path_factory.mktemp("comfyui")
+    for folder in ("custom_nodes", "input", "output", "user", "models/vae", "models/kvae", "models/latent_adapters"):
+        (base / folder).mkdir(parents=True)
+    (base / "custom_nodes" / "kvae").symlink_to(ROOT)
+    (base / "models" / "vae" / "KVAE.safetensors").symlink_to(TINY)
+    (base / "models" / "vae" / "hunyuan.safetensors").symlink_to(TINY.with_name("tiny_hunyuan.safetensors"))
+    torch.manual_seed(0)
+    for name, source, target in (("h2k", "hunyuan_video", "kvae_3d_1.0"), ("k2h", "kvae_3d_1.0", "hunyuan_video")):
+        adapter = LatentAdapter(Affine(16, 16), space(source), space(target), metrics={"psnr": 12.5})
+        save_adapter(base / "models" / "latent_adapters" / f"{name}.safetensors", adapter)
+    return base
+
+
+@pytest.fixture(scope="session")
+def comfy(comfyui_path, base):
+    """ComfyUI's modules in this process, on the CPU, with this pack loaded as ComfyUI loads it."""
+    argv, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(base)]
+    sys.path.insert(0, str(comfyui_path))
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.model_management
+
+        import nodes
+
+        asyncio.run(nodes.load_custom_node(str(ROOT)))
+        for name in ("nodes_hunyuan", "nodes_kandinsky5"):
+            asyncio.run(
+                nodes.load_custom_node(str(comfyui_path / "comfy_extras" / f"{name}.py"), module_parent="comfy_extras")
+            )
+    finally:
+        sys.argv = argv
+    return SimpleNamespace(classes=nodes.NODE_CLASS_MAPPINGS, management=comfy.model_management, path=comfyui_path)
+
+
+@pytest.fixture
+def run(comfy):
+    """Run one node as ComfyUI does, without gradients: run("VAEDecode", vae=…, samples=…) → a tuple of its outputs."""
+
+    def run(node_id: str, **inputs):
+        cls = comfy.classes[node_id]
+        with torch.inference_mode():
+            if hasattr(cls, "define_schema"):
+                return cls.execute(**inputs).args
+            return getattr(cls(), cls.FUNCTION)(**inputs)
+
+    return run
+
+
+@pytest.fixture
+def load(run):
+    """Load the tiny KVAE: load() behind the adapters, load(latents="KVAE (native)") without."""
+
+    def load(**inputs):
+        defaults = {
+            "kvae_name": "KVAE.safetensors",
+            "latents": "HunyuanVideo / Kandinsky 5",
+            "decode_adapter": "auto",
+            "encode_adapter": "auto",
+            "dtype": "fp32",
+        }
+        return run("KVAELoad", **(defaults | inputs))[0]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_kvae():
+    """The same weights outside ComfyUI."""
+    return load_kvae(TINY)

@@ -1,0 +1,150 @@
+"""The VAE of Load KVAE in ComfyUI's own nodes."""
+
+import pytest
+import torch
+
+from kvae_comfyui.adapters import HybridVAE, load_adapter
+from kvae_comfyui.adapters.hybrid import from_kvae_pixels, to_kvae_pixels
+from kvae_comfyui.adapters.sample_clip import sample_clip
+
+Z = torch.randn(1, 16, 7, 4, 6, generator=torch.Generator().manual_seed(1))  # 25 frames: segments of 17 and 8
+
+
+@pytest.fixture
+def hybrid(base, tiny_kvae):
+    adapters = base / "models" / "latent_adapters"
+    return HybridVAE(tiny_kvae, load_adapter(adapters / "h2k.safetensors"), load_adapter(adapters / "k2h.safetensors"))
+
+
+def test_stock_decode_is_hybrid_decode_bit_for_bit(run, load, hybrid):
+    (image,) = run("VAEDecode", vae=load(), samples={"samples": Z})
+    with torch.no_grad():
+        expected = ((hybrid.decode(Z) + 1) / 2).clamp(0, 1)
+    assert image.shape == (25, 32, 48, 3)
+    assert torch.equal(image, expected[0].movedim(0, -1))
+
+
+def test_stock_encode_is_hybrid_encode(run, load, hybrid):
+    clip = sample_clip(9, 32, 48)
+    (latent,) = run("VAEEncode", vae=load(), pixels=clip)
+    with torch.no_grad():
+        expected = hybrid.encode(clip.movedim(-1, 0)[None] * 2 - 1)
+    assert torch.equal(latent["samples"], expected)
+
+
+def test_native_latents_and_frames_beyond_4n_1(run, load, tiny_kvae):
+    clip = sample_clip(12, 32, 48)
+    (latent,) = run("VAEEncode", vae=load(latents="KVAE (native)"), pixels=clip)
+    with torch.no_grad():
+        expected = tiny_kvae.encode(to_kvae_pixels(clip[:9].movedim(-1, 0)[None] * 2 - 1))
+    assert torch.equal(latent["samples"], expected)  # stock nodes count 9 of 12 frames
+    (image,) = run("VAEDecode", vae=load(latents="KVAE (native)"), samples=latent)
+    with torch.no_grad():
+        expected = from_kvae_pixels(tiny_kvae.decode(latent["samples"]))
+    assert torch.equal(image, ((expected + 1) / 2).clamp(0, 1)[0].movedim(0, -1))
+
+
+def test_batches_are_decoded_one_by_one(run, load):
+    vae = load()
+    both = torch.cat([Z, Z.flip(2)])
+    (image,) = run("VAEDecode", vae=vae, samples={"samples": both})
+    one = [run("VAEDecode", vae=vae, samples={"samples": z[None]})[0] for z in both]
+    assert torch.equal(image, torch.cat(one))
+
+
+def test_tiled_decode_and_encode(run, load):
+    vae = load()
+    z = torch.randn(1, 16, 5, 12, 12)
+    (image,) = run("VAEDecodeTiled", vae=vae, samples={"samples": z}, tile_size=64, overlap=16)
+    assert image.shape == (17, 96, 96, 3)
+    assert image.isfinite().all()
+    options = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
+    (latent,) = run("VAEEncodeTiled", vae=vae, pixels=sample_clip(9, 96, 96), **options)
+    assert latent["samples"].shape == (1, 16, 3, 12, 12)
+
+
+def test_image_to_video_conditioning_is_vae_encode(run, load):
+    vae = load()
+    image = sample_clip(1, 32, 48)
+    (expected,) = run("VAEEncode", vae=vae, pixels=image)
+    size = {"width": 48, "height": 32, "length": 9, "batch_size": 1}
+    positive = [[torch.zeros(1, 1), {}]]
+    conditioned, *_ = run(
+        "HunyuanImageToVideo", positive=positive, vae=vae, guidance_type="v1 (concat)", start_image=image, **size
+    )
+    torch.testing.assert_close(conditioned[0][1]["concat_latent_image"], expected["samples"])
+    *_, cond = run("Kandinsky5ImageToVideo", positive=positive, negative=positive, vae=vae, start_image=image, **size)
+    torch.testing.assert_close(cond["samples"], expected["samples"])
+
+
+def test_cancel_stops_within_a_segment(comfy, run, load, monkeypatch):
+    vae, seen = load(), []
+
+    def one_then_cancel(done, total):
+        seen.append((done, total))
+        comfy.management.interrupt_current_processing()
+        report(done, total)
+
+    report, vae.first_stage_model.on_progress = vae.first_stage_model.on_progress, one_then_cancel
+    with pytest.raises(comfy.management.InterruptProcessingException):
+        run("VAEDecode", vae=vae, samples={"samples": Z})
+    assert seen == [(5, 7)]
+
+
+def test_memory_estimates_grow_with_the_picture_not_with_the_length(load):
+    vae = load()
+    decode, encode = vae.memory_used_decode, vae.memory_used_encode
+    assert decode((1, 16, 31, 60, 90), torch.bfloat16) == decode((1, 16, 61, 60, 90), torch.bfloat16)
+    assert decode((1, 16, 31, 90, 160), torch.float32) > 4 * decode((1, 16, 31, 60, 90), torch.bfloat16)
+    pixels = 3 * 480 * 720  # only the frames themselves add up
+    more = encode((1, 3, 121, 480, 720), torch.bfloat16) - encode((1, 3, 17, 480, 720), torch.bfloat16)
+    assert more == 104 * pixels * (4 + 2)
+
+
+def test_bfloat16_is_close(run, load):
+    (half,) = run("VAEDecode", vae=load(dtype="bf16"), samples={"samples": Z})
+    (full,) = run("VAEDecode", vae=load(), samples={"samples": Z})
+    assert half.dtype == torch.float32
+    assert (half - full).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (torch.zeros(1, 4, 8, 8), "an image latent"),
+        (torch.zeros(1, 32, 3, 4, 4), "hunyuan_video_1.5.*a VAE of its own"),
+        (torch.zeros(1, 16, 0, 4, 4), "empty"),
+        (torch.full((1, 16, 2, 4, 4), float("nan")), "512 of 512 values of this latent are NaN"),
+    ],
+)
+def test_wrong_latents_are_named(run, load, samples, message):
+    vae = load()
+    for node in ("VAEDecode", "KVAEDecode"):
+        extra = {"scaling": "raw"} if node == "KVAEDecode" else {}
+        with pytest.raises(ValueError, match=message):
+            run(node, vae=vae, samples={"samples": samples}, **extra)
+
+
+def test_wrong_files_are_named(run, load, base, comfy):
+    with pytest.raises(ValueError, match="a HunyuanVideo VAE; expected a KVAE"):
+        load(kvae_name="hunyuan.safetensors")
+    with pytest.raises(ValueError, match="swapped"):
+        load(decode_adapter="k2h.safetensors")
+    with pytest.raises(ValueError, match="No adapter in .*latent_adapters maps hunyuan_video"):
+        load(decode_adapter="none", encode_adapter="none")
+    with pytest.raises(ValueError, match="cannot encode: no kvae_3d_1.0 → hunyuan_video adapter"):
+        run("VAEEncode", vae=load(encode_adapter="none"), pixels=sample_clip(1, 32, 32))
+    check = comfy.classes["KVAELoad"].validate_inputs
+    assert check("KVAE.safetensors", "auto", "none") is True
+    assert "models/kvae or" in check("absent.safetensors", "auto", "auto").replace("\\", "/")
+
+
+def test_a_second_adapter_of_one_direction_must_be_chosen(load, base):
+    folder = base / "models" / "latent_adapters"
+    (folder / "other.safetensors").write_bytes((folder / "h2k.safetensors").read_bytes())
+    try:
+        with pytest.raises(ValueError, match="2 adapters map hunyuan_video → kvae_3d_1.0"):
+            load()
+        load(decode_adapter="other.safetensors")
+    finally:
+        (folder / "other.safetensors").unlink()
