@@ -1,0 +1,110 @@
+"""A ComfyUI server of our own on loopback, and prompts queued on it. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+START_SECONDS = 240
+RUN_SECONDS = 300
+
+
+class Server:
+    """ComfyUI on the CPU with the given base directory, from `with` to its end; only this process is ever signalled."""
+
+    def __init__(self, comfyui: Path, base: Path):
+        self.comfyui, self.base = comfyui, base
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+
+    def __enter__(self) -> Server:
+        command = [sys.executable, str(self.comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1"]
+        command += ["--port", str(self.port), "--base-directory", str(self.base)]
+        command += ["--temp-directory", str(self.base), "--user-directory", str(self.base / "user")]
+        command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
+        command += ["--disable-auto-launch", "--disable-api-nodes"]
+        env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.log = (self.base / "server.log").open("wb")
+        self.process = subprocess.Popen(command, cwd=self.base, env=env, stdout=self.log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                self.get("/system_stats")
+                return self
+            except OSError:
+                time.sleep(0.5)
+        self.__exit__()
+        raise RuntimeError(f"the server did not start:\n{self.log_text()[-3000:]}")
+
+    def __exit__(self, *_) -> None:
+        for stop in (signal.SIGINT, signal.SIGKILL):
+            if self.process.poll() is None:
+                self.process.send_signal(stop)
+                try:
+                    self.process.wait(15)
+                except subprocess.TimeoutExpired:
+                    continue
+        self.log.close()
+
+    def get(self, path: str):
+        """The JSON that a GET answers."""
+        return self._send(urllib.request.Request(self._url(path)))
+
+    def text(self, path: str) -> str:
+        """The text that a GET answers."""
+        with self._open(urllib.request.Request(self._url(path))) as answer:
+            return answer.read().decode()
+
+    def post(self, path: str, data: dict):
+        """The JSON that a POST answers, refusals (400) included."""
+        request = urllib.request.Request(self._url(path), json.dumps(data).encode())
+        request.add_header("Content-Type", "application/json")
+        try:
+            return self._send(request)
+        except urllib.error.HTTPError as error:
+            return json.loads(error.read())
+
+    def start(self, prompt: dict) -> str:
+        """Queue a prompt in API format; its id.
+
+        Raises:
+            AssertionError: the server refuses it, or a part of it.
+        """
+        answer = self.post("/prompt", {"prompt": prompt})
+        assert "prompt_id" in answer and not answer["node_errors"], json.dumps(answer, indent=1)
+        return answer["prompt_id"]
+
+    def wait(self, prompt_id: str) -> dict:
+        """The history of a prompt once it has ended: `status` and `outputs`."""
+        deadline = time.monotonic() + RUN_SECONDS
+        while time.monotonic() < deadline:
+            history = self.get(f"/history/{prompt_id}")
+            if prompt_id in history and history[prompt_id]["status"]:
+                return history[prompt_id]
+            time.sleep(0.3)
+        raise AssertionError(f"no end after {RUN_SECONDS} s:\n{self.log_text()[-3000:]}")
+
+    def log_text(self) -> str:
+        """What the server wrote."""
+        return (self.base / "server.log").read_text(errors="replace")
+
+    def _url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def _open(self, request: urllib.request.Request):
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        return opener.open(request, timeout=60)
+
+    def _send(self, request: urllib.request.Request):
+        with self._open(request) as answer:
+            body = answer.read()
+        return json.loads(body) if body else None
