@@ -76,8 +76,9 @@ def _advice(z: Tensor) -> str:
 
 def describe(z: Tensor, known: str | None = None) -> str:
     """A report on a latent: shape, what it decodes to, statistics, which space it looks like and why."""
-    lines = [f"This is {what_latent(z)}, {str(z.dtype).removeprefix('torch.')} on {z.device}."]
-    spaces = fitting_spaces(z)
+    spaces = [space for space in fitting_spaces(z) if known in (None, space.name)]
+    kind = f"a latent of {known}, {list(z.shape)}" if known else what_latent(z)
+    lines = [f"This is {kind}, {str(z.dtype).removeprefix('torch.')} on {z.device}."]
     for grid in dict.fromkeys((s.time, s.space) for s in spaces):
         frames, height, width = grid[0] * (z.shape[2] - 1) + 1, grid[1] * z.shape[3], grid[1] * z.shape[4]
         lines.append(f"It decodes to {frames} frames of {width} x {height} pixels, {z.shape[0]} clip(s).")
@@ -97,7 +98,7 @@ def _verdict(spaces: list[LatentSpace], std: float, known: str | None) -> list[s
     if std == 0:
         return ["All values are equal: this is an empty latent, not sampled yet."]
     if known:
-        return [f"Its space is {known}: the node that made it says so."]
+        return ["Its space is known for sure: the node that made it says so."]
     lines = []
     for space in spaces:
         # A sampler's latents have a deviation near 1; a raw one is that divided by the scaling factor.

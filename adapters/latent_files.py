@@ -55,6 +55,7 @@ def load_latent(path: str | os.PathLike, scaled: bool | None = None) -> LatentFi
     """
     weights = Weights(path)
     keys = [key for key in weights.shapes if key != "latent_format_version_0"]
+    usual: bool | None  # whether files of this kind are scaled
     caches = [key for key in keys if re.fullmatch(r"latents_\d+x\d+x\d+_\w+", key)]
     if "latent_tensor" in keys:
         z, kind, usual = weights["latent_tensor"].float(), "ComfyUI latent", False

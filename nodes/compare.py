@@ -60,7 +60,8 @@ class KVAECompare(io.ComfyNode):
             raise ValueError("Compare VAEs needs a clip or a latent, one of the two: connect pixels or samples.")
         if pixels is not None:
             pixels = whole(pixels)
-        a, b = (run(vae, pixels, samples) for vae in (vae_a, vae_b))
+        z = samples and samples_of(samples)
+        a, b = (run(vae, pixels, z) for vae in (vae_a, vae_b))
         if pixels is None:
             rows = {"B against A": figures(b.frames, a.frames), "A": a.cost, "B": b.cost}
         else:
@@ -76,7 +77,7 @@ def whole(pixels: torch.Tensor) -> torch.Tensor:
     return pixels[: 4 * ((T - 1) // 4) + 1, : H - H % 16, : W - W % 16, :3]
 
 
-def run(vae, pixels: torch.Tensor | None, samples: dict | None) -> Run:
+def run(vae, pixels: torch.Tensor | None, z: torch.Tensor | None) -> Run:
     """One VAE on the clip, or on the latent."""
     device = comfy.model_management.get_torch_device()
     on_cuda = comfy.model_management.is_device_cuda(device)
@@ -88,8 +89,6 @@ def run(vae, pixels: torch.Tensor | None, samples: dict | None) -> Run:
         z = vae.encode(pixels)
         cost["encode"] = time.perf_counter() - start
         start = time.perf_counter()
-    else:
-        z = samples_of(samples)
     frames = vae.decode(z)
     cost["decode"] = time.perf_counter() - start
     if on_cuda:

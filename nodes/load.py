@@ -104,4 +104,4 @@ def _adapter(choice: str, direction: tuple[str, str]) -> LatentAdapter | None:
     if choice == NONE:
         return None
     path = folders.find_adapter(*direction) if choice == AUTO else folders.adapter_path(choice)
-    return path and load_adapter(path, direction)
+    return load_adapter(path, direction) if path else None

@@ -32,11 +32,13 @@ class VideoWriter:
         self.container = av.open(self.partial, "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"})
         for key, value in (metadata or {}).items():
             self.container.metadata[key] = value if isinstance(value, str) else json.dumps(value)
-        self.video = self.container.add_stream(CODECS[codec], rate=self.fps)
-        self.video.width, self.video.height, self.video.pix_fmt = width, height, "yuv420p"
-        self.video.options = {"crf": str(crf)}
-        context = self.video.codec_context
+        video = self.container.add_stream(CODECS[codec], rate=self.fps)
+        assert isinstance(video, av.VideoStream)
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        video.options = {"crf": str(crf)}
+        context = video.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709
+        self.video = video
         if audio is not None:
             self.sound = self.container.add_stream("aac", rate=audio["sample_rate"], layout=self._layout())
 

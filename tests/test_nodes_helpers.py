@@ -1,0 +1,255 @@
+"""What the nodes are made of, without ComfyUI."""
+
+import asyncio
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kvae_comfyui.adapters import HybridVAE, LatentAdapter, space
+from kvae_comfyui.adapters.figures import difference, figures, ssim, table
+from kvae_comfyui.adapters.files import direction_of, save_adapter
+from kvae_comfyui.adapters.frames import cut_stream, kept_frames, to_clip
+from kvae_comfyui.adapters.inspect import check_latent, describe, what_latent
+from kvae_comfyui.adapters.latent_files import load_latent, save_latent
+from kvae_comfyui.adapters.memory import decode_bytes, encode_bytes
+from kvae_comfyui.adapters.networks import Affine
+from kvae_comfyui.adapters.sample_clip import sample_clip
+from kvae_comfyui.adapters.serve import ServedVAE, to_image
+from kvae_comfyui.kvae import KVAEConfig, WeightsError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def adapter(source: str, target: str) -> LatentAdapter:
+    return LatentAdapter(Affine(16, 16), space(source), space(target)).requires_grad_(False)
+
+
+@pytest.fixture
+def served(small_kvae):
+    return ServedVAE(small_kvae, adapter("hunyuan_video", "kvae_3d_1.0"), adapter("kvae_3d_1.0", "hunyuan_video"))
+
+
+# ---- the pack as a package
+
+
+def test_the_pack_imports_without_comfyui_and_without_torch():
+    code = "import importlib.util, sys\n" + (
+        f"spec = importlib.util.spec_from_file_location('pack', {str(ROOT / '__init__.py')!r})\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "assert 'torch' not in sys.modules and module.WEB_DIRECTORY"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_missing_comfyui_is_said_when_the_nodes_are_asked_for():
+    spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pack"] = module
+    try:
+        spec.loader.exec_module(module)
+        with pytest.raises(ModuleNotFoundError, match="comfy"):
+            asyncio.run(module.comfy_entrypoint())
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "pack"]:
+            del sys.modules[name]
+
+
+# ---- ServedVAE
+
+
+def test_served_is_hybrid_bit_for_bit_and_reports_each_segment(served):
+    seen = []
+    served.on_progress = lambda done, total: seen.append((done, total))
+    z = torch.randn(1, 16, 7, 4, 4)
+    hybrid = HybridVAE(served.kvae, served.vae.decode_adapter, served.vae.encode_adapter)
+    with torch.no_grad():
+        assert torch.equal(served.decode(z), hybrid.decode(z))
+        assert seen == [(5, 7), (7, 7)]
+        buffer = torch.empty(served.decode_output_shape(z.shape))
+        assert served.decode(z, output_buffer=buffer) is buffer
+        assert torch.equal(torch.cat(list(served.decode_stream(z)), dim=2), buffer)
+        seen.clear()
+        x = torch.rand(1, 3, 23, 32, 32) * 2 - 1
+        assert torch.equal(served.encode(x, device=torch.device("cpu")), hybrid.encode(x[:, :, :21]))
+        assert seen == [(5, 6), (6, 6)]
+
+
+def test_served_in_bfloat16_keeps_its_adapters_in_float32(small_kvae):
+    to_kvae = adapter("hunyuan_video", "kvae_3d_1.0")
+    served = ServedVAE(small_kvae.bfloat16(), to_kvae)
+    z = torch.randn(2, 16, 2, 4, 4)
+    with torch.no_grad():
+        x = served.decode(z)
+    assert x.dtype == torch.float32
+    assert to_kvae.network.affine.conv.weight.dtype == torch.float32
+
+
+def test_what_on_progress_raises_stops_the_work(served):
+    def cancel(done, total):
+        raise KeyboardInterrupt
+
+    served.on_progress = cancel
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        served.decode(torch.randn(1, 16, 7, 4, 4))
+
+
+def test_served_refuses_what_it_cannot_take(small_kvae, served):
+    with pytest.raises(ValueError, match="at least one frame"):
+        served.encode(torch.zeros(1, 3, 0, 32, 32))
+    with pytest.raises(WeightsError, match="cannot encode"):
+        ServedVAE(small_kvae, adapter("hunyuan_video", "kvae_3d_1.0")).encode(torch.zeros(1, 3, 1, 32, 32))
+    with pytest.raises(WeightsError, match="swapped"):
+        ServedVAE(small_kvae, adapter("kvae_3d_1.0", "hunyuan_video"))
+    assert ServedVAE(small_kvae).space.name == "kvae_3d_1.0"
+
+
+def test_to_image_works_in_place_and_returns():
+    x = torch.tensor([-2.0, -1, 0, 1, 2])
+    assert to_image(x) is x
+    assert x.tolist() == [0, 0, 0.5, 1, 1]
+
+
+@pytest.mark.parametrize(("frames", "decode_gb", "encode_gb"), [(1, 9.15, 4.27), (17, 44.83, 27.99)])
+def test_memory_estimates_are_a_little_above_what_was_counted(frames, decode_gb, encode_gb):
+    config, bf16 = KVAEConfig(), torch.bfloat16
+    t = (frames - 1) // 4 + 1
+    assert decode_gb < decode_bytes(config, (1, 16, t, 90, 160), bf16) / 1e9 < 1.2 * decode_gb
+    assert encode_gb < encode_bytes(config, (1, 3, frames, 720, 1280), bf16) / 1e9 < 1.2 * encode_gb
+
+
+# ---- latents
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((1, 4, 8, 8), "an image latent"),
+        ((1, 8), "not a latent"),
+        ((1, 16, 2, 4, 4), "hunyuan_video or kvae_3d_1.0"),
+        ((1, 32, 2, 4, 4), "hunyuan_video_1.5"),
+        ((1, 48, 2, 4, 4), "Wan 2.2"),
+        ((1, 7, 2, 4, 4), "7 channels, which no space here has"),
+    ],
+)
+def test_a_latent_is_called_by_its_name(shape, words):
+    assert words in what_latent(torch.zeros(shape))
+    if shape[1] != 16:
+        with pytest.raises(ValueError, match="expected a hunyuan_video latent"):
+            check_latent(torch.zeros(shape), space("hunyuan_video"))
+
+
+def test_describe_tells_raw_from_scaled_and_counts_nan():
+    z = torch.randn(1, 16, 3, 8, 8)
+    assert "it looks scaled" in describe(z)
+    assert "it looks raw" in describe(z / 0.476986)
+    assert "known for sure" in describe(z, "kvae_3d_1.0")
+    assert "not sampled yet" in describe(torch.zeros(1, 16, 3, 8, 8))
+    z[0, 0, 0, 0, 0] = float("inf")
+    assert "1 of 3072 values are NaN or infinite" in describe(z)
+    assert "no finite value" in describe(torch.full((1, 16, 1, 1, 1), float("nan")))
+    with pytest.raises(ValueError, match="1 of 3072 values"):
+        check_latent(z, space("hunyuan_video"))
+
+
+SCALE = 0.476986
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "kind", "factor"),
+    [
+        ({"latent_tensor": (1, 16, 2, 4, 6), "latent_format_version_0": (0,)}, {}, "ComfyUI latent", 1),
+        ({"latent": (16, 2, 4, 6)}, {}, "musubi-tuner latent", 1 / SCALE),
+        ({"latent": (2, 4, 6, 16)}, {}, "musubi-tuner latent", 1 / SCALE),
+        ({"latents_2x4x6_bfloat16": (16, 2, 4, 6)}, {"architecture": "hunyuan_video"}, "cache of hunyuan_video", 1),
+        ({"latents_2x4x6_float32": (16, 2, 4, 6)}, {"architecture": "kandinsky5"}, "cache of kandinsky5", 1 / SCALE),
+        ({"anything": (1, 16, 2, 4, 6)}, {}, "single tensor anything", 1 / SCALE),
+    ],
+)
+def test_latent_files_of_others_are_read_as_raw(tmp_path, tensors, metadata, kind, factor):
+    values = {key: torch.randn(shape) for key, shape in tensors.items()}
+    path = tmp_path / "x.safetensors"
+    save_file(values, path, metadata)
+    found = load_latent(path)
+    assert kind in found.kind
+    z = next(iter(values.values()))
+    z = z.movedim(-1, 0)[None] if z.shape[-1] == 16 else z.reshape(1, 16, 2, 4, 6)
+    torch.testing.assert_close(found.z, z * factor)
+    torch.testing.assert_close(load_latent(path, scaled=False).z, z)
+
+
+def test_our_latent_file_keeps_its_space(tmp_path):
+    z = torch.randn(1, 16, 2, 4, 4)
+    save_latent(tmp_path / "x.latent", z, "kvae_3d_1.0", 6, {"prompt": "{}"})
+    found = load_latent(tmp_path / "x.latent")
+    assert torch.equal(found.z, z)
+    assert (found.space, found.frames) == ("kvae_3d_1.0", 6)
+
+
+def test_what_is_no_latent_file_is_said(tmp_path):
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="holds 2 tensors, a, b …; expected a latent"):
+        load_latent(tmp_path / "model.safetensors")
+    save_file(
+        {"latents_2x4x6_float32": torch.zeros(16, 2, 4, 6)}, tmp_path / "cache.safetensors", {"architecture": "x"}
+    )
+    with pytest.raises(WeightsError, match="say whether it is raw or scaled"):
+        load_latent(tmp_path / "cache.safetensors")
+    torch.save({}, tmp_path / "latent.pt")
+    with pytest.raises(WeightsError, match="a pickle can run code"):
+        load_latent(tmp_path / "latent.pt")
+
+
+def test_the_direction_of_an_adapter_is_read_from_its_header(tmp_path):
+    save_adapter(tmp_path / "x.safetensors", adapter("hunyuan_video", "kvae_3d_1.0"))
+    assert direction_of(tmp_path / "x.safetensors") == ("hunyuan_video", "kvae_3d_1.0")
+    save_file({"a": torch.zeros(1)}, tmp_path / "y.safetensors")
+    assert direction_of(tmp_path / "y.safetensors") is None
+    assert adapter("hunyuan_video", "kvae_3d_1.0").about() == "hunyuan_video → kvae_3d_1.0, Affine, 6,928 weights"
+
+
+# ---- frames and figures
+
+
+def test_frames_are_padded_and_cut():
+    clip = sample_clip(6, 8, 8)
+    padded = to_clip(clip, 4)
+    assert len(padded) == 9
+    assert torch.equal(padded[6:], clip[-1:].expand(3, -1, -1, -1))
+    assert to_clip(clip[:5], 4) is not None and len(to_clip(clip[:5], 4)) == 5
+    assert kept_frames(9, 6) == 6
+    assert kept_frames(9, None) == kept_frames(9, 20) == 9
+    two = torch.arange(18)  # two clips of nine, in segments of 5 and 4
+    segments = cut_stream(two.split([5, 4, 5, 4]), decoded=9, kept=6)
+    assert torch.cat(list(segments)).tolist() == [0, 1, 2, 3, 4, 5, 9, 10, 11, 12, 13, 14]
+
+
+def test_figures_of_known_errors():
+    x = sample_clip(4, 32, 48) * 0.5 + 0.2
+    shifted = figures(x + 0.1, x)
+    assert shifted["psnr"] == pytest.approx(20, abs=1e-3)
+    assert shifted["red"] == pytest.approx(25.5, abs=1e-3)
+    assert shifted["flicker"] == pytest.approx(0, abs=1e-3)
+    assert figures(x, x)["ssim"] == pytest.approx(1)
+    sign = torch.tensor([1.0, -1, 1, -1])[:, None, None, None]
+    assert figures(x + 0.1 * sign, x)["flicker"] == pytest.approx(51, abs=1e-3)
+    assert torch.equal(difference(x, x), torch.full_like(x, 0.5))
+    with pytest.raises(ValueError, match="expected two of one shape"):
+        figures(x[:1], x)
+    text = table({"A": shifted | {"decode": 1.5}, "B": {"decode": 2.0}})
+    assert text.splitlines()[0].split() == ["PSNR", "dB", "SSIM", "flicker", "red", "green", "blue", "decode", "s"]
+    assert text.splitlines()[2].split() == ["B", "2.00"]
+
+
+def test_ssim_is_that_of_torchmetrics():
+    torchmetrics = pytest.importorskip("torchmetrics.functional.image")
+    x = sample_clip(1, 40, 50)[0]
+    y = (x + 0.05 * torch.randn(40, 50, 3)).clamp(0, 1)
+    theirs = torchmetrics.structural_similarity_index_measure(
+        y.permute(2, 0, 1)[None], x.permute(2, 0, 1)[None], data_range=1.0
+    )
+    assert ssim(y, x).item() == pytest.approx(theirs.item(), abs=0.02)  # theirs pads the edges
