@@ -60,7 +60,7 @@ class KVAECompare(io.ComfyNode):
             raise ValueError("Compare VAEs needs a clip or a latent, one of the two: connect pixels or samples.")
         if pixels is not None:
             pixels = whole(pixels)
-        z = samples and samples_of(samples)
+        z = None if samples is None else samples_of(samples)
         a, b = (run(vae, pixels, z) for vae in (vae_a, vae_b))
         if pixels is None:
             rows = {"B against A": figures(b.frames, a.frames), "A": a.cost, "B": b.cost}

@@ -34,9 +34,8 @@ def register() -> None:
 
 def kvae_names() -> list[str]:
     """What the loader offers: models/kvae first, then models/vae, then the tiny KVAE of this pack."""
-    names = folder_paths.get_filename_list(KVAE)
-    names += [name for name in folder_paths.get_filename_list("vae") if name.endswith(".safetensors")]
-    return [*dict.fromkeys(names), TINY]
+    beside = [name for name in folder_paths.get_filename_list("vae") if name.endswith(".safetensors")]
+    return [*dict.fromkeys([*folder_paths.get_filename_list(KVAE), *beside]), TINY]
 
 
 def kvae_path(name: str) -> str:

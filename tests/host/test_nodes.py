@@ -104,6 +104,18 @@ def test_video_is_what_decode_shows(run, load, comfy, base):
     assert error.mean((0, 1, 2)).abs().max() < 0.01  # but not shifted
 
 
+@pytest.mark.parametrize("codec", ["h265", "av1"])
+def test_other_codecs(load, comfy, base, codec):
+    node = with_hidden(comfy.classes["KVAEDecodeToVideo"])
+    options = {"fps": 23.976, "codec": codec, "crf": 30, "filename_prefix": f"{codec}/t"}
+    with torch.inference_mode():
+        node.execute(samples={"samples": torch.randn(1, 16, 1, 8, 8)}, vae=load(), scaling="raw", **options)
+    (path,) = (base / "output" / codec).iterdir()
+    with av.open(str(path)) as video:
+        assert len(list(video.decode(video=0))) == 1
+        assert float(video.streams.video[0].average_rate) == pytest.approx(23.976, abs=1e-3)
+
+
 def test_a_cancelled_video_leaves_no_file(run, load, comfy, base):
     vae = load(latents=NATIVE)
     node = with_hidden(comfy.classes["KVAEDecodeToVideo"])

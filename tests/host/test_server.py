@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-from server import Server
+
+from .server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -45,6 +46,18 @@ def test_every_node_input_and_output_is_explained(ours):
             for key, (_, *options) in node["input"].get(part, {}).items():
                 assert options and options[0].get("tooltip"), f"{name}.{key}"
         assert all(node["output_tooltips"]) and len(node["output_tooltips"]) == len(node["output"]), name
+
+
+@pytest.mark.parametrize("language", ["zh", "ru"])
+def test_every_text_is_translated(server, ours, language):
+    texts = server.get("/i18n")[language]["nodeDefs"]
+    for name, node in ours.items():
+        assert texts[name]["display_name"] and texts[name]["description"]
+        inputs = {key for part in ("required", "optional") for key in node["input"].get(part, {})}
+        assert texts[name]["inputs"].keys() == inputs
+        assert texts[name]["outputs"].keys() == {str(i) for i in range(len(node["output"]))}
+        for slot in (*texts[name]["inputs"].values(), *texts[name]["outputs"].values()):
+            assert slot["name"] and slot["tooltip"]
 
 
 def test_every_node_has_a_help_page(server, ours):

@@ -91,6 +91,21 @@ def test_cancel_stops_within_a_segment(comfy, run, load, monkeypatch):
     assert seen == [(5, 7)]
 
 
+def test_out_of_memory_goes_on_with_tiles(run, load, monkeypatch):
+    vae = load()
+    decode = vae.first_stage_model.decode
+
+    def small_card(z, **options):
+        if z.shape[-1] > 32:
+            raise torch.cuda.OutOfMemoryError
+        return decode(z, **options)
+
+    monkeypatch.setattr(vae.first_stage_model, "decode", small_card)
+    (image,) = run("VAEDecode", vae=vae, samples={"samples": torch.randn(1, 16, 1, 8, 40)})
+    assert image.shape == (1, 64, 320, 3)
+    assert image.isfinite().all()
+
+
 def test_memory_estimates_grow_with_the_picture_not_with_the_length(load):
     vae = load()
     decode, encode = vae.memory_used_decode, vae.memory_used_encode
