@@ -166,6 +166,18 @@ def test_compare_two_vaes(run, load):
             run("KVAECompare", vae_a=a, vae_b=b, **wrong)
 
 
+def test_compare_with_a_stock_vae(run, load):
+    import comfy.sd
+    from comfy.taesd.taehv import TAEHV
+
+    stock = comfy.sd.VAE(
+        sd=TAEHV(latent_channels=16).half().state_dict()
+    )  # ComfyUI's small HunyuanVideo VAE, untrained
+    both, _, report = run("KVAECompare", vae_a=stock, vae_b=load(), pixels=sample_clip(6, 40, 48))
+    assert both.shape == (5, 32, 96, 3)
+    assert len(report.splitlines()) == 3
+
+
 def with_hidden(cls):
     """A node class as the executor prepares it, with no prompt to hide in files."""
     hidden = type("Hidden", (), {"prompt": None, "extra_pnginfo": {"workflow": {"nodes": []}}})
