@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import folder_paths
-from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..adapters.inspect import describe
 from ..adapters.latent_files import load_latent, save_latent
 from .latent_dict import FRAMES, SPACE, samples_of, space_of
+from .metadata import workflow_of
 
 SCALINGS = {"auto": None, "raw": False, "scaled": True}
 SAVED = "latents"  # the folder in ComfyUI's output that Save Latent writes to, unless told otherwise
@@ -68,15 +67,8 @@ class KVAESaveLatent(io.ComfyNode):
         )
         file = f"{name}_{counter:05}_.latent"
         path = os.path.join(folder, file)
-        save_latent(path, samples_of(samples), space_of(samples), samples.get(FRAMES), cls._workflow())
+        save_latent(path, samples_of(samples), space_of(samples), samples.get(FRAMES), workflow_of(cls))
         return io.NodeOutput(samples, ui={"latents": [ui.SavedResult(file, subfolder, io.FolderType.output)]})
-
-    @classmethod
-    def _workflow(cls) -> dict[str, str]:
-        if args.disable_metadata:
-            return {}
-        known = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
-        return {key: json.dumps(value) for key, value in known.items() if value is not None}
 
 
 class KVAELoadLatent(io.ComfyNode):

@@ -56,6 +56,10 @@ class KVAEVae(comfy.sd.VAE):
         self.size = comfy.model_management.module_size(served)
         served.on_progress = show_progress
 
+    def get_sd(self) -> dict[str, torch.Tensor]:
+        """What ComfyUI's Save VAE writes: the KVAE's weights under their own names, which Load KVAE reads."""
+        return self.first_stage_model.kvae.state_dict()
+
     def decode_stream(self, z_Bcthw: torch.Tensor) -> Iterator[torch.Tensor]:
         """Frames as IMAGEs [17 or 16, H, W, 3] in 0..1: a segment at a time, so that memory does not grow."""
         memory = self.memory_used_decode(z_Bcthw.shape, self.vae_dtype)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 
 import folder_paths
-from comfy.cli_args import args
 from comfy_api.latest import InputImpl, io, ui
 
 from ..adapters.frames import cut_stream, kept_frames
 from .coding import latent_for, latent_inputs
 from .latent_dict import FRAMES
+from .metadata import workflow_of
 from .vae import KVAEVae
 from .video_writer import CODECS, VideoWriter
 
@@ -69,15 +69,8 @@ class KVAEDecodeToVideo(io.ComfyNode):
         file = f"{name}_{counter:05}_.mp4"
         path = os.path.join(folder, file)
         segments = cut_stream(vae.decode_stream(z), decoded, kept_frames(decoded, samples.get(FRAMES)))
-        with VideoWriter(path, width, height, fps, codec, crf, audio, cls._workflow()) as writer:
+        with VideoWriter(path, width, height, fps, codec, crf, audio, workflow_of(cls)) as writer:
             for frames in segments:
                 writer.write(frames)
         preview = ui.PreviewVideo([ui.SavedResult(file, subfolder, io.FolderType.output)])
         return io.NodeOutput(InputImpl.VideoFromFile(path), ui=preview)
-
-    @classmethod
-    def _workflow(cls) -> dict:
-        if args.disable_metadata:
-            return {}
-        known = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
-        return {key: value for key, value in known.items() if value is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from fractions import Fraction
 
@@ -23,7 +22,7 @@ class VideoWriter:
     Args:
         crf: constant quality of the codec; lower is better and larger.
         audio: ComfyUI's AUDIO, {"waveform": [B, C, N], "sample_rate": …}, cut where the video ends.
-        metadata: values that are not text are written as JSON.
+        metadata: texts for the file's header.
     """
 
     def __init__(self, path: str, width: int, height: int, fps: float, codec="h264", crf=18, audio=None, metadata=None):
@@ -31,7 +30,7 @@ class VideoWriter:
         self.fps, self.audio, self.written = Fraction(fps).limit_denominator(1001), audio, 0
         self.container = av.open(self.partial, "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"})
         for key, value in (metadata or {}).items():
-            self.container.metadata[key] = value if isinstance(value, str) else json.dumps(value)
+            self.container.metadata[key] = value
         video = self.container.add_stream(CODECS[codec], rate=self.fps)
         assert isinstance(video, av.VideoStream)
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"

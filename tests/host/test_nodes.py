@@ -95,6 +95,7 @@ def test_video_is_what_decode_shows(run, load, comfy, base):
         frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)]
         assert video.streams.video[0].average_rate == 25
         assert video.streams.video[0].codec_context.colorspace == 1  # BT.709, so that players show the same colours
+        assert "workflow" in video.metadata
     assert len(frames) == 30
     with av.open(str(path)) as video:
         seconds = sum(frame.samples for frame in video.decode(audio=0)) / 48000

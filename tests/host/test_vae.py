@@ -116,6 +116,11 @@ def test_memory_estimates_grow_with_the_picture_not_with_the_length(load):
     assert more == 104 * pixels * (4 + 2)
 
 
+def test_a_saved_vae_is_a_kvae_file(load, tiny_kvae):
+    saved = load().get_sd()
+    assert saved.keys() == tiny_kvae.state_dict().keys()
+
+
 def test_bfloat16_is_close(run, load):
     (half,) = run("VAEDecode", vae=load(dtype="bf16"), samples={"samples": Z})
     (full,) = run("VAEDecode", vae=load(), samples={"samples": Z})

@@ -1,0 +1,16 @@
+"""The workflow, for the files that nodes write: drop such a file on the page to get the workflow back."""
+
+from __future__ import annotations
+
+import json
+
+from comfy.cli_args import args
+from comfy_api.latest import io
+
+
+def workflow_of(node: type[io.ComfyNode]) -> dict[str, str]:
+    """Prompt and workflow of the running node as JSON texts; empty with ComfyUI's --disable-metadata."""
+    if args.disable_metadata:
+        return {}
+    known = {"prompt": node.hidden.prompt, **(node.hidden.extra_pnginfo or {})}
+    return {key: json.dumps(value) for key, value in known.items() if value is not None}
