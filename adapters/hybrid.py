@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..kvae import KVAE, WeightsError
+from ..kvae import KVAE, Method, WeightsError
 from ..kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
 from .files import LatentAdapter
 from .spaces import native_space
+
+DEFAULT = Method()
 
 
 class HybridVAE(nn.Module):
@@ -57,10 +59,13 @@ class HybridVAE(nn.Module):
         self.kvae = kvae
         self.decode_adapter, self.encode_adapter = decode_adapter, encode_adapter
 
-    def encode(self, x_B3THW: Tensor, on_segment: Callable[[int], None] = lambda t: None) -> Tensor:
+    def encode(
+        self, x_B3THW: Tensor, method: Method = DEFAULT, on_segment: Callable[[int], None] = lambda t: None
+    ) -> Tensor:
         """[B, 3, T, H, W] in −1..1, any T, H, W → raw foreign latents [B, c, t, h, w]; see `KVAE.encode_stream`.
 
         Args:
+            method: how to compute (see `kvae.plan_encode`); the result is the same.
             on_segment: called after each segment with its number of latent frames.
 
         Raises:
@@ -69,24 +74,24 @@ class HybridVAE(nn.Module):
         if self.encode_adapter is None:
             raise WeightsError(_missing("encode", "kvae_3d_1.0", self.decode_adapter.source.name))  # type: ignore[union-attr]
         means = []
-        for posterior in self.kvae.encode_stream(to_kvae_pixels(x_B3THW)):
+        for posterior in self.kvae.encode_stream(to_kvae_pixels(x_B3THW), method):
             means.append(posterior.mean)
             on_segment(posterior.mean.shape[2])
         return self.encode_adapter(torch.cat(means, dim=2))
 
-    def decode(self, z_Bcthw: Tensor) -> Tensor:
+    def decode(self, z_Bcthw: Tensor, method: Method = DEFAULT) -> Tensor:
         """Raw foreign latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W], about −1..1, not clipped.
 
         Raises:
             WeightsError: there is no decode_adapter.
         """
-        return torch.cat(list(self.decode_stream(z_Bcthw)), dim=2)
+        return torch.cat(list(self.decode_stream(z_Bcthw, method)), dim=2)
 
-    def decode_stream(self, z_Bcthw: Tensor) -> Iterator[Tensor]:
+    def decode_stream(self, z_Bcthw: Tensor, method: Method = DEFAULT) -> Iterator[Tensor]:
         """The same, segment by segment. The adapter sees the whole clip first: latents are small, frames are not."""
         if self.decode_adapter is None:
             raise WeightsError(_missing("decode", self.encode_adapter.target.name, "kvae_3d_1.0"))  # type: ignore[union-attr]
-        for frames in self.kvae.decode_stream(self.decode_adapter(z_Bcthw)):
+        for frames in self.kvae.decode_stream(self.decode_adapter(z_Bcthw), method):
             yield from_kvae_pixels(frames)
 
 

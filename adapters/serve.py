@@ -12,16 +12,18 @@ for frames in vae.decode_stream(z):                       # 17, 16, 16 … frame
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from ..kvae import KVAE, pad_frames
+from ..kvae import KVAE, BudgetError, Method, Plan, plan_decode, plan_encode
 from .files import LatentAdapter
 from .hybrid import HybridVAE, from_kvae_pixels, to_kvae_pixels
 from .inspect import check_latent
-from .memory import decode_bytes, encode_bytes
-from .spaces import SPACES, LatentSpace
+from .spaces import native_space
+
+WORKSPACE = 1.1  # what the convolution library takes for itself, beside what is counted
 
 
 class NativeVAE(nn.Module):
@@ -31,17 +33,17 @@ class NativeVAE(nn.Module):
         super().__init__()
         self.kvae = kvae
 
-    def encode(self, x_B3THW: Tensor, on_segment: Callable[[int], None]) -> Tensor:
+    def encode(self, x_B3THW: Tensor, method: Method, on_segment: Callable[[int], None]) -> Tensor:
         """[B, 3, T, H, W] in −1..1 → raw latents [B, c, t, h, w]."""
         means = []
-        for posterior in self.kvae.encode_stream(pad_frames(to_kvae_pixels(x_B3THW))):
+        for posterior in self.kvae.encode_stream(to_kvae_pixels(x_B3THW), method):
             means.append(posterior.mean)
             on_segment(posterior.mean.shape[2])
         return torch.cat(means, dim=2)
 
-    def decode_stream(self, z_Bcthw: Tensor) -> Iterator[Tensor]:
+    def decode_stream(self, z_Bcthw: Tensor, method: Method) -> Iterator[Tensor]:
         """Raw latents [B, c, t, h, w] → float32 frames, segment by segment."""
-        return map(from_kvae_pixels, self.kvae.decode_stream(z_Bcthw))
+        return map(from_kvae_pixels, self.kvae.decode_stream(z_Bcthw, method))
 
 
 class ServedVAE(nn.Module):
@@ -50,6 +52,8 @@ class ServedVAE(nn.Module):
     Args:
         decode_adapter, encode_adapter: between the space to serve and KVAE's; with neither, KVAE's own is served.
         on_progress: called with (done, total) after each segment, in latent frames.
+        free_memory: tells how many bytes there are for activations; None where there is no limit. The fastest exact way
+            within them is taken, else the one that takes least.
 
     Raises:
         WeightsError: the adapters do not fit the KVAE or each other.
@@ -67,8 +71,9 @@ class ServedVAE(nn.Module):
             self.space = decode_adapter.source if decode_adapter else encode_adapter.target  # type: ignore[union-attr]
         else:
             self.vae = NativeVAE(kvae)
-            self.space = native_space(kvae)
+            self.space = native_space(kvae.config)
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
+        self.free_memory: Callable[[], int | None] = lambda: None
         self.output_device = torch.device("cpu")
 
     @property
@@ -92,7 +97,8 @@ class ServedVAE(nn.Module):
             )
         x = x_B3THW[:, :, : self.space.time * ((x_B3THW.shape[2] - 1) // self.space.time) + 1]
         report = self._progress(len(x) * ((x.shape[2] - 1) // self.space.time + 1))
-        return torch.cat([self.vae.encode(self._place(clip, device), report) for clip in x.split(1)])
+        method = self._method(plan_encode, x.shape)
+        return torch.cat([self.vae.encode(self._place(clip, device), method, report) for clip in x.split(1)])
 
     def decode(self, z_Bcthw: Tensor, output_buffer: Tensor | None = None) -> Tensor:
         """Raw latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W] on `output_device`, or in the buffer given.
@@ -132,16 +138,29 @@ class ServedVAE(nn.Module):
 
     def memory_used_decode(self, z_shape: Sequence[int], dtype: torch.dtype) -> float:
         """Bytes that decoding latents of this shape needs beside the weights."""
-        return decode_bytes(self.kvae.config, z_shape, dtype)
+        return self._scaled(plan_decode(self.kvae, (1, *z_shape[1:]), stream=True), dtype)
 
     def memory_used_encode(self, x_shape: Sequence[int], dtype: torch.dtype) -> float:
         """Bytes that encoding pixels of this shape needs beside the weights."""
-        return encode_bytes(self.kvae.config, x_shape, dtype)
+        clip = prod(x_shape[1:]) * (torch.float32.itemsize + dtype.itemsize)
+        return self._scaled(plan_encode(self.kvae, (1, *x_shape[1:]), stream=True), dtype) + clip
+
+    def _scaled(self, plan: Plan, dtype: torch.dtype) -> float:
+        """What the plan, which counts in the dtype of the weights, takes in another."""
+        return WORKSPACE * plan.peak * dtype.itemsize / next(self.kvae.parameters()).dtype.itemsize
 
     def _decode_clip(self, z_1cthw: Tensor, report: Callable[[int], None]) -> Iterator[Tensor]:
-        for frames in self.vae.decode_stream(self._place(z_1cthw)):
+        method = self._method(plan_decode, z_1cthw.shape)
+        for frames in self.vae.decode_stream(self._place(z_1cthw), method):
             yield frames
             report(-(-frames.shape[2] // self.space.time))
+
+    def _method(self, plan: Callable[..., Plan], shape: Sequence[int]) -> Method:
+        free = self.free_memory()
+        try:
+            return plan(self.kvae, (1, *shape[1:]), free and int(free / WORKSPACE), stream=True).method
+        except BudgetError as error:
+            return error.least.method  # the count is cautious; a host that runs out all the same falls back to tiles
 
     def _place(self, x: Tensor, device: torch.device | None = None) -> Tensor:
         """To the dtype of the weights; and the weights to the input, where a host left some of them elsewhere."""
@@ -159,20 +178,6 @@ class ServedVAE(nn.Module):
             self.on_progress(done, total)
 
         return report
-
-
-def native_space(kvae: KVAE) -> LatentSpace:
-    """The latent space of a KVAE: the first in the table with its grid.
-
-    Raises:
-        ValueError: the table has none.
-    """
-    config = kvae.config
-    grid = config.z_channels, config.temporal_compress_times, config.spatial_factor
-    for space in SPACES.values():
-        if space.name.startswith("kvae") and (space.channels, space.time, space.space) == grid:
-            return space
-    raise ValueError(f"this KVAE has {grid[0]} channels, t{grid[1]} s{grid[2]}; no known latent space has")
 
 
 def to_image(x: Tensor) -> Tensor:

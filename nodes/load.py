@@ -6,7 +6,8 @@ import torch
 from comfy_api.latest import io
 
 from ..adapters import LatentAdapter, load_adapter
-from ..adapters.serve import ServedVAE, native_space
+from ..adapters.serve import ServedVAE
+from ..adapters.spaces import native_space
 from ..kvae import KVAE, WeightsError, load_kvae
 from . import folders
 from .vae import KVAEVae, working_dtype
@@ -93,7 +94,8 @@ def hunyuan_adapters(kvae: KVAE, decode: str, encode: str) -> tuple[LatentAdapte
     Raises:
         WeightsError: neither is there, one is not what it is chosen for, or several fit.
     """
-    there, back = ("hunyuan_video", native_space(kvae).name), (native_space(kvae).name, "hunyuan_video")
+    native = native_space(kvae.config).name
+    there, back = ("hunyuan_video", native), (native, "hunyuan_video")
     decoder, encoder = _adapter(decode, there), _adapter(encode, back)
     if decoder is None and encoder is None:
         raise WeightsError(folders.no_adapters(*there))

@@ -55,6 +55,7 @@ class KVAEVae(comfy.sd.VAE):
         )
         self.size = comfy.model_management.module_size(served)
         served.on_progress = show_progress
+        served.free_memory = lambda: int(comfy.model_management.get_free_memory(self.device))
 
     def get_sd(self) -> dict[str, torch.Tensor]:
         """What ComfyUI's Save VAE writes: the KVAE's weights under their own names, which Load KVAE reads."""

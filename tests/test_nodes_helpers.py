@@ -16,11 +16,10 @@ from kvae_comfyui.adapters.files import direction_of, save_adapter
 from kvae_comfyui.adapters.frames import cut_stream, kept_frames, to_clip
 from kvae_comfyui.adapters.inspect import check_latent, describe, what_latent
 from kvae_comfyui.adapters.latent_files import load_latent, save_latent
-from kvae_comfyui.adapters.memory import decode_bytes, encode_bytes
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.adapters.sample_clip import sample_clip
 from kvae_comfyui.adapters.serve import ServedVAE, to_image
-from kvae_comfyui.kvae import KVAEConfig, WeightsError
+from kvae_comfyui.kvae import KVAE, WeightsError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,12 +113,24 @@ def test_to_image_works_in_place_and_returns():
     assert x.tolist() == [0, 0, 0.5, 1, 1]
 
 
-@pytest.mark.parametrize(("frames", "decode_gb", "encode_gb"), [(1, 9.15, 4.27), (17, 44.83, 27.99)])
-def test_memory_estimates_are_a_little_above_what_was_counted(frames, decode_gb, encode_gb):
-    config, bf16 = KVAEConfig(), torch.bfloat16
-    t = (frames - 1) // 4 + 1
-    assert decode_gb < decode_bytes(config, (1, 16, t, 90, 160), bf16) / 1e9 < 1.2 * decode_gb
-    assert encode_gb < encode_bytes(config, (1, 3, frames, 720, 1280), bf16) / 1e9 < 1.2 * encode_gb
+def test_memory_is_told_and_kept_to():
+    shape, bf16 = (1, 16, 9, 90, 160), torch.bfloat16
+    with torch.device("meta"):
+        real = ServedVAE(KVAE().to(bf16))
+    assert 15e9 < real.memory_used_decode(shape, bf16) < 25e9
+    assert real.memory_used_decode((1, 16, 65, 90, 160), bf16) < 1.3 * real.memory_used_decode(shape, bf16)
+    assert 10e9 < real.memory_used_encode((1, 3, 33, 720, 1280), bf16) < 15e9
+    asked = []
+
+    def decode_stream(z, method):
+        asked.append(method)
+        return iter(())
+
+    real.vae.decode_stream = decode_stream
+    for free in (None, 12 << 30, 1):
+        real.free_memory = lambda free=free: free
+        list(real._decode_clip(torch.empty(shape, device="meta"), lambda t: None))
+    assert [method.recompute for method in asked] == [0, 2, 2]
 
 
 # ---- latents
