@@ -34,40 +34,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each side (default 3)")
     parser.add_argument("--size", default="17x128x128", help="FRAMESxHEIGHTxWIDTH of the timed clip")
+    parser.add_argument("--only", choices=("seconds", "memory"), help="one of the two tables")
     parser.add_argument("--write", help="Markdown file to write the tables to")
     options = parser.parse_args()
     lines = []
-    for line in report(options.rounds, *map(int, options.size.split("x"))):
+    for line in report(options.only, options.rounds, *map(int, options.size.split("x"))):
         print(line, flush=True)
         lines.append(line)
     if options.write:
         Path(options.write).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def report(rounds: int, frames: int, height: int, width: int) -> Iterator[str]:
+def report(only: str | None, rounds: int, frames: int, height: int, width: int) -> Iterator[str]:
     """The tables, line by line."""
     yield "# Performance of kvae/"
     yield ""
     yield "Printed by `python -m benchmarks.kvae`; what the columns mean is said in that file."
-    yield ""
-    yield f"## Seconds, {frames} frames of {height}x{width}"
-    yield ""
-    yield f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, {rounds} rounds."
-    yield "The floor is the arithmetic of a run at the rate of one large convolution, measured beside it."
-    yield ""
-    yield "| | diffusers | kvae/ | ratio | floor |"
-    yield "|---|---|---|---|---|"
-    yield from seconds(rounds, frames, height, width)
-    yield ""
-    yield "## Activations, GB, bf16"
-    yield ""
-    yield "Weights, latents and the clip itself are not counted. The last columns are the plans for half the memory and"
-    yield "for the least. All results are exact."
-    yield ""
-    yield "| | diffusers | kvae/ | ratio | for half | the least |"
-    yield "|---|---|---|---|---|---|"
-    for size in ((17, 256, 256), (33, 480, 832), (33, 720, 1280)):
-        yield from memory(*size)
+    if only != "memory":
+        yield ""
+        yield f"## Seconds, {frames} frames of {height}x{width}"
+        yield ""
+        yield f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, {rounds} rounds."
+        yield "The floor is the arithmetic of a run at the rate of one large convolution, measured beside it."
+        yield ""
+        yield "| | diffusers | kvae/ | ratio | floor |"
+        yield "|---|---|---|---|---|"
+        yield from seconds(rounds, frames, height, width)
+    if only != "seconds":
+        yield ""
+        yield "## Activations, GB, bf16"
+        yield ""
+        yield "Weights, latents and the clip itself are not counted. The last columns are the plans for half the memory"
+        yield "and for the least. All results are exact."
+        yield ""
+        yield "| | diffusers | kvae/ | ratio | for half | the least |"
+        yield "|---|---|---|---|---|---|"
+        for size in ((17, 256, 256), (33, 480, 832), (33, 720, 1280)):
+            yield from memory(*size)
 
 
 @torch.no_grad()
