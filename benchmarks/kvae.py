@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,9 @@ def report(only: str | None, rounds: int, frames: int, height: int, width: int) 
 @torch.no_grad()
 def seconds(rounds: int, frames: int, height: int, width: int) -> Iterator[str]:
     """Rows of the first table: KVAE-3D-1.0 against diffusers."""
-    ours, theirs = KVAE().eval().requires_grad_(False), AutoencoderKLKVAEVideo().eval().requires_grad_(False)
+    ours = KVAE().eval().requires_grad_(False)
+    theirs: Any = AutoencoderKLKVAEVideo()
+    theirs.eval().requires_grad_(False)
     state = ours.state_dict()
     theirs.load_state_dict({key: state[official_key(key)] for key in theirs.state_dict()})
     x, z = (
@@ -122,7 +125,9 @@ def memory(frames: int, height: int, width: int) -> Iterator[str]:
     for name, config in FAMILY.items():
         with torch.device("meta"):
             kvae = KVAE(config).to(torch.bfloat16).requires_grad_(False).fold()
-            theirs = AutoencoderKLKVAEVideo().to(torch.bfloat16) if name == "1.0" else None
+            theirs: Any = AutoencoderKLKVAEVideo() if name == "1.0" else None
+            if theirs:
+                theirs.to(torch.bfloat16)
         side = config.spatial_factor
         x = torch.empty(1, 3, frames, height, width, dtype=torch.bfloat16, device="meta")
         t, h, w = (frames - 1) // config.temporal_compress_times + 1, height // side, width // side

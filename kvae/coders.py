@@ -41,6 +41,8 @@ class Level(nn.Module):
 class Coder(nn.Module):
     """What encoder and decoder share: a row of stages, each run on all the frames of a segment."""
 
+    conv_in: CausalConv3d
+    conv_out: CausalConv3d
     gradient_checkpointing = False
 
     def stages(self) -> Iterator[nn.Module]:
@@ -79,7 +81,7 @@ class Encoder(Coder):
 
     def stages(self) -> Iterator[nn.Module]:
         for level in self.down:
-            yield from level.block  # type: ignore[misc, union-attr]
+            yield from level.block  # type: ignore[misc]
             if hasattr(level, "downsample"):
                 yield level.downsample  # type: ignore[misc]
         yield self.mid.block_1
@@ -112,7 +114,7 @@ class Decoder(Coder):
         yield self.mid.block_1
         yield self.mid.block_2
         for level in reversed(self.up):
-            yield from level.block  # type: ignore[misc, union-attr]
+            yield from level.block  # type: ignore[misc]
             if hasattr(level, "upsample"):
                 yield level.upsample  # type: ignore[misc]
 
@@ -132,6 +134,6 @@ def checkpointed(stage: nn.Module, cache: Cache, inputs: tuple[Tensor, ...]) -> 
         memory = dict(past)
         return stage(x_BCTHW, memory, *z), memory
 
-    y, after = checkpoint(run, inputs[0], before, *inputs[1:], use_reentrant=False)  # type: ignore[misc]
+    y, after = checkpoint(run, inputs[0], before, *inputs[1:], use_reentrant=False)
     cache.update(after)
     return y

@@ -200,7 +200,7 @@ class KVAE(nn.Module):
                 slice((lo - first) * result, (hi - first) * result)
                 for (lo, hi), (first, _) in zip(tile.inner, tile.outer, strict=True)
             ]
-            for part in stream(*outer, replace(method, tiles=(1, 1)), report):
+            for part in stream(outer[0], outer[1], replace(method, tiles=(1, 1)), report):
                 out[:, :, start : start + part.shape[2], *inner] = part[:, :, :, *within]
                 start += part.shape[2]
         return out

@@ -74,9 +74,9 @@ def plan_decode(kvae: KVAE, z_shape: Sequence[int], budget: int | None = None, s
 
     def peak(method: Method) -> int:
         count = Count(kvae, kvae.decoder, method, B)
-        sides = _largest_tile(kvae, (h, w), method, decode=True)
+        rows, columns = _largest_tile(kvae, (h, w), method, decode=True)
         kinds = _lengths(t, method.segment // cadence)
-        return int(MARGIN * max(count.segment(n, *sides, *place, latent=(n, *sides)) for n, *place in kinds))
+        return int(MARGIN * max(count.segment(n, rows, columns, *ends, latent=(n, rows, columns)) for n, ends in kinds))
 
     return _fastest(_methods(kvae, (h, w), decode=True, stream=stream), peak, budget)
 
@@ -99,7 +99,7 @@ def plan_encode(kvae: KVAE, x_shape: Sequence[int], budget: int | None = None, s
         count = Count(kvae, kvae.encoder, method, B)
         rows, columns = _largest_tile(kvae, (h, w), method, decode=False)
         kinds = _lengths(T, method.segment)
-        return int(MARGIN * max(count.segment(n, rows * side, columns * side, *place) for n, *place in kinds))
+        return int(MARGIN * max(count.segment(n, rows * side, columns * side, *ends) for n, ends in kinds))
 
     return _fastest(_methods(kvae, (h, w), decode=False, stream=stream), peak, budget)
 
@@ -117,8 +117,9 @@ def _methods(kvae: KVAE, sides: tuple[int, int], decode: bool, stream: bool) -> 
     """All there are, from the fastest on."""
     cadence, free = kvae.config.temporal_compress_times, kvae.config.per_position
     segments = (SEGMENT_FRAMES, 2 * cadence, cadence) if free else (SEGMENT_FRAMES,)
-    counts = list(product(range(1, MOST_TILES + 1), repeat=2)) if free and not stream else [(1, 1)]
-    methods = [Method(*choice) for choice in product(segments, STRIP_BYTES, range(3), counts)]
+    most = MOST_TILES if free and not stream else 1
+    counts = list(product(range(1, most + 1), range(1, most + 1)))
+    methods = [Method(*choice, tiles=count) for choice in product(segments, STRIP_BYTES, range(3)) for count in counts]
 
     def cost(method: Method) -> float:
         areas = [prod(hi - lo for lo, hi in t.outer) for t in tiles(kvae.config, *sides, method.tiles, decode)]
@@ -134,12 +135,12 @@ def _largest_tile(kvae: KVAE, sides: tuple[int, int], method: Method, decode: bo
     return [max(hi - lo for lo, hi in axis) for axis in zip(*outer, strict=True)]
 
 
-def _lengths(total: int, rest: int) -> set[tuple[int, bool, bool]]:
-    """(length, whether it is the first, whether it is the last) of the kinds of segment that a clip is cut into."""
+def _lengths(total: int, rest: int) -> set[tuple[int, tuple[bool, bool]]]:
+    """(length, (is the first, is the last)) of the kinds of segment that a clip is cut into."""
     lengths = [min(rest + 1, total)]
     while sum(lengths) < total:
         lengths.append(min(rest, total - sum(lengths)))
-    return {(n, i == 0, i == len(lengths) - 1) for i, n in enumerate(lengths)}
+    return {(n, (i == 0, i == len(lengths) - 1)) for i, n in enumerate(lengths)}
 
 
 class Count:
@@ -155,28 +156,26 @@ class Count:
         """The peak of one segment that enters the coder with these sides."""
         self.T, self.H, self.W, self.first, self.last, self.latent = T, H, W, first, last, latent
         self.now = self.peak = 0
-        coder: Coder = self.coder
-        conv_in, conv_out = coder.conv_in, coder.conv_out  # type: ignore[attr-defined]
         self.now = 0 if first else sum(self._memory(*layer) for layer in self._remembering())
         self.lazy = 0  # bytes of a row's worth of what is computed on demand before the current layer reads it
         self.held = 0  # bytes of the map that the current layer reads, where it is held
         self.shrunk = 1  # 4 where the next past is remembered at half the rows and columns, and computed again
-        self._convolution(conv_in, held_output=latent is not None)
-        for stage in coder.stages():
+        self._convolution(self.coder.conv_in, held_output=latent is not None)
+        for stage in self.coder.stages():
             if isinstance(stage, ResnetBlock):
                 self._resnet(stage)
             elif isinstance(stage, Downsample):
                 self._downsample(stage)
             elif isinstance(stage, Upsample):
                 self._upsample(stage)
-        self._convolution(conv_out, held_output=True, normed=True)
+        self._convolution(self.coder.conv_out, held_output=True, normed=True)
         return self.peak
 
     def _remembering(self) -> Iterator[tuple[int, int, int, int]]:
         """(channels, frames, rows, columns) of all that the stream remembers."""
         H, W = self.H, self.W
         small = H, W  # of what the next convolution's past is computed from
-        yield self.coder.conv_in.conv.in_channels, 2, H, W  # type: ignore[attr-defined, union-attr, misc]
+        yield self.coder.conv_in.conv.in_channels, 2, H, W
         for stage in self.coder.stages():
             if isinstance(stage, ResnetBlock):
                 yield stage.conv1.conv.in_channels, 2, *small
@@ -193,7 +192,7 @@ class Count:
                 H, W = 2 * H, 2 * W
                 continue
             small = H, W
-        yield self.coder.conv_out.conv.in_channels, 2, H, W  # type: ignore[attr-defined, union-attr, misc]
+        yield self.coder.conv_out.conv.in_channels, 2, H, W
 
     def _memory(self, channels: int, frames: int, H: int, W: int) -> int:
         return self.unit * channels * frames * H * W

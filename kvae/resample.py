@@ -63,6 +63,8 @@ class Downsample(Resampler):
     The shortcut that 2.0 adds: channels 2c and 2c + 1 start as the upper and the lower row of channel c.
     """
 
+    temporal_conv: nn.ModuleList | TemporalConv
+
     def __init__(self, channels: int, time: bool, config: KVAEConfig):
         super().__init__()
         self.doubles = config.downsample_version == 2
@@ -89,15 +91,15 @@ class Downsample(Resampler):
         linear, linear_bias = matrix(self.linear)
         if not hasattr(self, "temporal_conv"):
             return {"space": after(linear, space), "space_bias": linear @ space_bias + linear_bias}
-        if self.doubles:
+        if isinstance(self.temporal_conv, TemporalConv):
+            w, time_bias = weights(self.temporal_conv.conv)
+            taps = list(w.flatten(2).unbind(2))
+        else:
             # the second of the chain, which strides, sees two outputs of the first
-            (w0, b0), (w1, b1) = (weights(held.conv) for held in self.temporal_conv)  # type: ignore[union-attr]
+            (w0, b0), (w1, b1) = (weights(held.conv) for held in self.temporal_conv)  # type: ignore[arg-type]
             w0, w1 = w0.flatten(2), w1.flatten(2)
             taps = [w1[..., 0] @ w0[..., 0], w1[..., 0] @ w0[..., 1] + w1[..., 1] @ w0[..., 0], w1[..., 1] @ w0[..., 1]]
             time_bias = w1.sum(2) @ b0 + b1
-        else:
-            w, time_bias = weights(self.temporal_conv.conv)  # type: ignore[union-attr, arg-type]
-            taps = list(w.flatten(2).unbind(2))
         half = 0.5 * torch.eye(len(linear), device=linear.device, dtype=linear.dtype)
         time = torch.stack([linear @ tap for tap in (taps[0], taps[1] + half, taps[2] + half)], dim=2)
         return {
