@@ -138,12 +138,12 @@ class ServedVAE(nn.Module):
 
     def memory_used_decode(self, z_shape: Sequence[int], dtype: torch.dtype) -> float:
         """Bytes that decoding latents of this shape needs beside the weights."""
-        return self._scaled(plan_decode(self.kvae, (1, *z_shape[1:]), stream=True), dtype)
+        return self._scaled(plan_decode(self.kvae, _one(z_shape), stream=True), dtype)
 
     def memory_used_encode(self, x_shape: Sequence[int], dtype: torch.dtype) -> float:
         """Bytes that encoding pixels of this shape needs beside the weights."""
         clip = prod(x_shape[1:]) * (torch.float32.itemsize + dtype.itemsize)
-        return self._scaled(plan_encode(self.kvae, (1, *x_shape[1:]), stream=True), dtype) + clip
+        return self._scaled(plan_encode(self.kvae, _one(x_shape), stream=True), dtype) + clip
 
     def _scaled(self, plan: Plan, dtype: torch.dtype) -> float:
         """What the plan, which counts in the dtype of the weights, takes in another."""
@@ -158,7 +158,7 @@ class ServedVAE(nn.Module):
     def _method(self, plan: Callable[..., Plan], shape: Sequence[int]) -> Method:
         free = self.free_memory()
         try:
-            return plan(self.kvae, (1, *shape[1:]), free and int(free / WORKSPACE), stream=True).method
+            return plan(self.kvae, _one(shape), free and int(free / WORKSPACE), stream=True).method
         except BudgetError as error:
             return error.least.method  # the count is cautious; a host that runs out all the same falls back to tiles
 
@@ -178,6 +178,11 @@ class ServedVAE(nn.Module):
             self.on_progress(done, total)
 
         return report
+
+
+def _one(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of one clip of a batch. A host asks for the memory of an empty one, too, before it is refused."""
+    return 1, *(max(1, side) for side in shape[1:])
 
 
 def to_image(x: Tensor) -> Tensor:
