@@ -181,8 +181,8 @@ class ServedVAE(nn.Module):
 
 
 def _one(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of one clip of a batch. A host asks for the memory of an empty one, too, before it is refused."""
-    return 1, *(max(1, side) for side in shape[1:])
+    """The shape of one clip of a batch. A host asks for the memory of anything, before it is refused: empty, or 4D."""
+    return 1, 1, *(max(1, side) for side in (1, 1, 1, *shape)[-3:])
 
 
 def to_image(x: Tensor) -> Tensor:
