@@ -11,7 +11,7 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
-from .layers import RMSNorm, SpatialNorm
+from .layers import RMSNorm, SpatialNorm, modulate
 from .rows import Held, Rows, even_strips
 
 STATISTICS_BYTES = 32 << 20  # of the float32 copy that GroupNorm's statistics are gathered from
@@ -61,12 +61,8 @@ class Affine:
         shift = shift if self.shift is None else scale * self.shift + shift
         rows = torch.arange(lo, hi, device=z.device) // rate - lo // rate
         scale, shift = ((s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale * self.scale, shift))
-        # the stream's first latent is one frame
-        head = 1 if self.first and x_BCTHW.shape[2] > 1 else 0
-        for frames, latents in ((slice(0, head), slice(0, head)), (slice(head, None), slice(head, None))):
-            if x_BCTHW[:, :, frames].shape[2]:
-                part = scale[:, :, latents], shift[:, :, latents]
-                self._apply_blocks(x_BCTHW[:, :, frames], *part, out[:, :, frames])
+        for _ in modulate(x_BCTHW, scale, shift, self.first, out=out):
+            pass
 
     @staticmethod
     def _apply(x_BCTHW: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor) -> None:
@@ -74,12 +70,6 @@ class Affine:
             torch.mul(x_BCTHW, scale.to(x_BCTHW.dtype), out=out)
         else:
             torch.addcmul(shift.to(x_BCTHW.dtype), x_BCTHW, scale.to(x_BCTHW.dtype), out=out)
-
-    @staticmethod
-    def _apply_blocks(x_BCTHW: Tensor, scale_BCtHw: Tensor, shift_BCtHw: Tensor, out: Tensor) -> None:
-        t, w = scale_BCtHw.shape[2], scale_BCtHw.shape[4]
-        x, y = (m.unflatten(4, (w, -1)).unflatten(2, (t, -1)) for m in (x_BCTHW, out))
-        torch.addcmul(shift_BCtHw[:, :, :, None, :, :, None], x, scale_BCtHw[:, :, :, None, :, :, None], out=y)
 
 
 def group_affine(norm: nn.GroupNorm, source: Rows) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ the start of the stream.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,19 +101,30 @@ class SpatialNorm(nn.Module):
         """[B, C, T, H, W] → the same shape; `first` says whether the segment starts the stream."""
         # 1x1x1 convolutions commute with the repetition: at the latent's resolution they cost next to nothing
         scale, shift = self.conv_y(z_Bcthw), self.conv_b(z_Bcthw)
-        x = self.norm_layer(x_BCTHW)
-        if not first or scale.shape[2] == 1:
-            return modulate(x, scale, shift)
-        head = modulate(x[:, :, :1], scale[:, :, :1], shift[:, :, :1])  # the stream's first latent is one frame
-        return torch.cat([head, modulate(x[:, :, 1:], scale[:, :, 1:], shift[:, :, 1:])], dim=2)
+        parts = list(modulate(self.norm_layer(x_BCTHW), scale, shift, first))
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
-def modulate(x_BCTHW: Tensor, scale_BCthw: Tensor, shift_BCthw: Tensor) -> Tensor:
-    """x · scale + shift, each latent's scale and shift for the whole block of frames, rows and columns it covers."""
-    t, h, w = scale_BCthw.shape[2:]
-    blocks = x_BCTHW.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1))
-    scale, shift = (s[:, :, :, None, :, None, :, None] for s in (scale_BCthw, shift_BCthw))
-    return torch.addcmul(shift, blocks, scale).reshape(x_BCTHW.shape)
+def modulate(
+    x_BCTHW: Tensor, scale_BCthw: Tensor, shift_BCthw: Tensor, first: bool, out: Tensor | None = None
+) -> Iterator[Tensor]:
+    """x · scale + shift, each latent's scale and shift for the whole block of frames, rows and columns it covers.
+
+    In one or two parts, over time: at the start of a stream the first latent is one frame. They are written to `out`,
+    of the shape of x, where it is given.
+    """
+    head = 1 if first and scale_BCthw.shape[2] > 1 else 0
+    for part in [slice(0, 1), slice(1, None)] if head else [slice(None)]:
+        x, scale, shift = x_BCTHW[:, :, part], scale_BCthw[:, :, part], shift_BCthw[:, :, part]
+        scale, shift = (s[:, :, :, None, :, None, :, None] for s in (scale, shift))
+        y = None if out is None else blocks(out[:, :, part], scale)
+        yield torch.addcmul(shift, blocks(x, scale), scale, out=y).reshape(x.shape)
+
+
+def blocks(x_BCTHW: Tensor, scale_BCt1h1w1: Tensor) -> Tensor:
+    """x with each axis as (latents, what one latent covers)."""
+    t, h, w = scale_BCt1h1w1.shape[2::2]
+    return x_BCTHW.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1))
 
 
 class ResnetBlock(nn.Module):

@@ -67,7 +67,8 @@ class KandinskyVAE:
 
     @torch.inference_mode()
     def encode(self, x_B3THW: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        posterior = self.kvae.posterior(to_unit(x_B3THW, KVAE_HALF_RANGE))
+        x = x_B3THW.to(next(self.kvae.parameters()).device)  # as bytes, a quarter of the floats
+        posterior = self.kvae.posterior(to_unit(x, KVAE_HALF_RANGE))
         return (posterior.sample(generator) if generator else posterior.mean).float()
 
     @torch.inference_mode()
