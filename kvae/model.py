@@ -28,7 +28,7 @@ from .config import SEGMENT_FRAMES, KVAEConfig
 from .frames import pad_frames, pad_sides, padded_frames, regroup, with_last
 from .layers import Cache, name_streamed
 from .resample import Resampler
-from .strips import Memory, Method, decode_segment, encode_segment
+from .strips import Memory, Method, compute_segment
 from .tiles import tiles
 
 DEFAULT = Method()
@@ -103,7 +103,7 @@ class KVAE(nn.Module):
                 moments = self.encoder(whole, cache)
             else:
                 with torch.no_grad():
-                    moments = encode_segment(self.encoder, whole, memory, not done, last, method)
+                    moments = compute_segment(self.encoder, whole, memory, not done, last, method)
             done += x.shape[2]
             yield Posterior(*moments.chunk(2, dim=1))
             if progress:
@@ -134,7 +134,7 @@ class KVAE(nn.Module):
                 frames = self.decoder(z, cache)
             else:
                 with torch.no_grad():
-                    frames = decode_segment(self.decoder, z, memory, not done, last, method)
+                    frames = compute_segment(self.decoder, z, memory, not done, last, method)
             done += frames.shape[2]
             yield frames
             if progress:

@@ -4,8 +4,8 @@
     print(plan)                                # segments of 16 frames, strips of 64 MB, …: 5.8 GB
     video = kvae.decode(z, plan.method)
 
-Counted are the tensors that a segment makes: activations and what the stream remembers; not the weights, the latents,
-the clip, or what a convolution's kernel takes for itself.
+Counted are the tensors that a segment makes: activations, what the stream remembers, and on a CPU the working memory of
+`kvae.winograd`; not the weights, the latents, the clip, or what a convolution's kernel takes for itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
+from torch import nn
+
+from . import winograd
 from .affine import STATISTICS_BYTES
 from .coders import Coder
 from .config import SEGMENT_FRAMES
@@ -155,7 +158,7 @@ class Count:
     def segment(self, T: int, H: int, W: int, first: bool, last: bool, latent: tuple[int, ...] | None = None) -> int:
         """The peak of one segment that enters the coder with these sides."""
         self.T, self.H, self.W, self.first, self.last, self.latent = T, H, W, first, last, latent
-        self.now = self.peak = 0
+        self.peak = 0
         self.now = 0 if first else sum(self._memory(*layer) for layer in self._remembering())
         self.lazy = 0  # bytes of a row's worth of what is computed on demand before the current layer reads it
         self.held = 0  # bytes of the map that the current layer reads, where it is held
@@ -206,12 +209,13 @@ class Count:
     def _rows(self, row_bytes: int, most: int) -> int:
         return max(hi - lo for lo, hi in even_strips(self.H, most // max(1, row_bytes)))
 
-    def _row(self, cin: int, cout: int) -> int:
-        return self.unit * (cin + cout) * (self.T + 2) * (self.W + 2)
+    def _row(self, conv: nn.Conv3d) -> int:
+        return self.unit * (conv.in_channels + conv.out_channels) * (self.T + 2) * (self.W + 2)
 
-    def _strip(self, cin: int, cout: int, lazy: int, add: bool) -> int:
+    def _strip(self, conv: nn.Conv3d, lazy: int, add: bool) -> int:
         """What one strip of a convolution holds, the strip before it included."""
-        rows = self._rows(lazy + self._row(cin, cout), self.method.strip_bytes)
+        cin, cout = conv.in_channels, conv.out_channels
+        rows = self._rows(lazy + self._row(conv), self.method.strip_bytes)
         padded = self.unit * cin * (self.T + 2) * (rows + 2) * (self.W + 2)
         out = self.unit * cout * self.T * rows * self.W
         pending = 0 if rows == self.H else out
@@ -219,7 +223,9 @@ class Count:
         if self.latent:
             t, _, w = self.latent
             affine = (2 * self.item + 16) * (self.unit // self.item) * cin * t * w * (rows + 2)
-        return pending + lazy * (rows + 2) + max(padded + max(out, affine), (2 if add else 1) * out)
+        sides = self.T, rows, self.W
+        work = winograd.workspace(conv, *sides) if winograd.pays(conv, *sides) else 0
+        return pending + lazy * (rows + 2) + max(padded + max(out + work, affine), (2 if add else 1) * out)
 
     def _statistics(self, channels: int, lazy: int) -> None:
         if self.group:
@@ -241,19 +247,18 @@ class Count:
             self._statistics(cin, self.lazy)
         self.now += self._keep(cin)
         if held_output:
-            self._touch(self._map(cout) * (self._row(cin, cout) * self.H > self.method.strip_bytes))
-            self._touch(self._output(cin, cout, self.lazy))
+            self._touch(self._output(layer.conv, self.lazy))
             self._forget(cin)
             self.now += self._map(cout) - self.held
             self.held, self.lazy = self._map(cout), 0
         else:
             self._forget(cin)
-            self.held, self.lazy = 0, self._row(cin, cout)
+            self.held, self.lazy = 0, self._row(layer.conv)
 
-    def _output(self, cin: int, cout: int, lazy: int, add: bool = False, new: bool = True) -> int:
+    def _output(self, conv: nn.Conv3d, lazy: int, add: bool = False, new: bool = True) -> int:
         """A held map in the making: its strips, and the map itself unless one strip is all of it."""
-        whole = self._rows(lazy + self._row(cin, cout), self.method.strip_bytes) == self.H
-        return self._strip(cin, cout, lazy, add) + (self._map(cout) if new and not whole else 0)
+        whole = self._rows(lazy + self._row(conv), self.method.strip_bytes) == self.H
+        return self._strip(conv, lazy, add) + (self._map(conv.out_channels) if new and not whole else 0)
 
     def _resnet(self, block: ResnetBlock) -> None:
         cin, cout = block.conv1.conv.in_channels, block.conv1.conv.out_channels
@@ -261,17 +266,17 @@ class Count:
         self._statistics(cin, lazy)
         if self.method.recompute < 2:
             self.now += self._keep(cin) // shrunk
-            self._touch(self._output(cin, cout, lazy))
+            self._touch(self._output(block.conv1.conv, lazy))
             self.now += self._map(cout)
             self._statistics(cout, 0)
             self.now += self._keep(cout)
-            self._touch(self._output(cout, cout, 0, add=True, new=False) + lazy)
+            self._touch(self._output(block.conv2.conv, 0, add=True, new=False) + lazy)
         else:
-            inner = lazy + self._row(cin, cout)
+            inner = lazy + self._row(block.conv1.conv)
             self._statistics(cout, inner)
             self.now += self._keep(cin) // shrunk + self._keep(cout)
             in_place = self.held == self._map(cout)
-            self._touch(self._output(cout, cout, inner, add=True, new=not in_place))
+            self._touch(self._output(block.conv2.conv, inner, add=True, new=not in_place))
             self.now += 0 if in_place else self._map(cout)
             self.held = 0 if in_place else self.held
         self._forget(cin, shrunk=shrunk)

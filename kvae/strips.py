@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import winograd
 from .affine import Affine
 from .coders import Decoder, Encoder
 from .config import SEGMENT_FRAMES
@@ -115,9 +116,10 @@ class Convolved:
         element = segment.element_size
         self.row_bytes = source.row_bytes + B * (source.shape[1] + self.shape[1]) * (T + 2) * (W + 2) * element
         self.past: Rows | None = segment.memory.pasts.pop(conv.name, None)
-        self.future: Rows | None = None
-        if not segment.last:
-            self.future = self._remember()
+        # the last two frames of what the convolution reads: filled strip by strip, or computed again
+        self.future: Held | Activated | None = None
+        if isinstance(source, Upsampled) and self.affine and T > 1 and not segment.last:
+            self.future = Activated(source.tail(2), self.affine.tail(2, T))
 
     def __call__(self, lo: int, hi: int) -> Tensor:
         B, C, T, H, W = self.source.shape
@@ -132,17 +134,15 @@ class Convolved:
         else:
             now.copy_(x)
         inner[:, :, :2] = now[:, :, :1] if self.past is None else self.past(lo - above, hi + below)
-        if isinstance(self.future, Held):
+        if not (self.segment.last or isinstance(self.future, Activated)):
+            self.future = self.future or Held(like(padded, (B, C, 2, H, W)))
             self.future.x[:, :, :, lo:hi] = padded[:, :, T:, 1:-1, 1:-1]
         fill_border(padded, self.conv.padding, top=not above, bottom=not below)
-        return self.conv.conv(padded)
-
-    def _remember(self) -> Rows:
-        """The last two frames of what the convolution reads: to be filled, or to be computed again."""
-        B, C, T, H, W = self.source.shape
-        if isinstance(self.source, Upsampled) and self.affine and T > 1:
-            return Activated(self.source.tail(2), self.affine.tail(2, T))
-        return Held(like(self.source(0, 1), (B, C, 2, H, W)))
+        conv = self.conv.conv
+        if winograd.pays(conv, T, hi - lo, W):
+            assert conv.bias is not None
+            return winograd.conv3d(padded, conv.weight, conv.bias)
+        return conv(padded)
 
     def close(self) -> None:
         """All rows have been computed: what must be seen again goes to the cache."""
@@ -241,26 +241,18 @@ def halve_time(segment: Segment, source: Rows, layer: Downsample) -> Held:
     return Held(y)
 
 
-def encode_segment(
-    encoder: Encoder, x_B3THW: Tensor, memory: Memory, first: bool, last: bool, method: Method
+def compute_segment(
+    coder: Encoder | Decoder, x_BCTHW: Tensor, memory: Memory, first: bool, last: bool, method: Method
 ) -> Tensor:
-    """What `encoder(x, cache)` gives: [B, 3, T, H, W] → [B, 2c, t, h, w]."""
-    segment = Segment(method, memory, first, last, x_B3THW.element_size())
-    start = Convolved(segment, Held(x_B3THW), encoder.conv_in, None)
-    h = run(segment, start, encoder)
+    """What `coder(x, cache)` gives: pixels → moments [B, 2c, t, h, w], or latents → pixels."""
+    if x_BCTHW.device.type == "cpu":
+        x_BCTHW = x_BCTHW.contiguous(memory_format=torch.channels_last_3d)  # as all that is made from it
+    decode = isinstance(coder, Decoder)
+    segment = Segment(method, memory, first, last, x_BCTHW.element_size(), x_BCTHW if decode else None)
+    start = Convolved(segment, Held(x_BCTHW), coder.conv_in, None)
+    h = run(segment, segment.hold(start) if decode else start, coder)
     start.close()
-    return finish(segment, h, encoder)
-
-
-def decode_segment(
-    decoder: Decoder, z_Bcthw: Tensor, memory: Memory, first: bool, last: bool, method: Method
-) -> Tensor:
-    """What `decoder(z, cache)` gives: [B, c, t, h, w] → [B, 3, T, H, W]."""
-    segment = Segment(method, memory, first, last, z_Bcthw.element_size(), z_Bcthw)
-    start = Convolved(segment, Held(z_Bcthw), decoder.conv_in, None)
-    h = run(segment, segment.hold(start), decoder)
-    start.close()
-    return finish(segment, h, decoder)
+    return finish(segment, h, coder)
 
 
 def run(segment: Segment, h: Rows, coder: Encoder | Decoder) -> Rows:

@@ -1,0 +1,146 @@
+"""3x3x3 convolutions on a CPU in 16 multiplications where 36 are written: Winograd's F(2x2, 3x3) over rows and columns.
+
+A tile of 4x4 pixels, less than transformed by additions alone, meets the transformed weights in 16 matrix products, one
+for each position in the tile, and gives 2x2 pixels. The three taps over time are three sums of products. The result is
+that of `F.conv3d`, rounded elsewhere. Matrix products of PyTorch do the work, so it takes all threads that they take.
+
+Source: A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural Networks, https://arxiv.org/abs/1509.09308.
+
+    # B batch, i input channels, o output channels, T frames, H/W rows and columns of pixels, R/S of tiles
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_BYTES = 24 << 20  # of tiles and products held at a time: what a cache holds
+LEAST_CHANNELS = 128  # with fewer, the transforms take longer than what they save
+LEAST_TILES = 256  # with fewer, the weights' transform does
+WEIGHTS = 16 * 3  # transformed, of a pair of channels
+WEIGHT_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def pays(conv: nn.Conv3d, T: int, H: int, W: int) -> bool:
+    """Whether this takes less time than `F.conv3d`, for an output of these sides."""
+    weight = conv.weight
+    return (
+        weight.device.type == "cpu"
+        and conv.kernel_size == (3, 3, 3)
+        and min(weight.shape[:2]) >= LEAST_CHANNELS
+        and T * (H // 2) * (W // 2) >= LEAST_TILES
+        and not (weight.dtype.itemsize < 4 and multiplies_half())
+    )
+
+
+def workspace(conv: nn.Conv3d, T: int, H: int, W: int) -> int:
+    """Bytes in use beside input and output, for an output of these sides."""
+    weights = (WEIGHTS + (9 * 3 if conv.weight.dtype.itemsize < 4 else 0)) * conv.in_channels * conv.out_channels
+    count = min(((H + 1) // 2) * ((W + 1) // 2), tiles_in_a_chunk(conv.weight, T))
+    tiles, products = (16 * 4 * count * n for n in (conv.in_channels * (T + 2), conv.out_channels * T))
+    # three quarters of either come on top: tiles half-way transformed, products half-way summed
+    return 4 * weights + tiles + products + 3 * max(tiles, products) // 4
+
+
+def tiles_in_a_chunk(weight: Tensor, T: int) -> int:
+    """How many tiles over T frames, and their products, a chunk holds."""
+    o, i = weight.shape[:2]
+    return max(1, CHUNK_BYTES // (16 * 4 * (i * (T + 2) + o * T)))
+
+
+def multiplies_half() -> bool:
+    """Whether the processor has products of 16-bit numbers of its own, which this, in float32, would forgo."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def conv3d(x_BiTHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What `F.conv3d(x, weight, bias)` gives, in channels-last memory: [B, i, T + 2, H + 2, W + 2] → [B, o, T, H, W].
+
+    Args:
+        weight: [o, i, 3, 3, 3].
+        bias: [o].
+    """
+    (B, i, T, H, W), o = x_BiTHW.shape, len(weight)
+    T, H, W = T - 2, H - 2, W - 2
+    y_BTHWo = x_BiTHW.new_empty(B, T, H, W, o)
+    taps, bias = transform_weight(weight), bias.float()
+    rows, columns = (H + 1) // 2, (W + 1) // 2
+    most = tiles_in_a_chunk(weight, T)
+    S = min(columns, most)
+    R = min(rows, max(1, most // S))
+    tiles, products = (torch.empty(16 * R * S * n) for n in (i * (T + 2), o * T))
+    for x_iTHW, y_THWo in zip(x_BiTHW, y_BTHWo, strict=True):
+        for row in range(0, rows, R):
+            for column in range(0, columns, S):
+                sides = min(R, rows - row), min(S, columns - column)
+                x = block(x_iTHW.permute(1, 2, 3, 0), 2 * row, 2 * column, *sides)
+                y = y_THWo[:, 2 * row : 2 * (row + R), 2 * column : 2 * (column + S)]
+                combine(multiply(transform(x, *sides, tiles), taps, products), bias, y)
+    return y_BTHWo.permute(0, 4, 1, 2, 3)
+
+
+def transform_weight(weight: Tensor) -> Tensor:
+    """[o, i, 3, 3, 3] → float32 [3, 16, i, o], the 16 positions columns first."""
+    o, i = weight.shape[:2]
+    g = weight.new_tensor(WEIGHT_TRANSFORM, dtype=torch.float32)
+    spatial = torch.einsum("rh,sw->srhw", g, g).reshape(16, 9)
+    # one product reads the weights as they lie; a permuted copy of them takes longer
+    everything = torch.block_diag(spatial, spatial, spatial)
+    return (everything @ weight.float().view(o * i, 27).T).view(3, 16, o, i).transpose(2, 3)
+
+
+def block(x_THWi: Tensor, row: int, column: int, R: int, S: int) -> Tensor:
+    """The pixels of R x S tiles, float32 [T, 2R + 2, 2S + 2, i]; zeros where the last tile lies half outside."""
+    x = x_THWi[:, row : row + 2 * R + 2, column : column + 2 * S + 2].float()
+    below, right = 2 * R + 2 - x.shape[1], 2 * S + 2 - x.shape[2]
+    return F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+
+
+def transform(x_THWi: Tensor, R: int, S: int, memory: Tensor) -> Tensor:
+    """[T, 2R + 2, 2S + 2, i] → the tiles' [16, T, R·S, i], in the memory given."""
+    T, _, W, i = x_THWi.shape
+    rows = x_THWi.new_empty(4, T, R, W, i)
+    differences(x_THWi, 1, R, rows)
+    tiles = memory[: 16 * T * R * S * i].view(4, 4, T, R, S, i)
+    differences(rows, 3, S, tiles)
+    return tiles.view(16, T, R * S, i)
+
+
+def differences(x: Tensor, dim: int, count: int, out: Tensor) -> None:
+    """Windows of 4 along `dim`, 2 apart: (0) − (2), (1) + (2), (2) − (1), (1) − (3)."""
+    windows = x.unfold(dim, 4, 2).narrow(dim, 0, count)
+    a, b, c, d = windows.unbind(-1)
+    torch.sub(a, c, out=out[0])
+    torch.add(b, c, out=out[1])
+    torch.sub(c, b, out=out[2])
+    torch.sub(b, d, out=out[3])
+
+
+def multiply(tiles_pTni: Tensor, taps: Tensor, memory: Tensor) -> Tensor:
+    """[16, T + 2, n, i] and [3, 16, i, o] → [16, T, n, o], in the memory given."""
+    p, T, n, _ = tiles_pTni.shape
+    y = memory[: p * (T - 2) * n * taps.shape[3]].view(p, (T - 2) * n, -1)
+    for k, tap in enumerate(taps):
+        x = tiles_pTni[:, k : k + T - 2].flatten(1, 2)
+        if k == 0:
+            torch.bmm(x, tap, out=y)
+        else:
+            y.baddbmm_(x, tap)
+    return y.view(p, T - 2, n, -1)
+
+
+def combine(products_pTno: Tensor, bias: Tensor, out_THWo: Tensor) -> None:
+    """[16, T, R·S, o] → pixels [T, H, W, o] of the tiles; what lies outside of `out` is dropped."""
+    T, _, W, o = out_THWo.shape
+    columns = products_pTno.view(4, 4, T, -1, (W + 1) // 2, o)
+    for column, q in enumerate(sums(columns)):
+        for row, y in enumerate(sums(q)):
+            out = out_THWo[:, row::2, column::2]
+            out.copy_(y.add_(bias)[:, : out.shape[1], : out.shape[2]])
+
+
+def sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of four along the first axis: (0) + (1) + (2), (1) − (2) − (3)."""
+    return (x[0] + x[1]).add_(x[2]), (x[1] - x[2]).sub_(x[3])

@@ -1,0 +1,57 @@
+"""The fast convolution gives what PyTorch's gives, whatever the sides, and the models that are wide enough use it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kvae_comfyui.benchmarks.storages import PeakMemory
+from kvae_comfyui.kvae import KVAE, KVAEConfig, plan_decode, plan_encode, winograd
+
+
+@pytest.mark.parametrize("sides", [(1, 2, 2), (3, 5, 4), (2, 9, 7), (4, 1, 1)], ids=str)
+@pytest.mark.parametrize("chunk", [1, 24 << 20], ids=["tile by tile", "at once"])
+def test_equals_the_convolution(sides, chunk, monkeypatch):
+    monkeypatch.setattr(winograd, "CHUNK_BYTES", chunk)
+    T, H, W = sides
+    x, weight, bias = torch.randn(2, 5, T + 2, H + 2, W + 2), torch.randn(7, 5, 3, 3, 3), torch.randn(7)
+    expected = F.conv3d(x.double(), weight.double(), bias.double())
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        y = winograd.conv3d(x.contiguous(memory_format=layout), weight, bias)
+        assert y.is_contiguous(memory_format=torch.channels_last_3d)
+        assert ((y - expected).norm() / expected.norm()).item() < 1e-6
+    half = winograd.conv3d(x.half(), weight.half(), bias.half())
+    expected = F.conv3d(x.half().double(), weight.half().double(), bias.half().double())
+    assert ((half - expected).norm() / expected.norm()).item() < 5e-4  # one rounding, at the end
+
+
+@pytest.fixture(scope="module")
+def wide():
+    config = KVAEConfig((128, 128, 128, 256), (128, 128, 128, 256), num_res_blocks=1)
+    return KVAE(config).eval().requires_grad_(False).fold()
+
+
+def test_a_wide_model_uses_it_and_stays_exact(wide, monkeypatch):
+    z = torch.randn(1, 16, 3, 4, 4)
+    x = torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    calls = []
+    conv3d = winograd.conv3d
+    monkeypatch.setattr(winograd, "conv3d", lambda *args: calls.append(1) or conv3d(*args))
+    fast = wide.decode(z), wide.encode(x)
+    assert len(calls) > 10
+    monkeypatch.setattr(winograd, "pays", lambda *args: False)
+    for ours, direct in zip(fast, (wide.decode(z), wide.encode(x)), strict=True):
+        assert ((ours - direct).norm() / direct.norm()).item() < 1e-5
+
+
+def test_its_memory_is_planned(wide):
+    for source, plan, stream in (
+        (torch.randn(1, 16, 3, 8, 8), plan_decode, wide.decode_stream),
+        (torch.rand(1, 3, 9, 64, 64), plan_encode, wide.encode_stream),
+    ):
+        found = plan(wide, source.shape)
+        with torch.no_grad(), PeakMemory() as memory:
+            for _ in stream(source, found.method):
+                pass
+        assert (
+            memory.peak <= found.peak <= 1.25 * memory.peak
+        )  # of small pictures, whose maps are no larger than a chunk
