@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .coders import Decoder, Encoder
 from .config import SEGMENT_FRAMES, KVAEConfig
 from .frames import pad_frames, pad_sides, padded_frames, regroup, with_last
-from .layers import Cache, name_streamed
+from .layers import name_streamed
 from .resample import Resampler
 from .strips import Memory, Method, compute_segment
 from .tiles import tiles
@@ -91,19 +91,14 @@ class KVAE(nn.Module):
             ValueError: the shape is not one the model takes, or there are no frames.
         """
         self._check_method(method)
-        cache: Cache = {}  # of the modules themselves
-        memory = Memory()  # of the strips
+        memory = Memory()
         done = 0
         chunks = [frames] if isinstance(frames, Tensor) else frames
         pieces = regroup((_checked(chunk, 3, "video") for chunk in chunks), method.segment + 1, method.segment)
         for x, last in with_last(pieces):
             whole = pad_frames(x.to(self._like), self._cadence, first=not done)
             whole = pad_sides(whole, self.config.spatial_factor)
-            if self._needs_gradient(x):
-                moments = self.encoder(whole, cache)
-            else:
-                with torch.no_grad():
-                    moments = compute_segment(self.encoder, whole, memory, not done, last, method)
+            moments = self._compute(self.encoder, whole, memory, not done, last, method)
             done += x.shape[2]
             yield Posterior(*moments.chunk(2, dim=1))
             if progress:
@@ -124,17 +119,11 @@ class KVAE(nn.Module):
         """
         self._check_method(method)
         _checked(z_Bcthw, self.config.z_channels, "latent")
-        cache: Cache = {}  # of the modules themselves
-        memory = Memory()  # of the strips
+        memory = Memory()
         done = 0
         length = method.segment // self._cadence
         for piece, last in with_last(regroup([z_Bcthw], length + 1, length)):
-            z = piece.to(self._like)
-            if self._needs_gradient(z):
-                frames = self.decoder(z, cache)
-            else:
-                with torch.no_grad():
-                    frames = compute_segment(self.decoder, z, memory, not done, last, method)
+            frames = self._compute(self.decoder, piece.to(self._like), memory, not done, last, method)
             done += frames.shape[2]
             yield frames
             if progress:
@@ -205,8 +194,14 @@ class KVAE(nn.Module):
                 start += part.shape[2]
         return out
 
-    def _needs_gradient(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or self._like.requires_grad)
+    def _compute(
+        self, coder: Encoder | Decoder, x: Tensor, memory: Memory, first: bool, last: bool, method: Method
+    ) -> Tensor:
+        """A segment: by the modules themselves where a gradient is wanted, else by strips."""
+        if torch.is_grad_enabled() and (x.requires_grad or self._like.requires_grad):
+            return coder(x, memory.cache)
+        with torch.no_grad():
+            return compute_segment(coder, x, memory, first, last, method)
 
     @property
     def _like(self) -> Tensor:

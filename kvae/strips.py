@@ -50,7 +50,7 @@ class Method:
 @dataclass
 class Memory:
     """What a stream remembers from segment to segment: `pasts`, the two frames before the next one that each
-    convolution reads, and `cache`, that of the resamplers."""
+    convolution reads, and `cache`, that of the resamplers, or of all layers where they run by themselves."""
 
     pasts: dict[str, Rows] = field(default_factory=dict)
     cache: Cache = field(default_factory=dict)
