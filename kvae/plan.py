@@ -10,7 +10,7 @@ Counted are the tensors that a segment makes: activations, what the stream remem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -72,16 +72,7 @@ def plan_decode(kvae: KVAE, z_shape: Sequence[int], budget: int | None = None, s
     Raises:
         BudgetError: there is none.
     """
-    B, _, t, h, w = z_shape
-    cadence = kvae.config.temporal_compress_times
-
-    def peak(method: Method) -> int:
-        count = Count(kvae, kvae.decoder, method, B)
-        rows, columns = _largest_tile(kvae, (h, w), method, decode=True)
-        kinds = _lengths(t, method.segment // cadence)
-        return int(MARGIN * max(count.segment(n, rows, columns, *ends, latent=(n, rows, columns)) for n, ends in kinds))
-
-    return _fastest(_methods(kvae, (h, w), decode=True, stream=stream), peak, budget)
+    return _plan(kvae, kvae.decoder, z_shape, 1, budget, stream)
 
 
 def plan_encode(kvae: KVAE, x_shape: Sequence[int], budget: int | None = None, stream: bool = False) -> Plan:
@@ -93,49 +84,64 @@ def plan_encode(kvae: KVAE, x_shape: Sequence[int], budget: int | None = None, s
     Raises:
         BudgetError: there is none.
     """
-    B, _, T, H, W = x_shape
-    side = kvae.config.spatial_factor
-    h, w = (-(-size // side) for size in (H, W))
-    T = padded_frames(T, kvae.config.temporal_compress_times)
+    side, cadence = kvae.config.spatial_factor, kvae.config.temporal_compress_times
+    B, C, T, H, W = x_shape
+    shape = B, C, padded_frames(T, cadence), side * -(-H // side), side * -(-W // side)
+    return _plan(kvae, kvae.encoder, shape, side, budget, stream)
+
+
+def _plan(kvae: KVAE, coder: Coder, shape: Sequence[int], side: int, budget: int | None, stream: bool) -> Plan:
+    """For a source [B, C, T, H, W] of so many rows and columns per latent."""
+    B, _, T, H, W = shape
+    decode = coder is kvae.decoder
+    tilings = {count: Tiling(kvae, (H // side, W // side), count, decode) for count in _tile_counts(kvae, stream)}
 
     def peak(method: Method) -> int:
-        count = Count(kvae, kvae.encoder, method, B)
-        rows, columns = _largest_tile(kvae, (h, w), method, decode=False)
-        kinds = _lengths(T, method.segment)
-        return int(MARGIN * max(count.segment(n, rows * side, columns * side, *ends) for n, ends in kinds))
+        count = Count(kvae, coder, method, B)
+        rows, columns = (n * side for n in tilings[method.tiles].largest)
+        length = method.segment // (kvae.config.temporal_compress_times if decode else 1)
+        kinds = _lengths(T, length)
+        return int(MARGIN * max(count.segment(n, rows, columns, *ends, latent=decode) for n, ends in kinds))
 
-    return _fastest(_methods(kvae, (h, w), decode=False, stream=stream), peak, budget)
-
-
-def _fastest(methods: list[Method], peak: Callable[[Method], int], budget: int | None) -> Plan:
     plans = []
-    for method in methods:
+    for method in _methods(kvae, tilings):
         plans.append(Plan(method, peak(method)))
         if budget is None or plans[-1].peak <= budget:
             return plans[-1]
     raise BudgetError(budget, min(plans, key=lambda plan: plan.peak))  # type: ignore[arg-type]
 
 
-def _methods(kvae: KVAE, sides: tuple[int, int], decode: bool, stream: bool) -> list[Method]:
+def _tile_counts(kvae: KVAE, stream: bool) -> list[tuple[int, int]]:
+    most = MOST_TILES if kvae.config.per_position and not stream else 1
+    return list(product(range(1, most + 1), range(1, most + 1)))
+
+
+class Tiling:
+    """The tiles of a picture of h x w latents, as far as plans need them.
+
+    Attributes:
+        largest: rows and columns, in latents, of the largest tile with its halo.
+        work: what is computed in all, halos included, in pictures.
+    """
+
+    def __init__(self, kvae: KVAE, sides: tuple[int, int], counts: tuple[int, int], decode: bool):
+        outer = [[hi - lo for lo, hi in tile.outer] for tile in tiles(kvae.config, *sides, counts, decode)]
+        self.largest = [max(lengths) for lengths in zip(*outer, strict=True)]
+        self.work = sum(map(prod, outer)) / prod(sides)
+
+
+def _methods(kvae: KVAE, tilings: dict[tuple[int, int], Tiling]) -> list[Method]:
     """All there are, from the fastest on."""
-    cadence, free = kvae.config.temporal_compress_times, kvae.config.per_position
-    segments = (SEGMENT_FRAMES, 2 * cadence, cadence) if free else (SEGMENT_FRAMES,)
-    most = MOST_TILES if free and not stream else 1
-    counts = list(product(range(1, most + 1), range(1, most + 1)))
-    methods = [Method(*choice, tiles=count) for choice in product(segments, STRIP_BYTES, range(3)) for count in counts]
+    cadence = kvae.config.temporal_compress_times
+    segments = (SEGMENT_FRAMES, 2 * cadence, cadence) if kvae.config.per_position else (SEGMENT_FRAMES,)
+    choices = product(segments, STRIP_BYTES, range(3))
+    methods = [Method(*choice, tiles=count) for choice in choices for count in tilings]
 
     def cost(method: Method) -> float:
-        areas = [prod(hi - lo for lo, hi in t.outer) for t in tiles(kvae.config, *sides, method.tiles, decode)]
         short = 1 + 0.02 * segments.index(method.segment) + 0.01 * STRIP_BYTES.index(method.strip_bytes)
-        return RECOMPUTE_COST[method.recompute] * short * sum(areas) / prod(sides)
+        return RECOMPUTE_COST[method.recompute] * short * tilings[method.tiles].work
 
     return sorted(methods, key=cost)
-
-
-def _largest_tile(kvae: KVAE, sides: tuple[int, int], method: Method, decode: bool) -> list[int]:
-    """Rows and columns, in latents, of the largest tile with its halo."""
-    outer = [tile.outer for tile in tiles(kvae.config, *sides, method.tiles, decode)]
-    return [max(hi - lo for lo, hi in axis) for axis in zip(*outer, strict=True)]
 
 
 def _lengths(total: int, rest: int) -> set[tuple[int, tuple[bool, bool]]]:
@@ -155,15 +161,16 @@ class Count:
         self.item = kvae.decoder.conv_out.conv.weight.element_size()
         self.unit = batch * self.item  # bytes of one value for all clips
 
-    def segment(self, T: int, H: int, W: int, first: bool, last: bool, latent: tuple[int, ...] | None = None) -> int:
-        """The peak of one segment that enters the coder with these sides."""
-        self.T, self.H, self.W, self.first, self.last, self.latent = T, H, W, first, last, latent
+    def segment(self, T: int, H: int, W: int, first: bool, last: bool, latent: bool) -> int:
+        """The peak of one segment that enters the coder with these sides; `latent`: as what conditions the norms."""
+        self.T, self.H, self.W, self.first, self.last = T, H, W, first, last
+        self.latent = (T, W) if latent else None
         self.peak = 0
         self.now = 0 if first else sum(self._memory(*layer) for layer in self._remembering())
         self.lazy = 0  # bytes of a row's worth of what is computed on demand before the current layer reads it
         self.held = 0  # bytes of the map that the current layer reads, where it is held
         self.shrunk = 1  # 4 where the next past is remembered at half the rows and columns, and computed again
-        self._convolution(self.coder.conv_in, held_output=latent is not None)
+        self._convolution(self.coder.conv_in, held_output=latent)
         for stage in self.coder.stages():
             if isinstance(stage, ResnetBlock):
                 self._resnet(stage)
@@ -221,7 +228,7 @@ class Count:
         pending = 0 if rows == self.H else out
         affine = 0
         if self.latent:
-            t, _, w = self.latent
+            t, w = self.latent
             affine = (2 * self.item + 16) * (self.unit // self.item) * cin * t * w * (rows + 2)
         sides = self.T, rows, self.W
         work = winograd.workspace(conv, *sides) if winograd.pays(conv, *sides) else 0
