@@ -98,18 +98,21 @@ def test_a_budget_holds_for_stock_decode_and_for_ours(run, load):
     assert torch.equal(image, same)
 
 
-def test_image_to_video_conditioning_is_vae_encode(run, load):
-    vae = load()
-    image = sample_clip(1, 32, 48)
+@pytest.mark.parametrize("node", ["HunyuanImageToVideo", "Kandinsky5ImageToVideo"])
+def test_image_to_video_conditioning_is_vae_encode(run, load, comfy, node):
+    if node not in comfy.classes:
+        pytest.skip(f"this ComfyUI has no {node}")
+    vae, image = load(), sample_clip(1, 32, 48)
     (expected,) = run("VAEEncode", vae=vae, pixels=image)
-    size = {"width": 48, "height": 32, "length": 9, "batch_size": 1}
-    positive = [[torch.zeros(1, 1), {}]]
-    conditioned, *_ = run(
-        "HunyuanImageToVideo", positive=positive, vae=vae, guidance_type="v1 (concat)", start_image=image, **size
-    )
-    torch.testing.assert_close(conditioned[0][1]["concat_latent_image"], expected["samples"])
-    *_, cond = run("Kandinsky5ImageToVideo", positive=positive, negative=positive, vae=vae, start_image=image, **size)
-    torch.testing.assert_close(cond["samples"], expected["samples"])
+    inputs = {"positive": [[torch.zeros(1, 1), {}]], "vae": vae, "start_image": image}
+    inputs |= {"width": 48, "height": 32, "length": 9, "batch_size": 1}
+    if node == "HunyuanImageToVideo":
+        conditioned, *_ = run(node, **inputs, guidance_type="v1 (concat)")
+        found = conditioned[0][1]["concat_latent_image"]
+    else:
+        *_, start = run(node, **inputs, negative=inputs["positive"])
+        found = start["samples"]
+    assert torch.equal(found, expected["samples"])
 
 
 def test_cancel_stops_within_a_segment(comfy, run, load, monkeypatch):
@@ -191,7 +194,10 @@ def test_wrong_files_are_named(run, load, base, comfy):
         run("VAEEncode", vae=load(encode_adapter="none"), pixels=sample_clip(1, 32, 32))
     check = comfy.classes["KVAELoad"].validate_inputs
     assert check("KVAE.safetensors", "auto", "none") is True
-    assert "models/kvae or" in check("absent.safetensors", "auto", "auto").replace("\\", "/")
+    message = check("absent.safetensors", "auto", "auto").replace("\\", "/")
+    for part in ("models/kvae or", "kandinskylab/KVAE-3D-1.0", "fetch --model KVAE-3D-1.0 --output", "tiny KVAE"):
+        assert part in message
+    assert "adapter_hunyuan_to_kvae3d.safetensors" in check("KVAE.safetensors", "absent.safetensors", "none")
 
 
 def test_a_second_adapter_of_one_direction_must_be_chosen(load, base):
