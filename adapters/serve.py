@@ -11,6 +11,7 @@ for frames in vae.decode_stream(z):                       # 17, 16, 16 … frame
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
@@ -23,6 +24,7 @@ from .hybrid import HybridVAE, from_kvae_pixels, to_kvae_pixels
 from .inspect import check_latent, check_shape
 from .spaces import native_space
 
+logger = logging.getLogger(__name__)
 WORKSPACE = 1.1  # what the convolution library takes for itself, beside what is counted
 
 
@@ -113,11 +115,10 @@ class ServedVAE(nn.Module):
             ValueError: not latents of this space, or not finite.
             WeightsError: there is no adapter to decode with.
             BudgetError: see `budget`.
+            MemoryError: the frames do not fit.
         """
+        x = self._frames(z_Bcthw.shape) if output_buffer is None else output_buffer
         check_latent(z_Bcthw, self.space)
-        x = output_buffer
-        if x is None:
-            x = torch.empty(self.decode_output_shape(z_Bcthw.shape), device=self.output_device)
         report = self._progress(len(z_Bcthw) * z_Bcthw.shape[2])
         for clip, z in zip(x.split(1), z_Bcthw.split(1), strict=True):
             start = 0
@@ -157,6 +158,16 @@ class ServedVAE(nn.Module):
         clip = prod(x_shape[1:]) * (torch.float32.itemsize + dtype.itemsize)
         return self._scaled(self._plan(plan_encode, x_shape, self.budget), dtype) + clip
 
+    def _frames(self, z_shape: Sequence[int]) -> Tensor:
+        shape = self.decode_output_shape(z_shape)
+        try:
+            return torch.empty(shape, device=self.output_device)
+        except RuntimeError:
+            raise MemoryError(
+                f"{shape[0]} x {shape[2]} frames of {shape[4]}x{shape[3]} are {4 * prod(shape) / 1e9:.0f} GB, for "
+                "which there is no memory: write them to a file as they come (KVAE Decode to Video), or make fewer"
+            ) from None
+
     def _whole(self, x_B3THW: Tensor) -> Tensor:
         """The first 4n + 1 frames, once the shape is checked."""
         side = self.space.space
@@ -172,10 +183,22 @@ class ServedVAE(nn.Module):
         return WORKSPACE * plan.peak * dtype.itemsize / next(self.kvae.parameters()).dtype.itemsize
 
     def _decode_clip(self, z_1cthw: Tensor, report: Callable[[int], None]) -> Iterator[Tensor]:
-        method = self._method(plan_decode, z_1cthw.shape)
-        for frames in self.vae.decode_stream(self._place(z_1cthw), method):
-            yield frames
-            report(-(-frames.shape[2] // self.space.time))
+        """The frames of one clip. Where memory runs out, what is left is decoded in the way that takes least."""
+        sent = 0
+        for method in (self._method(plan_decode, z_1cthw.shape), self._least(plan_decode, z_1cthw.shape)):
+            done = 0
+            try:
+                for frames in self.vae.decode_stream(self._place(z_1cthw), method):
+                    done += frames.shape[2]
+                    if done > sent:  # else from the first try, which had to begin at the first frame as well
+                        frames, sent = frames[:, :, sent - done :], done
+                        yield frames
+                        report(-(-frames.shape[2] // self.space.time))
+                return
+            except torch.OutOfMemoryError as error:
+                failure = error.with_traceback(None)  # which would keep the tensors
+            logger.warning("Out of memory after %d frames; going on in the way that takes least", sent)
+        raise failure
 
     def _method(self, plan: Callable[..., Plan], shape: Sequence[int]) -> Method:
         if self.budget is not None:
@@ -184,6 +207,12 @@ class ServedVAE(nn.Module):
             return self._plan(plan, shape, self.free_memory()).method
         except BudgetError as error:
             return error.least.method  # the count is cautious; a host that runs out all the same falls back to tiles
+
+    def _least(self, plan: Callable[..., Plan], shape: Sequence[int]) -> Method:
+        try:
+            return plan(self.kvae, _one(shape), 0, stream=True).method
+        except BudgetError as error:
+            return error.least.method
 
     def _plan(self, plan: Callable[..., Plan], shape: Sequence[int], budget: int | None) -> Plan:
         try:

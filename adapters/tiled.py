@@ -32,9 +32,9 @@ class TiledVAE(ServedVAE):
         What a host says of tiles in time is left out.
 
         Raises:
-            ValueError, WeightsError, BudgetError: as `decode`; or the overlap leaves nothing of the tiles.
+            ValueError, WeightsError, BudgetError, MemoryError: as `decode`; or the overlap leaves nothing of the tiles.
         """
-        x = torch.empty(self.decode_output_shape(z_Bcthw.shape), device=self.output_device)
+        x = self._frames(z_Bcthw.shape)
         check_latent(z_Bcthw, self.space)
         rows, columns = (tile_spans(z_Bcthw.shape[d], tile, overlap) for d, tile in ((3, tile_y), (4, tile_x)))
         report = self._progress(len(x) * len(rows) * len(columns) * z_Bcthw.shape[2])

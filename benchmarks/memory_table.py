@@ -1,9 +1,9 @@
-"""What decoding with KVAE-3D-1.0 takes by resolution and card, as it is planned: the table of docs/comfyui.md, written in place.
+"""What decoding with KVAE-3D-1.0 takes by resolution and card, as planned: the table of docs/comfyui.md, in its place.
 
 python -m benchmarks.memory_table
 
-Counted, in bfloat16, as ComfyUI is told (`ServedVAE.memory_used_decode`); not measured. Of a card, the weights and RESERVE
-are not for use.
+Counted, in bfloat16, as ComfyUI is told (`ServedVAE.memory_used_decode`); not measured. What the weights
+take of a card, and RESERVE, is not for use.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.adapters.sample_clip import sample_clip
 from kvae_comfyui.adapters.serve import ServedVAE, to_image
 from kvae_comfyui.adapters.tiled import TiledVAE, feathers, tile_spans
-from kvae_comfyui.kvae import KVAE, BudgetError, WeightsError
+from kvae_comfyui.kvae import KVAE, BudgetError, WeightsError, plan_decode
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,6 +145,40 @@ def test_a_budget_is_kept_to_or_refused_in_its_own_words(small_kvae):
         served.budget = caught.value.least.peak  # what the message offers is enough
         assert served.memory_used_decode(z.shape, torch.float32) <= served.budget < free
         torch.testing.assert_close(served.decode(z), whole, rtol=0, atol=1e-4)
+
+
+def test_out_of_memory_goes_on_with_less_and_loses_nothing(small_kvae, caplog):
+    served, z = ServedVAE(small_kvae), torch.randn(1, 16, 10, 4, 4)
+    decode_stream, methods, seen = served.vae.decode_stream, [], []
+    served.on_progress = lambda done, total: seen.append((done, total))
+
+    def small_card(z, method):
+        methods.append(method)
+        for i, frames in enumerate(decode_stream(z, method)):
+            if len(methods) == 1 and i == 1:
+                raise torch.OutOfMemoryError("small card")
+            yield frames
+
+    with torch.no_grad():
+        whole = served.decode(z)
+        seen.clear()
+        served.vae.decode_stream = small_card
+        torch.testing.assert_close(served.decode(z), whole, rtol=0, atol=1e-4)
+        assert seen == [(5, 10), (9, 10), (10, 10)]
+        with pytest.raises(BudgetError) as caught:
+            plan_decode(small_kvae, z.shape, 0, stream=True)
+        assert methods[1] == caught.value.least.method
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        methods.clear()
+        served.vae.decode_stream = lambda z, method: exec("raise torch.OutOfMemoryError", {"torch": torch})
+        with pytest.raises(torch.OutOfMemoryError):  # for the host, which goes on with tiles
+            served.decode(z)
+
+
+def test_frames_beyond_all_memory_are_refused_in_words(served):
+    z = torch.zeros(1).expand(1, 16, 100_000, 2000, 2000)
+    with pytest.raises(MemoryError, match="399997 frames of 16000x16000 are 122879"):
+        served.decode(z)
 
 
 # ---- tiles of a host
