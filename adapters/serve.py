@@ -162,6 +162,8 @@ class ServedVAE(nn.Module):
         shape = self.decode_output_shape(z_shape)
         try:
             return torch.empty(shape, device=self.output_device)
+        except torch.OutOfMemoryError:
+            raise  # of a GPU: the host knows what to do
         except RuntimeError:
             raise MemoryError(
                 f"{shape[0]} x {shape[2]} frames of {shape[4]}x{shape[3]} are {4 * prod(shape) / 1e9:.0f} GB, for "
@@ -185,7 +187,8 @@ class ServedVAE(nn.Module):
     def _decode_clip(self, z_1cthw: Tensor, report: Callable[[int], None]) -> Iterator[Tensor]:
         """The frames of one clip. Where memory runs out, what is left is decoded in the way that takes least."""
         sent = 0
-        for method in (self._method(plan_decode, z_1cthw.shape), self._least(plan_decode, z_1cthw.shape)):
+        least = self._least(plan_decode, z_1cthw.shape)
+        for method in (self._method(plan_decode, z_1cthw.shape), least):
             done = 0
             try:
                 for frames in self.vae.decode_stream(self._place(z_1cthw), method):
@@ -195,10 +198,10 @@ class ServedVAE(nn.Module):
                         yield frames
                         report(-(-frames.shape[2] // self.space.time))
                 return
-            except torch.OutOfMemoryError as error:
-                failure = error.with_traceback(None)  # which would keep the tensors
-            logger.warning("Out of memory after %d frames; going on in the way that takes least", sent)
-        raise failure
+            except torch.OutOfMemoryError:
+                if method is least:
+                    raise
+                logger.warning("Out of memory after %d frames; going on in the way that takes least", sent)
 
     def _method(self, plan: Callable[..., Plan], shape: Sequence[int]) -> Method:
         if self.budget is not None:

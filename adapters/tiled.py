@@ -83,7 +83,10 @@ class TiledVAE(ServedVAE):
     def preferred_decode_tile(self, free_memory: float, dtype: torch.dtype) -> int:
         """The side, in latents, of the largest square tile that decodes in half of so many bytes."""
         side = 0
-        while side < MOST_TILE and self.memory_used_decode((1, 1, 13, side + 8, side + 8), dtype) <= free_memory / 2:
+        while side < MOST_TILE:
+            plan = self._plan(plan_decode, (1, 1, 13, side + 8, side + 8), None)
+            if self._scaled(plan, dtype) > free_memory / 2:
+                break
             side += 8
         return side
 

@@ -1,15 +1,21 @@
 """The pack in a real server: it imports, its schemas say all, a changed adapter is all that is read, Cancel works."""
 
 import json
+import re
 import time
 
 import pytest
+import torch
+
+from .server import Server
+from .test_workflows import find, read, to_api
 
 
 def test_the_pack_imports_in_silence(server, ours):
     assert len(ours) == 11
     log = server.log_text()
-    for problem in ("IMPORT FAILED", "Cannot import", "Error while calling comfy_entrypoint", "No VAE weights"):
+    assert not re.search(r"(IMPORT FAILED|Cannot import).*custom_nodes", log)
+    for problem in ("Error while calling comfy_entrypoint", "No VAE weights"):
         assert problem not in log
 
 
@@ -38,7 +44,10 @@ def test_every_text_is_translated(server, ours, language):
 
 def test_every_node_has_a_help_page(server, ours):
     for name in ours:
-        assert server.text(f"/extensions/kvae/docs/{name}.md").startswith("# ")
+        page = server.content(f"/extensions/kvae/docs/{name}.md").decode()
+        assert page.startswith("# ")
+        (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
+        assert server.content(f"/extensions/kvae/docs/{picture}").startswith(b"\xff\xd8")  # a JPEG
 
 
 def test_another_adapter_is_all_that_is_read_again(server, base):
@@ -102,6 +111,15 @@ def test_errors_reach_the_user(server):
     assert "tiny KVAE (included)" in message
     wrong = {"class_type": "KVAELoad", "inputs": LOAD | {"kvae_name": "hunyuan.safetensors"}}
     assert "a HunyuanVideo VAE" in error({"1": wrong, "2": picture, "3": decode, "4": show})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("device", ["--lowvram", "--novram", "--highvram"])
+def test_on_a_gpu_no_weight_is_left_on_the_wrong_device(comfyui_path, base, info, device):
+    workflow = read(find("try it with no downloads"))
+    with Server(comfyui_path, base, device) as server:
+        history = server.wait(server.start(to_api(workflow, info)))
+    assert history["status"]["status_str"] == "success", history["status"]
 
 
 LOAD = {
