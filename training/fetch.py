@@ -103,10 +103,11 @@ def download(repository: str, file: str, target: Path) -> Path:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     url = hf_hub_url(repository, file)
-    failures = (*HfHubHTTPError.__bases__, OSError)  # those of the HTTP library, which is not the same in every version
+    # those of the HTTP library, which is not the same in every version
+    failures: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError)
     try:
         about = get_hf_file_metadata(url)
     except OfflineModeIsEnabled:
