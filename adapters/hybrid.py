@@ -71,13 +71,12 @@ class HybridVAE(nn.Module):
         Raises:
             WeightsError: there is no encode_adapter.
         """
-        if self.encode_adapter is None:
-            raise WeightsError(_missing("encode", "kvae_3d_1.0", self.decode_adapter.source.name))  # type: ignore[union-attr]
+        self.check_encodes()
         means = []
         for posterior in self.kvae.encode_stream(to_kvae_pixels(x_B3THW), method):
             means.append(posterior.mean)
             on_segment(posterior.mean.shape[2])
-        return self.encode_adapter(torch.cat(means, dim=2))
+        return self.from_kvae(torch.cat(means, dim=2))
 
     def decode(self, z_Bcthw: Tensor, method: Method = DEFAULT) -> Tensor:
         """Raw foreign latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W], about −1..1, not clipped.
@@ -89,10 +88,36 @@ class HybridVAE(nn.Module):
 
     def decode_stream(self, z_Bcthw: Tensor, method: Method = DEFAULT) -> Iterator[Tensor]:
         """The same, segment by segment. The adapter sees the whole clip first: latents are small, frames are not."""
+        for frames in self.kvae.decode_stream(self.to_kvae(z_Bcthw), method):
+            yield from_kvae_pixels(frames)
+
+    def to_kvae(self, z_Bcthw: Tensor) -> Tensor:
+        """Raw foreign latents → KVAE's, both [B, c, t, h, w].
+
+        Raises:
+            WeightsError: there is no decode_adapter.
+        """
         if self.decode_adapter is None:
             raise WeightsError(_missing("decode", self.encode_adapter.target.name, "kvae_3d_1.0"))  # type: ignore[union-attr]
-        for frames in self.kvae.decode_stream(self.decode_adapter(z_Bcthw), method):
-            yield from_kvae_pixels(frames)
+        return self.decode_adapter(z_Bcthw)
+
+    def from_kvae(self, z_Bcthw: Tensor) -> Tensor:
+        """KVAE's latents → raw foreign ones, both [B, c, t, h, w].
+
+        Raises:
+            WeightsError: there is no encode_adapter.
+        """
+        self.check_encodes()
+        return self.encode_adapter(z_Bcthw)  # type: ignore[misc]
+
+    def check_encodes(self) -> None:
+        """Before the work of encoding.
+
+        Raises:
+            WeightsError: there is no encode_adapter.
+        """
+        if self.encode_adapter is None:
+            raise WeightsError(_missing("encode", "kvae_3d_1.0", self.decode_adapter.source.name))  # type: ignore[union-attr]
 
 
 def to_kvae_pixels(x_B3THW: Tensor) -> Tensor:

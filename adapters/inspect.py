@@ -6,6 +6,8 @@ made by this project carry their space's name beside them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,26 +17,25 @@ from .spaces import SPACES, LatentSpace
 FOREIGN = {12: "Mochi", 48: "Wan 2.2 5B", 128: "LTX-Video"}
 
 
-def fitting_spaces(z: Tensor) -> list[LatentSpace]:
-    """The spaces whose latents have the shape of `z`, most common first; none for an image latent."""
-    if z.ndim != 5:
+def fitting_spaces(shape: Sequence[int]) -> list[LatentSpace]:
+    """The spaces whose latents have this shape, most common first; none for an image latent."""
+    if len(shape) != 5:
         return []
-    return [space for space in SPACES.values() if space.channels == z.shape[1]]
+    return [space for space in SPACES.values() if space.channels == shape[1]]
 
 
-def what_latent(z: Tensor) -> str:
-    """What a latent looks like, as words that complete "this is …"."""
-    shape = list(z.shape)
-    if z.ndim == 4:
-        return f"an image latent, {shape}"
-    if z.ndim != 5:
-        return f"not a latent of an image or a video, {shape}"
-    names = [space.name for space in fitting_spaces(z)]
+def what_latent(shape: Sequence[int]) -> str:
+    """What a latent of this shape looks like, as words that complete "this is …"."""
+    if len(shape) == 4:
+        return f"an image latent, {list(shape)}"
+    if len(shape) != 5:
+        return f"not a latent of an image or a video, {list(shape)}"
+    names = [space.name for space in fitting_spaces(shape)]
     if names:
-        return f"a latent of {' or '.join(names)}, {shape}"
-    if z.shape[1] in FOREIGN:
-        return f"a latent of {FOREIGN[z.shape[1]]}, {shape}"
-    return f"a video latent of {z.shape[1]} channels, which no space here has, {shape}"
+        return f"a latent of {' or '.join(names)}, {list(shape)}"
+    if shape[1] in FOREIGN:
+        return f"a latent of {FOREIGN[shape[1]]}, {list(shape)}"
+    return f"a video latent of {shape[1]} channels, which no space here has, {list(shape)}"
 
 
 def check_latent(z: Tensor, space: LatentSpace, known: str | None = None) -> None:
@@ -46,16 +47,7 @@ def check_latent(z: Tensor, space: LatentSpace, known: str | None = None) -> Non
     Raises:
         ValueError: names what was found, what was expected and what to do.
     """
-    expected = f"expected a {space.name} latent, [B, {space.channels}, t, h, w]"
-    if z.ndim != 5 or z.shape[1] != space.channels:
-        raise ValueError(f"This is {what_latent(z)}; {expected}. {_advice(z)}")
-    if known not in (None, space.name):
-        raise ValueError(
-            f"This is a latent of {known}; {expected}. Both have the same shape, but not the same meaning: "
-            f"convert it with an adapter {known} → {space.name}, or use a VAE for {known}."
-        )
-    if 0 in z.shape:
-        raise ValueError(f"This latent is empty, {list(z.shape)}; {expected}. Check what made it.")
+    check_shape(z.shape, space, known)
     bad = int((~torch.isfinite(z)).sum())
     if bad:
         raise ValueError(
@@ -64,20 +56,38 @@ def check_latent(z: Tensor, space: LatentSpace, known: str | None = None) -> Non
         )
 
 
-def _advice(z: Tensor) -> str:
-    if z.ndim == 5 and z.shape[1] == 32:
+def check_shape(shape: Sequence[int], space: LatentSpace, known: str | None = None) -> None:
+    """What a shape alone can tell of that.
+
+    Raises:
+        ValueError: as `check_latent`.
+    """
+    expected = f"expected a {space.name} latent, [B, {space.channels}, t, h, w]"
+    if len(shape) != 5 or shape[1] != space.channels:
+        raise ValueError(f"This is {what_latent(shape)}; {expected}. {_advice(shape)}")
+    if known not in (None, space.name):
+        raise ValueError(
+            f"This is a latent of {known}; {expected}. Both have the same shape, but not the same meaning: "
+            f"convert it with an adapter {known} → {space.name}, or use a VAE for {known}."
+        )
+    if 0 in shape:
+        raise ValueError(f"This latent is empty, {list(shape)}; {expected}. Check what made it.")
+
+
+def _advice(shape: Sequence[int]) -> str:
+    if len(shape) == 5 and shape[1] == 32:
         return "HunyuanVideo 1.5 has a VAE of its own: decode it with that, by Load VAE and VAE Decode."
-    if z.ndim == 5 and z.shape[1] == 64:
+    if len(shape) == 5 and shape[1] == 64:
         return "KVAE 2.0-t4s16 decodes it natively: load that file, without adapters."
-    if z.ndim == 4:
+    if len(shape) == 4:
         return "Decode it with the VAE of the image model that made it."
     return "Decode it with the VAE of the model that made it."
 
 
 def describe(z: Tensor, known: str | None = None) -> str:
     """A report on a latent: shape, what it decodes to, statistics, which space it looks like and why."""
-    spaces = [space for space in fitting_spaces(z) if known in (None, space.name)]
-    kind = f"a latent of {known}, {list(z.shape)}" if known else what_latent(z)
+    spaces = [space for space in fitting_spaces(z.shape) if known in (None, space.name)]
+    kind = f"a latent of {known}, {list(z.shape)}" if known else what_latent(z.shape)
     lines = [f"This is {kind}, {str(z.dtype).removeprefix('torch.')} on {z.device}."]
     for grid in dict.fromkeys((s.time, s.space) for s in spaces):
         frames, height, width = grid[0] * (z.shape[2] - 1) + 1, grid[1] * z.shape[3], grid[1] * z.shape[4]

@@ -78,7 +78,7 @@ def load_latent(path: str | os.PathLike, scaled: bool | None = None) -> LatentFi
         )
     z = _batched(z)
     if usual if scaled is None else scaled:
-        z = fitting_spaces(z)[0].unscale(z) if fitting_spaces(z) else z
+        z = fitting_spaces(z.shape)[0].unscale(z) if fitting_spaces(z.shape) else z
     frames = weights.metadata.get("kvae_frames")
     return LatentFile(z, kind, weights.metadata.get("kvae_space") or None, int(frames) if frames else None)
 

@@ -11,6 +11,7 @@ for frames in vae.decode_stream(z):                       # 17, 16, 16 … frame
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from ..kvae import KVAE, BudgetError, Method, Plan, plan_decode, plan_encode
 from .files import LatentAdapter
 from .hybrid import HybridVAE, from_kvae_pixels, to_kvae_pixels
-from .inspect import check_latent
+from .inspect import check_latent, check_shape
 from .spaces import native_space
 
+logger = logging.getLogger(__name__)
 WORKSPACE = 1.1  # what the convolution library takes for itself, beside what is counted
 
 
@@ -32,6 +34,15 @@ class NativeVAE(nn.Module):
     def __init__(self, kvae: KVAE):
         super().__init__()
         self.kvae = kvae
+
+    def to_kvae(self, z_Bcthw: Tensor) -> Tensor:
+        """The same latents."""
+        return z_Bcthw
+
+    from_kvae = to_kvae
+
+    def check_encodes(self) -> None:
+        """It does."""
 
     def encode(self, x_B3THW: Tensor, method: Method, on_segment: Callable[[int], None]) -> Tensor:
         """[B, 3, T, H, W] in −1..1 → raw latents [B, c, t, h, w]."""
@@ -54,6 +65,7 @@ class ServedVAE(nn.Module):
         on_progress: called with (done, total) after each segment, in latent frames.
         free_memory: tells how many bytes there are for activations; None where there is no limit. The fastest exact way
             within them is taken, else the one that takes least.
+        budget: bytes to stay within instead, without fail: a BudgetError where nothing exact does.
 
     Raises:
         WeightsError: the adapters do not fit the KVAE or each other.
@@ -74,6 +86,7 @@ class ServedVAE(nn.Module):
             self.space = native_space(kvae.config)
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         self.free_memory: Callable[[], int | None] = lambda: None
+        self.budget: int | None = None
         self.output_device = torch.device("cpu")
 
     @property
@@ -88,14 +101,9 @@ class ServedVAE(nn.Module):
         Raises:
             ValueError: no frames, or sides that the VAE does not take.
             WeightsError: there is no adapter to encode with.
+            BudgetError: see `budget`.
         """
-        side = self.space.space
-        if x_B3THW.ndim != 5 or x_B3THW.shape[2] == 0 or min(x_B3THW.shape[3:]) < side:
-            raise ValueError(
-                f"pixels have shape {list(x_B3THW.shape)}; expected [B, 3, T, H, W] with at least one frame "
-                f"and {side} x {side} pixels"
-            )
-        x = x_B3THW[:, :, : self.space.time * ((x_B3THW.shape[2] - 1) // self.space.time) + 1]
+        x = self._whole(x_B3THW)
         report = self._progress(len(x) * ((x.shape[2] - 1) // self.space.time + 1))
         method = self._method(plan_encode, x.shape)
         return torch.cat([self.vae.encode(self._place(clip, device), method, report) for clip in x.split(1)])
@@ -106,11 +114,11 @@ class ServedVAE(nn.Module):
         Raises:
             ValueError: not latents of this space, or not finite.
             WeightsError: there is no adapter to decode with.
+            BudgetError: see `budget`.
+            MemoryError: the frames do not fit.
         """
+        x = self._frames(z_Bcthw.shape) if output_buffer is None else output_buffer
         check_latent(z_Bcthw, self.space)
-        x = output_buffer
-        if x is None:
-            x = torch.empty(self.decode_output_shape(z_Bcthw.shape), device=self.output_device)
         report = self._progress(len(z_Bcthw) * z_Bcthw.shape[2])
         for clip, z in zip(x.split(1), z_Bcthw.split(1), strict=True):
             start = 0
@@ -123,7 +131,7 @@ class ServedVAE(nn.Module):
         """The frames of each clip in turn, segment by segment: [1, 3, 17, H, W], [1, 3, 16, H, W] …
 
         Raises:
-            ValueError, WeightsError: as `decode`.
+            ValueError, WeightsError, BudgetError: as `decode`.
         """
         check_latent(z_Bcthw, self.space)
         report = self._progress(len(z_Bcthw) * z_Bcthw.shape[2])
@@ -132,35 +140,89 @@ class ServedVAE(nn.Module):
                 yield frames.to(self.output_device)
 
     def decode_output_shape(self, z_shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of what latents of shape [B, c, t, h, w] decode to."""
+        """Shape of what latents of shape [B, c, t, h, w] decode to.
+
+        Raises:
+            ValueError: it is not the shape of latents of this space.
+        """
+        check_shape(z_shape, self.space)
         b, _, t, h, w = z_shape
         return b, 3, self.space.time * (t - 1) + 1, self.space.space * h, self.space.space * w
 
     def memory_used_decode(self, z_shape: Sequence[int], dtype: torch.dtype) -> float:
         """Bytes that decoding latents of this shape needs beside the weights."""
-        return self._scaled(plan_decode(self.kvae, _one(z_shape), stream=True), dtype)
+        return self._scaled(self._plan(plan_decode, z_shape, self.budget), dtype)
 
     def memory_used_encode(self, x_shape: Sequence[int], dtype: torch.dtype) -> float:
         """Bytes that encoding pixels of this shape needs beside the weights."""
         clip = prod(x_shape[1:]) * (torch.float32.itemsize + dtype.itemsize)
-        return self._scaled(plan_encode(self.kvae, _one(x_shape), stream=True), dtype) + clip
+        return self._scaled(self._plan(plan_encode, x_shape, self.budget), dtype) + clip
+
+    def _frames(self, z_shape: Sequence[int]) -> Tensor:
+        shape = self.decode_output_shape(z_shape)
+        try:
+            return torch.empty(shape, device=self.output_device)
+        except torch.OutOfMemoryError:
+            raise  # of a GPU: the host knows what to do
+        except RuntimeError:
+            raise MemoryError(
+                f"{shape[0]} x {shape[2]} frames of {shape[4]}x{shape[3]} are {4 * prod(shape) / 1e9:.0f} GB, for "
+                "which there is no memory: write them to a file as they come (KVAE Decode to Video), or make fewer"
+            ) from None
+
+    def _whole(self, x_B3THW: Tensor) -> Tensor:
+        """The first 4n + 1 frames, once the shape is checked."""
+        side = self.space.space
+        if x_B3THW.ndim != 5 or x_B3THW.shape[2] == 0 or min(x_B3THW.shape[3:]) < side:
+            raise ValueError(
+                f"pixels have shape {list(x_B3THW.shape)}; expected [B, 3, T, H, W] with at least one frame "
+                f"and {side} x {side} pixels"
+            )
+        return x_B3THW[:, :, : self.space.time * ((x_B3THW.shape[2] - 1) // self.space.time) + 1]
 
     def _scaled(self, plan: Plan, dtype: torch.dtype) -> float:
         """What the plan, which counts in the dtype of the weights, takes in another."""
         return WORKSPACE * plan.peak * dtype.itemsize / next(self.kvae.parameters()).dtype.itemsize
 
     def _decode_clip(self, z_1cthw: Tensor, report: Callable[[int], None]) -> Iterator[Tensor]:
-        method = self._method(plan_decode, z_1cthw.shape)
-        for frames in self.vae.decode_stream(self._place(z_1cthw), method):
-            yield frames
-            report(-(-frames.shape[2] // self.space.time))
+        """The frames of one clip. Where memory runs out, what is left is decoded in the way that takes least."""
+        sent = 0
+        least = self._least(plan_decode, z_1cthw.shape)
+        for method in (self._method(plan_decode, z_1cthw.shape), least):
+            done = 0
+            try:
+                for frames in self.vae.decode_stream(self._place(z_1cthw), method):
+                    done += frames.shape[2]
+                    if done > sent:  # else from the first try, which had to begin at the first frame as well
+                        frames, sent = frames[:, :, sent - done :], done
+                        yield frames
+                        report(-(-frames.shape[2] // self.space.time))
+                return
+            except torch.OutOfMemoryError:
+                if method is least:
+                    raise
+                logger.warning("Out of memory after %d frames; going on in the way that takes least", sent)
 
     def _method(self, plan: Callable[..., Plan], shape: Sequence[int]) -> Method:
-        free = self.free_memory()
+        if self.budget is not None:
+            return self._plan(plan, shape, self.budget).method
         try:
-            return plan(self.kvae, _one(shape), free and int(free / WORKSPACE), stream=True).method
+            return self._plan(plan, shape, self.free_memory()).method
         except BudgetError as error:
             return error.least.method  # the count is cautious; a host that runs out all the same falls back to tiles
+
+    def _least(self, plan: Callable[..., Plan], shape: Sequence[int]) -> Method:
+        try:
+            return plan(self.kvae, _one(shape), 0, stream=True).method
+        except BudgetError as error:
+            return error.least.method
+
+    def _plan(self, plan: Callable[..., Plan], shape: Sequence[int], budget: int | None) -> Plan:
+        try:
+            return plan(self.kvae, _one(shape), None if budget is None else int(budget / WORKSPACE), stream=True)
+        except BudgetError as error:
+            least = Plan(error.least.method, int(WORKSPACE * error.least.peak) + 1)
+            raise BudgetError(budget, least) from None  # type: ignore[arg-type]
 
     def _place(self, x: Tensor, device: torch.device | None = None) -> Tensor:
         """To the dtype of the weights; and the weights to the input, where a host left some of them elsewhere."""

@@ -28,9 +28,9 @@ class KVAEDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples: dict, vae: KVAEVae, scaling: str) -> io.NodeOutput:
+    def execute(cls, samples: dict, vae: KVAEVae, scaling: str, memory_gb: float) -> io.NodeOutput:
         z = latent_for(vae, samples, scaling)
-        frames = vae.decode(z)
+        frames = within(vae, memory_gb).decode(z)
         return io.NodeOutput(frames[:, : kept_frames(frames.shape[1], samples.get(FRAMES))].flatten(0, 1))
 
 
@@ -68,7 +68,26 @@ def latent_inputs() -> list[io.Input]:
             tooltip="Latents of ComfyUI's own nodes are raw. Choose scaled for those of wrapper packs that pass on "
             "what their sampler works with (HunyuanVideoWrapper); if colours are flat or burnt, it is the other one.",
         ),
+        memory_input(),
     ]
+
+
+def memory_input() -> io.Input:
+    """The input for a budget."""
+    return io.Float.Input(
+        "memory_gb",
+        default=0.0,
+        min=0.0,
+        max=1024.0,
+        step=0.5,
+        tooltip="GB that KVAE may use beside its weights; 0 is automatic: what ComfyUI says is free. The result is the "
+        "same, only slower in less. Where nothing exact fits, the error says what would.",
+    )
+
+
+def within(vae: KVAEVae, memory_gb: float) -> KVAEVae:
+    """The VAE with that budget; as it is for 0."""
+    return vae.within(round(memory_gb * 1e9)) if memory_gb else vae
 
 
 def latent_for(vae: KVAEVae, latent: dict, scaling: str) -> torch.Tensor:

@@ -12,15 +12,11 @@ from ..kvae import WeightsError
 
 KVAE, ADAPTERS = "kvae", "latent_adapters"
 TINY = "tiny KVAE (included)"
-_TINY_PATH = Path(__file__).parents[1] / "training" / "assets" / "tiny_kvae.safetensors"
+PACK = Path(__file__).parents[1]
 
-GET_KVAE = (
-    "KVAE-3D-1.0 is model.safetensors of kandinskylab/KVAE-3D-1.0 on Hugging Face: save it there under a name of your "
-    f'own, or choose "{TINY}" to try things out'
-)
-GET_ADAPTER = (
-    "Put adapter_hunyuan_to_kvae3d.safetensors (to decode) and adapter_kvae3d_to_hunyuan.safetensors (to encode) "
-    'there, or train your own with "python -m training train"'
+ADDRESS = "https://huggingface.co/kandinskylab/KVAE-3D-1.0/resolve/main/model.safetensors"
+ADAPTER_NAMES = (
+    "adapter_hunyuan_to_kvae3d.safetensors (to decode) and adapter_kvae3d_to_hunyuan.safetensors (to encode)"
 )
 
 
@@ -45,11 +41,15 @@ def kvae_path(name: str) -> str:
         WeightsError: there is none.
     """
     if name == TINY:
-        return str(_TINY_PATH)
+        return str(PACK / "training" / "assets" / "tiny_kvae.safetensors")
     path = folder_paths.get_full_path(KVAE, name) or folder_paths.get_full_path("vae", name)
     if path is None:
         folders = folder_paths.get_folder_paths(KVAE) + folder_paths.get_folder_paths("vae")
-        raise WeightsError(f"{name}: no such file in {' or '.join(folders)}. {GET_KVAE}.")
+        fetch = f"python -m training fetch --model KVAE-3D-1.0 --output {folders[-1]}"
+        raise WeightsError(
+            f"{name}: no such file in {' or '.join(folders)}. KVAE-3D-1.0 is {ADDRESS}: save it there as {name}, or "
+            f'run "{fetch}" in {PACK}, and press R; or choose "{TINY}" to try things out.'
+        )
     return path
 
 
@@ -66,7 +66,7 @@ def adapter_path(name: str) -> str:
     """
     path = folder_paths.get_full_path(ADAPTERS, name)
     if path is None:
-        raise WeightsError(f"{name}: no such file in {_adapter_folders()}. {GET_ADAPTER}.")
+        raise WeightsError(f"{name}: no such file in {_adapter_folders()}. {_get_adapters()}")
     return path
 
 
@@ -86,7 +86,7 @@ def find_adapter(source: str, target: str) -> str | None:
 
 def no_adapters(source: str, target: str) -> str:
     """What to say where neither direction is found."""
-    return f"No adapter in {_adapter_folders()} maps {source} → {target} or back. {GET_ADAPTER}."
+    return f"No adapter in {_adapter_folders()} maps {source} → {target} or back. {_get_adapters()}"
 
 
 def stamp(*paths: str | None) -> list:
@@ -99,6 +99,13 @@ def _direction(name: str) -> tuple[str, str] | None:
         return direction_of(adapter_path(name))
     except WeightsError:
         return None  # a damaged file is reported when it is chosen, not when another one is looked for
+
+
+def _get_adapters() -> str:
+    return (
+        f"Put {ADAPTER_NAMES} there, or train your own: python -m training train -h, in {PACK}. "
+        f'Without adapters, choose latents "KVAE (native)".'
+    )
 
 
 def _adapter_folders() -> str:

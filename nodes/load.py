@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
+
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..adapters import LatentAdapter, load_adapter
-from ..adapters.serve import ServedVAE
 from ..adapters.spaces import native_space
+from ..adapters.tiled import TiledVAE
 from ..kvae import KVAE, WeightsError, load_kvae
 from . import folders
-from .vae import KVAEVae, working_dtype
+from .coding import memory_input, within
+from .vae import KVAEVae, patcher_of, working_dtype
 
 HUNYUAN, NATIVE = "HunyuanVideo / Kandinsky 5", "KVAE (native)"
 AUTO, NONE = "auto", "none"
@@ -57,6 +62,7 @@ class KVAELoad(io.ComfyNode):
                     options=[AUTO, *DTYPES],
                     tooltip="auto is what ComfyUI uses for VAEs on this machine. bf16 halves the memory of fp32.",
                 ),
+                memory_input(),
             ],
             outputs=[io.Vae.Output(tooltip="For VAE Decode, VAE Encode, image-to-video nodes and those of this pack.")],
         )
@@ -79,13 +85,26 @@ class KVAELoad(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, kvae_name: str, latents: str, decode_adapter: str, encode_adapter: str, dtype: str
+        cls, kvae_name: str, latents: str, decode_adapter: str, encode_adapter: str, dtype: str, memory_gb: float
     ) -> io.NodeOutput:
-        kvae = load_kvae(folders.kvae_path(kvae_name), DTYPES.get(dtype) or working_dtype())
-        if latents == NATIVE:
-            return io.NodeOutput(KVAEVae(ServedVAE(kvae)))
-        decoder, encoder = hunyuan_adapters(kvae, decode_adapter, encode_adapter)
-        return io.NodeOutput(KVAEVae(ServedVAE(kvae, decoder, encoder)))
+        patcher = load_patcher(*folders.stamp(folders.kvae_path(kvae_name)), DTYPES.get(dtype) or working_dtype())
+        kvae = patcher.model
+        adapters = (None, None) if latents == NATIVE else hunyuan_adapters(kvae, decode_adapter, encode_adapter)
+        vae = KVAEVae(TiledVAE(kvae, *adapters), patcher)
+        return io.NodeOutput(within(vae, memory_gb))
+
+
+@lru_cache(maxsize=1)
+def load_patcher(stamp: tuple[str, float, int], dtype: torch.dtype) -> ModelPatcher:
+    """The KVAE of a file. The last one is kept, so that another adapter, or another budget, does not load it again.
+
+    Raises:
+        WeightsError: it is not a KVAE.
+    """
+    path, *_ = stamp
+    kvae = load_kvae(path, dtype)
+    logging.info("Loaded KVAE from %s in %s", path, str(dtype).removeprefix("torch."))
+    return patcher_of(kvae)
 
 
 def hunyuan_adapters(kvae: KVAE, decode: str, encode: str) -> tuple[LatentAdapter | None, LatentAdapter | None]:

@@ -1,7 +1,7 @@
 """A KVAE as ComfyUI's VAE: the one file that touches comfy.sd.VAE.
 
 The parent's constructor sets the defaults of the ComfyUI at hand and returns early, as there are no weights for it;
-what differs is set here. Everything between the tensors, frames and memory included, is ServedVAE's.
+what differs is set here. Everything between the tensors, frames and memory included, is TiledVAE's.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 
-from ..adapters.serve import ServedVAE, to_image
+from ..adapters.serve import to_image
+from ..adapters.tiled import TiledVAE
+from ..kvae import KVAE
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -26,10 +29,20 @@ def working_dtype() -> torch.dtype:
     return comfy.model_management.vae_dtype(comfy.model_management.vae_device(), DTYPES)
 
 
-class KVAEVae(comfy.sd.VAE):
-    """ComfyUI's VAE around a ServedVAE: memory management, tiling and every stock node work on it unchanged."""
+def patcher_of(kvae: KVAE) -> ModelPatcher:
+    """What ComfyUI moves between devices: the KVAE alone, so that it can outlive the adapters beside it."""
+    offload = comfy.model_management.vae_offload_device()
+    return ModelPatcher(kvae, load_device=comfy.model_management.vae_device(), offload_device=offload)
 
-    def __init__(self, served: ServedVAE):
+
+class KVAEVae(comfy.sd.VAE):
+    """ComfyUI's VAE around a TiledVAE: memory management, tiling and every stock node work on it unchanged.
+
+    Args:
+        patcher: of its KVAE.
+    """
+
+    def __init__(self, served: TiledVAE, patcher: ModelPatcher):
         with _no_weights_is_fine():
             super().__init__(sd={})
         space = served.space
@@ -39,6 +52,7 @@ class KVAEVae(comfy.sd.VAE):
         self.latent_dim = 3
         self.output_channels = 3
         self.not_video = False
+        self.handles_tiling = True  # newer hosts; older ones come to the two methods below
         self.upscale_ratio = (lambda t: max(0, space.time * (t - 1) + 1), space.space, space.space)
         self.downscale_ratio = (lambda T: max(0, (T - 1) // space.time + 1), space.space, space.space)
         self.upscale_index_formula = self.downscale_index_formula = (space.time, space.space, space.space)
@@ -46,16 +60,32 @@ class KVAEVae(comfy.sd.VAE):
         self.memory_used_encode = served.memory_used_encode
         self.process_output = to_image
         self.working_dtypes = DTYPES
-        self.vae_dtype = next(served.parameters()).dtype
+        self.vae_dtype = next(served.kvae.parameters()).dtype
         self.disable_offload = True  # plain torch.nn layers are moved whole or not at all
-        self.device = comfy.model_management.vae_device()
+        self.device = patcher.load_device
         self.output_device = served.output_device = comfy.model_management.intermediate_device()
-        self.patcher = comfy.model_patcher.ModelPatcher(
-            served, load_device=self.device, offload_device=comfy.model_management.vae_offload_device()
-        )
-        self.size = comfy.model_management.module_size(served)
+        self.patcher = patcher
+        self.size = patcher.model_size()
         served.on_progress = show_progress
         served.free_memory = lambda: int(comfy.model_management.get_free_memory(self.device))
+
+    def within(self, budget: int) -> KVAEVae:
+        """This VAE, to stay within so many bytes beside the weights instead of within what is free."""
+        vae, served = copy(self), copy(self.first_stage_model)
+        served.budget = budget
+        vae.first_stage_model = served
+        vae.memory_used_decode, vae.memory_used_encode = served.memory_used_decode, served.memory_used_encode
+        return vae
+
+    def decode_tiled_3d(self, samples, tile_t=None, tile_x=32, tile_y=32, overlap=(1, 8, 8)):
+        """[B, c, t, h, w] by tiles of latents, for hosts that know nothing of `handles_tiling`."""
+        z = samples.to(self.vae_dtype).to(self.device)
+        return to_image(self.first_stage_model.decode_tiled(z, tile_x, tile_y, overlap[1]))
+
+    def encode_tiled_3d(self, samples, tile_t=None, tile_x=512, tile_y=512, overlap=(1, 64, 64)):
+        """[B, 3, T, H, W] in 0..1 by tiles of pixels, for the same hosts."""
+        x = self.process_input(samples).to(self.vae_dtype).to(self.device)
+        return self.first_stage_model.encode_tiled(x, tile_x, tile_y, overlap[1]).float().to(self.output_device)
 
     def get_sd(self) -> dict[str, torch.Tensor]:
         """What ComfyUI's Save VAE writes: the KVAE's weights under their own names, which Load KVAE reads."""

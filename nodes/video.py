@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import InputImpl, io, ui
 
 from ..adapters.frames import cut_stream, kept_frames
-from .coding import latent_for, latent_inputs
+from .coding import latent_for, latent_inputs, within
 from .latent_dict import FRAMES
 from .metadata import workflow_of
 from .vae import KVAEVae
@@ -55,6 +55,7 @@ class KVAEDecodeToVideo(io.ComfyNode):
         samples: dict,
         vae: KVAEVae,
         scaling: str,
+        memory_gb: float,
         fps: float,
         codec: str,
         crf: int,
@@ -62,13 +63,16 @@ class KVAEDecodeToVideo(io.ComfyNode):
         audio: dict | None = None,
     ) -> io.NodeOutput:
         z = latent_for(vae, samples, scaling)
+        vae = within(vae, memory_gb)
         _, _, decoded, height, width = vae.first_stage_model.decode_output_shape(z.shape)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory(), width, height
         )
         file = f"{name}_{counter:05}_.mp4"
         path = os.path.join(folder, file)
-        segments = cut_stream(vae.decode_stream(z), decoded, kept_frames(decoded, samples.get(FRAMES)))
+        segments = cut_stream(
+            within(vae, memory_gb).decode_stream(z), decoded, kept_frames(decoded, samples.get(FRAMES))
+        )
         with VideoWriter(path, width, height, fps, codec, crf, audio, workflow_of(cls)) as writer:
             for frames in segments:
                 writer.write(frames)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from kvae_comfyui.adapters.latent_files import load_latent, save_latent
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.adapters.sample_clip import sample_clip
 from kvae_comfyui.adapters.serve import ServedVAE, to_image
-from kvae_comfyui.kvae import KVAE, WeightsError
+from kvae_comfyui.adapters.tiled import TiledVAE, feathers, tile_spans
+from kvae_comfyui.kvae import KVAE, BudgetError, WeightsError, plan_decode
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,6 +103,8 @@ def test_served_refuses_what_it_cannot_take(small_kvae, served):
         ServedVAE(small_kvae, adapter("hunyuan_video", "kvae_3d_1.0")).encode(torch.zeros(1, 3, 1, 32, 32))
     with pytest.raises(WeightsError, match="swapped"):
         ServedVAE(small_kvae, adapter("kvae_3d_1.0", "hunyuan_video"))
+    with pytest.raises(ValueError, match="an image latent"):
+        served.decode_output_shape((1, 4, 8, 8))
     assert ServedVAE(small_kvae).space.name == "kvae_3d_1.0"
 
 
@@ -130,6 +134,100 @@ def test_memory_is_told_and_kept_to():
     assert [method.recompute for method in asked] == [0, 2, 2]
 
 
+def test_a_budget_is_kept_to_or_refused_in_its_own_words(small_kvae):
+    served, z = ServedVAE(small_kvae), torch.randn(1, 16, 3, 12, 12)
+    free = served.memory_used_decode(z.shape, torch.float32)
+    with torch.no_grad():
+        whole = served.decode(z)
+        served.budget = 1
+        with pytest.raises(BudgetError, match="the budget is 0.00 GB; the least memory this takes is ") as caught:
+            served.decode(z)
+        served.budget = caught.value.least.peak  # what the message offers is enough
+        assert served.memory_used_decode(z.shape, torch.float32) <= served.budget < free
+        torch.testing.assert_close(served.decode(z), whole, rtol=0, atol=1e-4)
+
+
+def test_out_of_memory_goes_on_with_less_and_loses_nothing(small_kvae, caplog):
+    served, z = ServedVAE(small_kvae), torch.randn(1, 16, 10, 4, 4)
+    decode_stream, methods, seen = served.vae.decode_stream, [], []
+    served.on_progress = lambda done, total: seen.append((done, total))
+
+    def small_card(z, method):
+        methods.append(method)
+        for i, frames in enumerate(decode_stream(z, method)):
+            if len(methods) == 1 and i == 1:
+                raise torch.OutOfMemoryError("small card")
+            yield frames
+
+    with torch.no_grad():
+        whole = served.decode(z)
+        seen.clear()
+        served.vae.decode_stream = small_card
+        torch.testing.assert_close(served.decode(z), whole, rtol=0, atol=1e-4)
+        assert seen == [(5, 10), (9, 10), (10, 10)]
+        with pytest.raises(BudgetError) as caught:
+            plan_decode(small_kvae, z.shape, 0, stream=True)
+        assert methods[1] == caught.value.least.method
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        methods.clear()
+        served.vae.decode_stream = lambda z, method: exec("raise torch.OutOfMemoryError", {"torch": torch})
+        with pytest.raises(torch.OutOfMemoryError):  # for the host, which goes on with tiles
+            served.decode(z)
+
+
+def test_frames_beyond_all_memory_are_refused_in_words(served):
+    z = torch.zeros(1).expand(1, 16, 100_000, 2000, 2000)
+    with pytest.raises(MemoryError, match="399997 frames of 16000x16000 are 122879"):
+        served.decode(z)
+
+
+# ---- tiles of a host
+
+
+def test_one_tile_is_the_whole_picture(small_kvae):
+    tiled = TiledVAE(small_kvae, adapter("hunyuan_video", "kvae_3d_1.0"), adapter("kvae_3d_1.0", "hunyuan_video"))
+    z, x = torch.randn(2, 16, 6, 4, 6), torch.rand(2, 3, 22, 32, 48) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(tiled.decode_tiled(z, tile_x=6, tile_y=6, overlap=2), tiled.decode(z))
+        torch.testing.assert_close(tiled.encode_tiled(x, tile_x=64, tile_y=64, overlap=8), tiled.encode(x))
+
+
+def test_a_tile_alone_is_itself_and_time_is_not_cut(small_kvae):
+    tiled = TiledVAE(small_kvae)
+    z, seen = torch.randn(1, 16, 6, 4, 8), []
+    tiled.on_progress = lambda done, total: seen.append((done, total))
+    with torch.no_grad():
+        x = tiled.decode_tiled(z, tile_x=5, tile_y=4, overlap=2, tile_t=2, overlap_t=1)
+        assert seen == [(5, 12), (6, 12), (11, 12), (12, 12)]
+        assert x.shape == (1, 3, 21, 32, 64)
+        for tile in (slice(0, 5), slice(3, 8)):
+            expected = tiled.decode(z[..., tile])
+            alone = slice(0, 24) if tile.start == 0 else slice(40, 64)  # what no other tile covers
+            torch.testing.assert_close(x[..., alone], expected[..., alone.start - 8 * tile.start :][..., :24])
+
+
+def test_tiles_cover_and_their_weights_are_one():
+    for n, tile, overlap in ((8, 5, 2), (7, 3, 1), (30, 16, 4), (3, 8, 2), (33, 32, 8)):
+        spans = tile_spans(n, tile, overlap)
+        total = torch.zeros(2 * n)
+        for (lo, hi), weights in zip(spans, feathers(spans, 2), strict=True):
+            assert hi - lo == min(n, tile)
+            assert weights.min() > 0
+            total[2 * lo : 2 * hi] += weights
+        torch.testing.assert_close(total, torch.ones(2 * n))
+        assert all(one[1] - two[0] >= overlap for one, two in pairwise(spans))
+    with pytest.raises(ValueError, match="tiles of 4 latents with 4 in common"):
+        tile_spans(8, 4, 4)
+
+
+def test_the_preferred_tile_fits_half_of_what_is_free():
+    with torch.device("meta"):
+        real = TiledVAE(KVAE().to(torch.bfloat16))
+    sides = [real.preferred_decode_tile(gb * 1e9, torch.bfloat16) for gb in (0.01, 8, 24)]
+    assert sides[0] == 0 < sides[1] < sides[2]
+    assert real.memory_used_decode((1, 16, 9, sides[2], sides[2]), torch.bfloat16) <= 12e9
+
+
 # ---- latents
 
 
@@ -145,7 +243,7 @@ def test_memory_is_told_and_kept_to():
     ],
 )
 def test_a_latent_is_called_by_its_name(shape, words):
-    assert words in what_latent(torch.zeros(shape))
+    assert words in what_latent(shape)
     if shape[1] != 16:
         with pytest.raises(ValueError, match="expected a hunyuan_video latent"):
             check_latent(torch.zeros(shape), space("hunyuan_video"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvae_comfyui.benchmarks.memory_table import END, START, table
 from kvae_comfyui.training.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,14 @@ def test_every_option_named_exists(capsys):
 
 
 def test_links_and_files_exist():
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / link).exists()
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("web/docs/*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
+            assert not link.partition("#")[0] or (page.parent / link.partition("#")[0]).exists(), f"{page}: {link}"
     for name in re.findall(r"`([\w/-]+\.(?:txt|py|md))`", README):
         assert (ROOT / name).exists() or name == "evaluation.txt"
+
+
+def test_the_memory_table_is_what_is_planned():
+    page = (ROOT / "docs" / "comfyui.md").read_text(encoding="utf-8")
+    assert page.split(START)[1].split(END)[0] == table()  # else run python -m benchmarks.memory_table

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
 
 import torch
 
@@ -15,37 +14,38 @@ from .errors import UserError
 from .options import add_options
 
 INTERRUPTED = 130
+COMMANDS = {
+    "extract": "latent pairs from videos",
+    "train": "both adapters from latent pairs",
+    "evaluate": "adapters measured in latents and in pixels",
+    "reconstruct": "one video through one VAE",
+    "demo": "all of the above on small models and real clips",
+    "tiny": "train a member of the embedded small pair",
+    "fetch": "download a KVAE or an adapter",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns 0, 1 (done, with some clips skipped), 2 (an error, said in one line) or 130 (Ctrl-C)."""
-    from . import demo, evaluate, extract, reconstruct, tiny, train
-
-    commands: dict[str, tuple[type, Callable[[Any], int], str]] = {
-        "extract": (extract.ExtractConfig, extract.run, "latent pairs from videos"),
-        "train": (train.TrainConfig, train.run, "both adapters from latent pairs"),
-        "evaluate": (evaluate.EvaluateConfig, evaluate.run, "adapters measured in latents and in pixels"),
-        "reconstruct": (reconstruct.ReconstructConfig, reconstruct.run, "one video through one VAE"),
-        "demo": (demo.DemoConfig, demo.run, "all of the above on small models and real clips"),
-        "tiny": (tiny.TinyConfig, tiny.run, "train a member of the embedded small pair"),
-    }
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="python -m training",
         description="Adapters between HunyuanVideo and KVAE latents: extract pairs, train, evaluate.",
         epilog="`python -m training COMMAND -h` lists a command's options.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (config, function, summary) in commands.items():
-        description = sys.modules[function.__module__].__doc__
-        subparser = subparsers.add_parser(
-            name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        add_options(subparser, config)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name in argv[:1]:  # the modules of the others, and what those need, stay unread
+            module = import_module(f".{name}", __package__)
+            config = getattr(module, f"{name.capitalize()}Config")
+            subparser.description = module.__doc__
+            add_options(subparser, config)
     options = vars(parser.parse_args(argv))
-    config, function, _ = commands[options.pop("command")]
+    del options["command"]
     try:
-        _check_device(options["device"])
-        return function(config(**options))
+        _check_device(options.get("device", "cpu"))
+        return module.run(config(**options))
     except (UserError, WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:

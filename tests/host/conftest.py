@@ -20,6 +20,8 @@ from kvae_comfyui.adapters import LatentAdapter, save_adapter, space
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.kvae import load_kvae
 
+from .server import Server
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "training" / "assets" / "tiny_kvae.safetensors"
 
@@ -97,6 +99,7 @@ def load(run):
             "decode_adapter": "auto",
             "encode_adapter": "auto",
             "dtype": "fp32",
+            "memory_gb": 0.0,
         }
         return run("KVAELoad", **(defaults | inputs))[0]
 
@@ -107,3 +110,22 @@ def load(run):
 def tiny_kvae():
     """The same weights outside ComfyUI."""
     return load_kvae(TINY)
+
+
+@pytest.fixture(scope="session")
+def server(comfyui_path, base):
+    """ComfyUI's server on the same base directory."""
+    with Server(comfyui_path, base) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def info(server):
+    """The live schemas of all nodes."""
+    return server.get("/object_info")
+
+
+@pytest.fixture(scope="session")
+def ours(info):
+    """Those of this pack."""
+    return {name: node for name, node in info.items() if node["python_module"].startswith("custom_nodes.kvae")}

@@ -18,16 +18,20 @@ RUN_SECONDS = 300
 
 
 class Server:
-    """ComfyUI on the CPU with the given base directory, from `with` to its end; only this process is ever signalled."""
+    """ComfyUI with the given base directory, from `with` to its end; only this process is ever signalled.
 
-    def __init__(self, comfyui: Path, base: Path):
-        self.comfyui, self.base = comfyui, base
+    Args:
+        device: the option that says where it computes: --cpu; or on a GPU --lowvram, --novram …
+    """
+
+    def __init__(self, comfyui: Path, base: Path, device: str = "--cpu"):
+        self.comfyui, self.base, self.device = comfyui, base, device
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
 
     def __enter__(self) -> Server:
-        command = [sys.executable, str(self.comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1"]
+        command = [sys.executable, str(self.comfyui / "main.py"), self.device, "--listen", "127.0.0.1"]
         command += ["--port", str(self.port), "--base-directory", str(self.base)]
         command += ["--temp-directory", str(self.base), "--user-directory", str(self.base / "user")]
         command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
@@ -59,10 +63,10 @@ class Server:
         """The JSON that a GET answers."""
         return self._send(urllib.request.Request(self._url(path)))
 
-    def text(self, path: str) -> str:
-        """The text that a GET answers."""
+    def content(self, path: str) -> bytes:
+        """What a GET answers."""
         with self._open(urllib.request.Request(self._url(path))) as answer:
-            return answer.read().decode()
+            return answer.read()
 
     def post(self, path: str, data: dict):
         """The JSON that a POST answers, refusals (400) included."""

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from kvae_comfyui.adapters import HybridVAE, load_adapter
+from kvae_comfyui.adapters import HybridVAE, LatentAdapter, load_adapter, save_adapter, space
 from kvae_comfyui.adapters.hybrid import from_kvae_pixels, to_kvae_pixels
+from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.adapters.sample_clip import sample_clip
+from kvae_comfyui.adapters.serve import to_image
 
 Z = torch.randn(1, 16, 7, 4, 6, generator=torch.Generator().manual_seed(1))  # 25 frames: segments of 17 and 8
 
@@ -52,29 +54,65 @@ def test_batches_are_decoded_one_by_one(run, load):
     assert torch.equal(image, torch.cat(one))
 
 
-def test_tiled_decode_and_encode(run, load):
+def test_stock_tiles_are_our_own(run, load):
     vae = load()
-    z = torch.randn(1, 16, 5, 12, 12)
-    (image,) = run("VAEDecodeTiled", vae=vae, samples={"samples": z}, tile_size=64, overlap=16)
-    assert image.shape == (17, 96, 96, 3)
-    assert image.isfinite().all()
-    options = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
-    (latent,) = run("VAEEncodeTiled", vae=vae, pixels=sample_clip(9, 96, 96), **options)
-    assert latent["samples"].shape == (1, 16, 3, 12, 12)
+    z = torch.randn(1, 16, 7, 12, 12)
+    served = vae.first_stage_model
+    with torch.no_grad():
+        expected = to_image(served.decode_tiled(z, 8, 8, 2))[0].movedim(0, -1)
+    (image,) = run("VAEDecodeTiled", vae=vae, samples={"samples": z}, tile_size=64, overlap=16, temporal_size=8)
+    assert torch.equal(image, expected)  # tiles in time are left out: the clip is streamed
+    options = {"tile_size": 64, "overlap": 16, "temporal_size": 8, "temporal_overlap": 4}
+    clip = sample_clip(9, 96, 96)
+    (latent,) = run("VAEEncodeTiled", vae=vae, pixels=clip, **options)
+    with torch.no_grad():
+        expected = served.encode_tiled(clip.movedim(-1, 0)[None] * 2 - 1, 64, 64, 16)
+    assert torch.equal(latent["samples"], expected)
 
 
-def test_image_to_video_conditioning_is_vae_encode(run, load):
-    vae = load()
-    image = sample_clip(1, 32, 48)
+def test_another_adapter_does_not_load_the_kvae_again(load, base, run):
+    folder = base / "models" / "latent_adapters"
+    direction = space("hunyuan_video"), space("kvae_3d_1.0")
+    torch.manual_seed(2)
+    save_adapter(folder / "other.safetensors", LatentAdapter(Affine(16, 16), *direction))
+    try:
+        one, two = (load(decode_adapter=f"{name}.safetensors") for name in ("h2k", "other"))
+    finally:
+        (folder / "other.safetensors").unlink()
+    assert two.first_stage_model.kvae is one.first_stage_model.kvae
+    assert two.patcher is one.patcher
+    images = [run("VAEDecode", vae=vae, samples={"samples": Z})[0] for vae in (one, two, one)]
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+    assert load(dtype="bf16").first_stage_model.kvae is not one.first_stage_model.kvae
+
+
+def test_a_budget_holds_for_stock_decode_and_for_ours(run, load):
+    from_loader, vae = load(memory_gb=0.001), load()
+    with pytest.raises(ValueError, match="the budget is 0.00 GB; the least memory this takes is "):
+        run("VAEDecode", vae=from_loader, samples={"samples": Z})
+    with pytest.raises(ValueError, match="the budget is 0.00 GB; the least memory this takes is "):
+        run("KVAEDecode", vae=vae, samples={"samples": Z}, scaling="raw", memory_gb=0.001)
+    (image,) = run("VAEDecode", vae=vae, samples={"samples": Z})
+    (same,) = run("KVAEDecode", vae=from_loader, samples={"samples": Z}, scaling="raw", memory_gb=4.0)
+    assert torch.equal(image, same)
+
+
+@pytest.mark.parametrize("node", ["HunyuanImageToVideo", "Kandinsky5ImageToVideo"])
+def test_image_to_video_conditioning_is_vae_encode(run, load, comfy, node):
+    if node not in comfy.classes:
+        pytest.skip(f"this ComfyUI has no {node}")
+    vae, image = load(), sample_clip(1, 32, 48)
     (expected,) = run("VAEEncode", vae=vae, pixels=image)
-    size = {"width": 48, "height": 32, "length": 9, "batch_size": 1}
-    positive = [[torch.zeros(1, 1), {}]]
-    conditioned, *_ = run(
-        "HunyuanImageToVideo", positive=positive, vae=vae, guidance_type="v1 (concat)", start_image=image, **size
-    )
-    torch.testing.assert_close(conditioned[0][1]["concat_latent_image"], expected["samples"])
-    *_, cond = run("Kandinsky5ImageToVideo", positive=positive, negative=positive, vae=vae, start_image=image, **size)
-    torch.testing.assert_close(cond["samples"], expected["samples"])
+    inputs = {"positive": [[torch.zeros(1, 1), {}]], "vae": vae, "start_image": image}
+    inputs |= {"width": 48, "height": 32, "length": 9, "batch_size": 1}
+    if node == "HunyuanImageToVideo":
+        conditioned, *_ = run(node, **inputs, guidance_type="v1 (concat)")
+        found = conditioned[0][1]["concat_latent_image"]
+    else:
+        *_, start = run(node, **inputs, negative=inputs["positive"])
+        found = start["samples"]
+    assert torch.equal(found, expected["samples"])
 
 
 def test_cancel_stops_within_a_segment(comfy, run, load, monkeypatch):
@@ -140,7 +178,7 @@ def test_bfloat16_is_close(run, load):
 def test_wrong_latents_are_named(run, load, samples, message):
     vae = load()
     for node in ("VAEDecode", "KVAEDecode"):
-        extra = {"scaling": "raw"} if node == "KVAEDecode" else {}
+        extra = {"scaling": "raw", "memory_gb": 0.0} if node == "KVAEDecode" else {}
         with pytest.raises(ValueError, match=message):
             run(node, vae=vae, samples={"samples": samples}, **extra)
 
@@ -156,7 +194,10 @@ def test_wrong_files_are_named(run, load, base, comfy):
         run("VAEEncode", vae=load(encode_adapter="none"), pixels=sample_clip(1, 32, 32))
     check = comfy.classes["KVAELoad"].validate_inputs
     assert check("KVAE.safetensors", "auto", "none") is True
-    assert "models/kvae or" in check("absent.safetensors", "auto", "auto").replace("\\", "/")
+    message = check("absent.safetensors", "auto", "auto").replace("\\", "/")
+    for part in ("models/kvae or", "kandinskylab/KVAE-3D-1.0", "fetch --model KVAE-3D-1.0 --output", "tiny KVAE"):
+        assert part in message
+    assert "adapter_hunyuan_to_kvae3d.safetensors" in check("KVAE.safetensors", "absent.safetensors", "none")
 
 
 def test_a_second_adapter_of_one_direction_must_be_chosen(load, base):

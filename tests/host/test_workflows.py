@@ -1,0 +1,179 @@
+"""The workflows of the pack: found, fitting the live schemas, wired, and those that need no downloads run."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+IN_THE_PAGE = {"MarkdownNote", "Note"}  # node types that only the page knows
+OFFICIAL = {
+    "HunyuanVideo text to video": "hunyuan_video_text_to_video",
+    "Kandinsky 5 text to video": "video_kandinsky5_t2v",
+    "Kandinsky 5 image to video": "video_kandinsky5_i2v",
+}
+
+
+def test_templates_are_found(server):
+    templates = server.get("/workflow_templates")
+    assert sorted(templates["kvae"]) == [path.stem for path in WORKFLOWS]
+    for path in WORKFLOWS:
+        assert path.with_suffix(".jpg").is_file()
+
+
+def test_every_node_is_in_some_workflow(ours):
+    used = {node["type"] for path in WORKFLOWS for node in nodes_of(read(path))}
+    assert used >= set(ours)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_fits_the_live_schemas(path, info):
+    workflow = read(path)
+    subgraphs = {graph["id"] for graph in workflow.get("definitions", {}).get("subgraphs", [])}
+    for node in nodes_of(workflow):
+        if node["type"] in IN_THE_PAGE | subgraphs:
+            continue
+        if node["type"] not in info and not node["type"].startswith("KVAE"):
+            pytest.skip(f"this ComfyUI has no {node['type']}")
+        schema = info[node["type"]]
+        known = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
+        for slot in node["inputs"]:
+            assert slot["name"] in known, f"{node['type']}.{slot['name']}"
+            if slot["link"] is not None:
+                assert known[slot["name"]][0] in (slot["type"], "*", "COMBO") or isinstance(
+                    known[slot["name"]][0], list
+                )
+        found = [output["type"] for output in node["outputs"]]
+        assert found == schema["output"][: len(found)], node["type"]  # newer versions add outputs at the end
+        if node["type"].startswith("KVAE"):
+            widgets = [key for key, spec in known.items() if is_widget(spec)]
+            assert len(node["widgets_values"]) == len(widgets), node["type"]
+            for key, value in zip(widgets, node["widgets_values"], strict=True):
+                offered = options_of(known[key])
+                assert offered is None or value in offered or is_file(value), f"{node['type']}.{key}: {value}"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_is_wired_whole(path):
+    for graph in graphs_of(read(path)):
+        nodes = {node["id"]: node for node in graph["nodes"]}
+        assert len(nodes) == len(graph["nodes"])
+        links = {link[0]: link[1:5] for link in map(as_list, graph["links"])}
+        for number, (source, output, target, slot) in links.items():
+            if source in nodes:  # else an end of the subgraph
+                assert number in nodes[source]["outputs"][output]["links"]
+            if target in nodes:
+                assert nodes[target]["inputs"][slot]["link"] == number
+        for node in graph["nodes"]:
+            used = {slot["link"] for slot in node["inputs"]} | {
+                n for out in node["outputs"] for n in out["links"] or ()
+            }
+            assert used - {None} <= links.keys()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_says_where_its_models_are(path):
+    for node in nodes_of(read(path)):
+        models = {model["name"]: model for model in node["properties"].get("models", ())}
+        if node["type"].startswith("KVAE") and node["type"] != "KVAELoad":
+            continue  # latents and adapters: the note says where they come from
+        files = [v for v in node.get("widgets_values") or () if isinstance(v, str) and v.endswith(".safetensors")]
+        assert set(files) == models.keys(), node["type"]
+        for model in models.values():
+            assert model["url"].startswith("https://") and model["directory"]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), OFFICIAL.items())
+def test_a_generation_is_the_official_template_but_for_the_vae(ours, theirs):
+    folder = importlib.util.find_spec("comfyui_workflow_templates_json")
+    if folder is None or not folder.submodule_search_locations:
+        pytest.skip("the package comfyui-workflow-templates-json is not installed")
+    template = Path(folder.submodule_search_locations[0]) / "templates" / f"{theirs}.json"
+    if not template.is_file():
+        pytest.skip(f"this comfyui-workflow-templates-json has no {theirs}")
+    for mine, official in zip(*(graphs_of(read(p)) for p in (find(ours), template)), strict=True):
+        nodes = {node["id"]: node for node in mine["nodes"]}
+        replaced = {node["id"] for node in official["nodes"] if node["type"].startswith("VAE")} - {
+            number for number, node in nodes.items() if node["type"].startswith("VAE")
+        }
+        for node in official["nodes"]:
+            if node["id"] not in replaced and "Note" not in node["type"]:
+                same = nodes[node["id"]]
+                assert (same["type"], same["widgets_values"]) == (node["type"], node["widgets_values"])
+        kept = {tuple(link) for link in map(as_list, official["links"]) if link[1] in nodes and link[3] in nodes}
+        assert kept == {tuple(link) for link in map(as_list, mine["links"]) if link[1] in nodes and link[3] in nodes}
+        assert {nodes[number]["type"] for number in replaced & nodes.keys()} <= {"KVAELoad", "KVAEDecode"}
+
+
+def test_the_workflow_without_downloads_runs(server, info):
+    workflow = read(find("try it with no downloads"))
+    history = server.wait(server.start(to_api(workflow, info)))
+    assert history["status"]["status_str"] == "success", history["status"]
+    shown = [value for output in history["outputs"].values() for values in output.values() for value in values]
+    names = [value["filename"] for value in shown if isinstance(value, dict)]
+    assert sum(name.endswith(".png") for name in names) == 33
+    assert sum(name.endswith(".mp4") for name in names) == 1
+    assert sum(name.endswith(".latent") for name in names) == 1
+    assert any("33 frames of 256 x 160 pixels" in value for value in shown if isinstance(value, str))
+
+
+def find(name: str) -> Path:
+    """The file of one of our workflows."""
+    return ROOT / "workflows" / f"KVAE - {name}.json"
+
+
+def read(path: Path) -> dict:
+    """A workflow, or template."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def graphs_of(workflow: dict) -> list[dict]:
+    """A workflow and its subgraphs."""
+    return [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
+
+
+def nodes_of(workflow: dict) -> list[dict]:
+    """The nodes of a workflow, those inside its subgraphs included."""
+    return [node for graph in graphs_of(workflow) for node in graph["nodes"]]
+
+
+def as_list(link: list | dict) -> list:
+    """[id, source node, output, target node, input, …] of a link, which subgraphs write as a dict."""
+    if isinstance(link, list):
+        return link
+    return [link[key] for key in ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")]
+
+
+def options_of(spec: list) -> list | None:
+    """What a combo offers; None for other widgets."""
+    kind, *options = spec
+    return kind if isinstance(kind, list) else options[0].get("options") if kind == "COMBO" else None
+
+
+def is_file(value: object) -> bool:
+    """Whether a value names a file, which need not be there."""
+    return isinstance(value, str) and (".safetensors" in value or ".latent" in value)
+
+
+def is_widget(spec: list) -> bool:
+    """Whether an input of a schema is set in the node itself."""
+    return isinstance(spec[0], list) or spec[0] in ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
+
+
+def to_api(workflow: dict, info: dict) -> dict:
+    """A workflow of the page → a prompt, for flat workflows with no muted nodes."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in IN_THE_PAGE:
+            continue
+        parts = info[node["type"]]["input"]
+        known = {**parts.get("required", {}), **parts.get("optional", {})}
+        inputs = dict(
+            zip((key for key, spec in known.items() if is_widget(spec)), node["widgets_values"], strict=False)
+        )
+        inputs |= {slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
