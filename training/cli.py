@@ -19,10 +19,12 @@ INTERRUPTED = 130
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns 0, 1 (done, with some clips skipped), 2 (an error, said in one line) or 130 (Ctrl-C)."""
-    from . import demo, evaluate, extract, reconstruct, tiny, train
+    from . import demo, evaluate, extract, reconstruct, shards, tiny, train
 
     commands: dict[str, tuple[type, Callable[[Any], int], str]] = {
         "extract": (extract.ExtractConfig, extract.run, "latent pairs from videos"),
+        "pack": (shards.PackConfig, shards.run_pack, "latent pairs into memory-mapped shards"),
+        "unpack": (shards.UnpackConfig, shards.run_unpack, "shards back into latent pairs"),
         "train": (train.TrainConfig, train.run, "both adapters from latent pairs"),
         "evaluate": (evaluate.EvaluateConfig, evaluate.run, "adapters measured in latents and in pixels"),
         "reconstruct": (reconstruct.ReconstructConfig, reconstruct.run, "one video through one VAE"),
@@ -44,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     config, function, _ = commands[options.pop("command")]
     try:
-        _check_device(options["device"])
+        if "device" in options:
+            _check_device(options["device"])
         return function(config(**options))
     except (UserError, WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,21 +25,23 @@ from tqdm import tqdm
 
 from ..adapters.files import LatentAdapter, load_adapter
 from ..adapters.ridge import Ridge, add_both_ways
+from .dataset import Pairs, open_pairs, spread
 from .errors import UserError
 from .options import option, write_config, write_text
-from .pairs import SUFFIX, Pair, Pairs, Source, find_pairs, read_manifest
+from .pairs import Pair, Source, read_manifest
 from .pictures import contact_sheet
 from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
 from .videos import EXTENSIONS, Clip, read_clip
 
 Map = Callable[[Tensor], Tensor]
 SHEET_CLIPS = 3
+FIT_PAIRS = 4096  # for the affine maps, as in training
 COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "Hunyuan through K→H"]
 
 
 @dataclass
 class EvaluateConfig:
-    latent_root: str = option(..., "folder of pairs to evaluate on")
+    latent_root: str = option(..., "folder of pairs to evaluate on, from extract or pack")
     videos_root: str = option("", "the videos they came from; without it there are no pixel figures")
     adapter_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "Hunyuan → KVAE adapter")
     adapter_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
@@ -54,8 +56,7 @@ class EvaluateConfig:
 
 def run(config: EvaluateConfig) -> int:
     """Evaluate; returns 0."""
-    paths = find_pairs(config.latent_root)
-    pairs = Pairs(paths[: config.max_samples])
+    pairs = open_pairs(config.latent_root).spread(config.max_samples)
     h2k = load_adapter(config.adapter_h2k, ("hunyuan_video", "kvae_3d_1.0"), config.device)
     k2h = load_adapter(config.adapter_k2h, ("kvae_3d_1.0", "hunyuan_video"), config.device)
     affine = AffineBaseline(pairs, config)
@@ -76,12 +77,6 @@ def run(config: EvaluateConfig) -> int:
     return 0
 
 
-def spread(total: int, count: int) -> list[int]:
-    """`count` of `total` indices, evenly spread, so that a few samples still see every class."""
-    count = min(total, count)
-    return [i * total // count for i in range(count)]
-
-
 class AffineBaseline:
     """Closed-form affine 3x3x3 maps that have not seen the pair they are applied to.
 
@@ -91,7 +86,7 @@ class AffineBaseline:
     def __init__(self, pairs: Pairs, config: EvaluateConfig):
         self.device = config.device
         if config.train_latent_root:
-            self.maps = [_fit(iter(Pairs(find_pairs(config.train_latent_root))), config)] * 2
+            self.maps = [_fit(iter(open_pairs(config.train_latent_root).spread(FIT_PAIRS)), config)] * 2
         else:
             if len(pairs) < 2:
                 raise UserError(f"{config.latent_root}: one pair only, so no affine map: give --train-latent-root")
@@ -165,7 +160,7 @@ def pixel_figures(
     sheet, sheet_at = [], set(spread(len(chosen), SHEET_CLIPS))
     for n, i in enumerate(tqdm(chosen, desc="pixels", unit="clip", leave=False, disable=None)):
         pair = pairs[i]
-        original = original_frames(pairs.paths[i], pair, config)
+        original = original_frames(pairs.name(i), pair, config)
         z_h, z_k = pairs.batch([i], torch.device(config.device))
         y_h, y_k = hunyuan.decode(z_h), kvae.decode(z_k)
         decodes = {
@@ -214,24 +209,28 @@ def flicker(y_3THW: Tensor, x_3THW: Tensor) -> float:
     return error.diff(dim=1).square().mean().sqrt().item()
 
 
-def original_frames(path: Path, pair: Pair, config: EvaluateConfig) -> Tensor:
+def original_frames(name: str, pair: Pair, config: EvaluateConfig) -> Tensor:
     """The frames a pair was made of, uint8 [3, T, H, W]; a published pair says nothing, so its recipe is assumed.
+
+    Args:
+        name: the clip's path in its folder of pairs, without suffix.
 
     Raises:
         UserError: the video is not there.
     """
     root = Path(config.videos_root)
-    source = pair.source or _published_source(path, pair, root, Path(config.latent_root))
+    source = pair.source or _published_source(name, pair, root)
     video = root / source.video
     if not video.is_file():
-        raise UserError(f"{video}: no such file; --videos-root must be the folder that {path} was extracted from")
+        raise UserError(
+            f"{video}: no such file; --videos-root must be the folder that {config.latent_root} was extracted from"
+        )
     count = source.frames if source.first is not None else 4 * (pair.z_h.shape[1] - 1) + 1
     return read_clip(Clip(video, count, source.first), source.height, source.width)
 
 
-def _published_source(path: Path, pair: Pair, root: Path, latent_root: Path) -> Source:
-    stem = str(path.relative_to(latent_root))[: -len(SUFFIX)]
-    found = next((stem + ext for ext in EXTENSIONS if (root / (stem + ext)).is_file()), stem + EXTENSIONS[0])
+def _published_source(name: str, pair: Pair, root: Path) -> Source:
+    found = next((name + ext for ext in EXTENSIONS if (root / (name + ext)).is_file()), name + EXTENSIONS[0])
     _, t, h, w = pair.z_h.shape
     return Source(found, None, 4 * (t - 1) + 1, 0, 8 * h, 8 * w)
 

@@ -12,36 +12,42 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import time
-from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..adapters.files import LatentAdapter, save_adapter
-from ..adapters.networks import NETWORKS, Affine, Network, Residual, build_network
+from ..adapters.networks import NETWORKS, Affine, Network, Published, Residual, build_network
 from ..adapters.ridge import Ridge, add_both_ways
 from ..adapters.spaces import LatentSpace, space
 from ..kvae.files import save_weights
+from .ahead import ahead
 from .checkpoint import open_state, optimiser_tensors, restore_optimiser
+from .dataset import Groups, Pairs, batches, open_pairs
 from .errors import UserError
 from .interrupts import BetweenSteps
 from .options import option, write_config
-from .pairs import Pairs, find_pairs, read_manifest
+from .pairs import read_manifest
 
 SAVE_SECONDS = 60
 DIRECTIONS = ("h2k", "k2h")
+Batch = tuple[Tensor, Tensor, Tensor]  # z_h, z_k, weight, as Pairs.crops gives them
 WARMUP_STEPS = 20
+BATCHES_AHEAD = 4
+FIT_PAIRS = 4096  # 44 million positions at 240x320, for maps of 433 unknowns a channel
+VAL_PAIRS = 2000
 
 
 @dataclass
 class TrainConfig:
-    latent_root: str = option(..., "folder of pairs, from extract")
+    latent_root: str = option(..., "folder of pairs, from extract or pack")
     val_latent_root: str = option("", "folder of pairs to validate on; without one, 1 video in 20 is held out")
     out_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "file for the Hunyuan → KVAE adapter")
     out_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "file for the KVAE → Hunyuan adapter")
@@ -74,7 +80,7 @@ def run(config: TrainConfig) -> int:
     started = time.time()
     _check(config)
     train, val = _split(config)
-    fits, shapes = _first_pass(train)
+    fits = _first_pass(train, config)
     spaces = space("hunyuan_video"), space("kvae_3d_1.0")
     _check_channels(fits, spaces)
     state = _start(config, fits)
@@ -90,17 +96,24 @@ def run(config: TrainConfig) -> int:
     else:
         print(f"Going on from step {state.step}, saved in {resume_file}")
 
-    steps = sum(math.ceil(len(group) / config.batch_size) for group in shapes.values())
+    radius = _sight(state)
+    groups = train.groups(radius)
+    steps = sum(math.ceil(len(group) / config.batch_size) for group in groups.values())
     last_save = time.time()
     with BetweenSteps() as interrupts:
         for epoch in range(state.epoch, config.epochs):
-            batches = _batches(shapes, config, epoch)[state.step - epoch * steps :]
-            for indices in tqdm(batches, desc=f"epoch {epoch + 1}/{config.epochs}", leave=False, disable=None):
-                _step(state, train.batch(indices, torch.device(config.device)), config, steps * config.epochs)
+            done = state.step - epoch * steps
+            progress = tqdm(
+                total=steps, initial=done, desc=f"epoch {epoch + 1}/{config.epochs}", leave=False, disable=None
+            )
+            for batch in ahead([_batches(train, groups, radius, config, epoch, done)], 1, BATCHES_AHEAD):
+                _step(state, batch, config, steps * config.epochs)
+                progress.update()
                 if interrupts.noted or time.time() - last_save > SAVE_SECONDS:
                     _save(state, resume_file, config)
                     last_save = time.time()
                 interrupts.check()
+            progress.close()
             h2k, k2h, clips = state.sums
             print(f"  Epoch {epoch + 1}/{config.epochs} - H→K MSE: {h2k / clips:.6f} | K→H MSE: {k2h / clips:.6f}")
             _log(log_file, {"step": state.step, "train_h2k": h2k / clips, "train_k2h": k2h / clips})
@@ -125,37 +138,35 @@ def _check(config: TrainConfig) -> None:
 
 def _split(config: TrainConfig) -> tuple[Pairs, Pairs]:
     """Training and validation pairs. Clips of one video stay on one side."""
-    paths = find_pairs(config.latent_root)
+    pairs = open_pairs(config.latent_root)
     if config.val_latent_root:
-        return Pairs(paths), Pairs(find_pairs(config.val_latent_root))
-    videos = sorted({video_of(path) for path in paths})
+        return pairs, open_pairs(config.val_latent_root).spread(VAL_PAIRS)
+    of_pair = pairs.videos()
+    videos = np.unique(of_pair)
     if len(videos) < 2:
         raise UserError(f"{config.latent_root}: pairs of one video only; none can be held out: give --val-latent-root")
-    random.Random(config.seed).shuffle(videos)
-    held_out = set(videos[: max(1, len(videos) // 20)])
-    return Pairs([p for p in paths if video_of(p) not in held_out]), Pairs(
-        [p for p in paths if video_of(p) in held_out]
-    )
+    np.random.default_rng(config.seed).shuffle(videos)
+    held_out = np.isin(of_pair, videos[: max(1, len(videos) // 20)])
+    return pairs.take(~held_out), pairs.take(held_out).spread(VAL_PAIRS)
 
 
-def video_of(path: Path) -> str:
-    """The video of a pair file: `name.safetensors.zst` or `name.003.safetensors.zst`, in its folder."""
-    return str(path.parent / path.name.split(".")[0])
-
-
-def _first_pass(train: Pairs) -> tuple[dict[str, Ridge], dict[tuple, list[int]]]:
-    """Closed-form fits both ways, with the statistics they gather, and the pairs of each shape."""
+def _first_pass(train: Pairs, config: TrainConfig) -> dict[str, Ridge]:
+    """Closed-form fits both ways, with the statistics they gather."""
     fits: dict[str, Ridge] = {}
-    shapes: dict[tuple, list[int]] = defaultdict(list)
-    for i, pair in enumerate(tqdm(train, desc="first pass", total=len(train), leave=False, disable=None)):
-        z_h, z_k = pair.z_h[None], pair.z_k[None]
+    some = train.spread(FIT_PAIRS)
+    for i, pair in enumerate(tqdm(some, desc="first pass", total=len(some), leave=False, disable=None)):
+        z_h, z_k = pair.z_h[None].to(config.device), pair.z_k[None].to(config.device)
         if fits and (z_h.shape[1], z_k.shape[1]) != (fits["h2k"].in_channels, fits["h2k"].out_channels):
-            raise UserError(
-                f"{train.paths[i]}: {z_h.shape[1]} and {z_k.shape[1]} channels; the pairs before had others"
-            )
-        shapes[tuple(z_h.shape[2:])].append(i)
+            raise UserError(f"{some.name(i)}: {z_h.shape[1]} and {z_k.shape[1]} channels; the pairs before had others")
         add_both_ways(fits, z_h, z_k)
-    return fits, shapes
+    return fits
+
+
+def _sight(state: State) -> int | None:
+    """Radius of the crops to train on; None where a network must see whole clips."""
+    if any(isinstance(network, Published) for network in state.networks.values()):
+        return None
+    return max(network.radius for network in state.networks.values())
 
 
 def _check_channels(fits: dict[str, Ridge], spaces: tuple[LatentSpace, LatentSpace]) -> None:
@@ -195,25 +206,27 @@ def _copy(network: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in network.state_dict().items()}
 
 
-def _batches(shapes: dict[tuple, list[int]], config: TrainConfig, epoch: int) -> list[list[int]]:
-    """The order of one epoch: shuffled, every batch of one shape; a function of the seed and the epoch only."""
-    rng = random.Random(f"{config.seed} {epoch}")
-    batches = []
-    for group in shapes.values():
-        order = rng.sample(group, len(group))
-        batches += [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-    rng.shuffle(batches)
-    return batches
+def _batches(
+    train: Pairs, groups: Groups, radius: int | None, config: TrainConfig, epoch: int, start: int
+) -> Iterator[Batch]:
+    """The batches of an epoch from its batch `start` on, on the device."""
+    for numbers in batches(groups, config.batch_size, config.seed, epoch, start):
+        yield train.crops(numbers, radius, config.seed, epoch, torch.device(config.device))
 
 
-def _step(state: State, batch: tuple[Tensor, Tensor], config: TrainConfig, total: int) -> None:
+def _error(found: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean squared error of the positions that count, averaged over the crops."""
+    return ((found - target).square().mean(1, keepdim=True) * weight).sum() / len(weight)
+
+
+def _step(state: State, batch: Batch, config: TrainConfig, total: int) -> None:
     """One optimiser step on both adapters."""
-    z_h, z_k = batch
+    z_h, z_k, weight = batch
     if config.network != "published":
         for group in state.optimiser.param_groups:
             group["lr"] = config.lr * min(1, (state.step + 1) / WARMUP_STEPS) * (1 - state.step / total)
-    h2k = F.mse_loss(state.networks["h2k"](z_h), z_k)
-    k2h = F.mse_loss(state.networks["k2h"](z_k), z_h)
+    h2k = _error(state.networks["h2k"](z_h), z_k, weight)
+    k2h = _error(state.networks["k2h"](z_k), z_h, weight)
     state.optimiser.zero_grad(set_to_none=True)
     (h2k + k2h).backward()
     state.optimiser.step()
