@@ -28,7 +28,7 @@ from ..adapters.ridge import Ridge, add_both_ways
 from .dataset import Pairs, open_pairs, spread
 from .errors import UserError
 from .options import option, write_config, write_text
-from .pairs import Pair, Source, read_manifest
+from .pairs import Pair, Source, read_manifest, read_spaces
 from .pictures import contact_sheet
 from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
 from .videos import EXTENSIONS, Clip, read_clip
@@ -45,8 +45,10 @@ class EvaluateConfig:
     videos_root: str = option("", "the videos they came from; without it there are no pixel figures")
     adapter_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "Hunyuan → KVAE adapter")
     adapter_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
-    hunyuan_vae: str = option("tiny", "HunyuanVideo VAE: folder, .safetensors file, hub id, or tiny")
-    kvae: str = option("tiny", "KVAE-3D-1.0: folder, .safetensors file, hub id, or tiny")
+    hunyuan_vae: str = option(
+        "tiny", "VAE of HunyuanVideo or HunyuanVideo 1.5: folder, .safetensors file, hub id, or tiny"
+    )
+    kvae: str = option("tiny", "KVAE-3D of any kind: folder, .safetensors file, hub id, or tiny")
     train_latent_root: str = option("", "pairs to fit the affine maps on; without it, the other half of these pairs")
     output_root: str = option("evaluation", "folder for the table, the JSON and the pictures")
     max_samples: int = option(2000, "pairs for the latent figures")
@@ -57,8 +59,9 @@ class EvaluateConfig:
 def run(config: EvaluateConfig) -> int:
     """Evaluate; returns 0."""
     pairs = open_pairs(config.latent_root).spread(config.max_samples)
-    h2k = load_adapter(config.adapter_h2k, ("hunyuan_video", "kvae_3d_1.0"), config.device)
-    k2h = load_adapter(config.adapter_k2h, ("kvae_3d_1.0", "hunyuan_video"), config.device)
+    h, k = (each.name for each in read_spaces(config.latent_root))
+    h2k = load_adapter(config.adapter_h2k, (h, k), config.device)
+    k2h = load_adapter(config.adapter_k2h, (k, h), config.device)
     affine = AffineBaseline(pairs, config)
     result = {"latent": latent_figures(pairs, h2k, k2h, affine)}
     out = Path(config.output_root)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..adapters.spaces import LatentSpace, space
 from .errors import UserError
 
 SUFFIX = ".safetensors.zst"
@@ -158,3 +159,18 @@ def read_manifest(root: str | Path) -> dict:
         raise UserError(
             f"{root}/manifest.json: not the manifest of an extraction; delete it, or extract again"
         ) from None
+
+
+def read_spaces(root: str | Path) -> tuple[LatentSpace, LatentSpace]:
+    """The spaces of z_h and z_k of a folder; those of the published pairs where it does not say.
+
+    Raises:
+        UserError: no such space.
+    """
+    manifest = read_manifest(root)
+    if not manifest:
+        return space("hunyuan_video"), space("kvae_3d_1.0")
+    try:
+        return space(manifest["hunyuan_vae"]["space"]), space(manifest["kvae"]["space"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{root}/manifest.json: {error}") from None

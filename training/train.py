@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..adapters.files import LatentAdapter, save_adapter
 from ..adapters.networks import NETWORKS, Affine, Network, Published, Residual, build_network
 from ..adapters.ridge import Ridge, add_both_ways
-from ..adapters.spaces import LatentSpace, space
+from ..adapters.spaces import LatentSpace
 from ..kvae.files import save_weights
 from .ahead import ahead
 from .checkpoint import open_state, optimiser_tensors, restore_optimiser
@@ -34,7 +34,7 @@ from .dataset import Groups, Pairs, batches, open_pairs
 from .errors import UserError
 from .interrupts import BetweenSteps
 from .options import option, write_config
-from .pairs import read_manifest
+from .pairs import read_manifest, read_spaces
 
 SAVE_SECONDS = 60
 DIRECTIONS = ("h2k", "k2h")
@@ -81,7 +81,7 @@ def run(config: TrainConfig) -> int:
     _check(config)
     train, val = _split(config)
     fits = _first_pass(train, config)
-    spaces = space("hunyuan_video"), space("kvae_3d_1.0")
+    spaces = read_spaces(config.latent_root)
     _check_channels(fits, spaces)
     state = _start(config, fits)
     out = Path(config.out_h2k).parent
@@ -140,6 +140,11 @@ def _split(config: TrainConfig) -> tuple[Pairs, Pairs]:
     """Training and validation pairs. Clips of one video stay on one side."""
     pairs = open_pairs(config.latent_root)
     if config.val_latent_root:
+        theirs, ours = (
+            tuple(each.name for each in read_spaces(r)) for r in (config.val_latent_root, config.latent_root)
+        )
+        if theirs != ours:
+            raise UserError(f"{config.val_latent_root}: pairs of {' and '.join(theirs)}; expected {' and '.join(ours)}")
         return pairs, open_pairs(config.val_latent_root).spread(VAL_PAIRS)
     of_pair = pairs.videos()
     videos = np.unique(of_pair)
