@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
 POLL_SECONDS = 0.1
 
 
-def ahead(streams: Iterable[Iterable[T]], threads: int, waiting: int) -> Iterator[T]:
+def ahead(streams: Iterable[Iterable[T]], threads: int, waiting: int) -> Generator[T, None, None]:
     """The items of all streams, each stream run by one of the threads; with one thread, in order.
 
     At most `waiting` items are ready and untaken. What a stream raises is raised here, after the items before it.
+    Close the generator to stop the threads early.
     """
     jobs, lock = iter(streams), threading.Lock()
     ready: queue.Queue[T | BaseException | None] = queue.Queue(waiting)

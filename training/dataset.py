@@ -9,6 +9,7 @@ Memory does not grow with the pairs, but for some 20 bytes each: their numbers a
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zlib
 from collections import defaultdict
@@ -124,6 +125,16 @@ class Pairs:
     def spread(self, count: int) -> Pairs:
         """At most `count` of the pairs, evenly spread, so that a few still see every class."""
         return self if count >= len(self) else self.take(spread(len(self), count))
+
+    def digest(self) -> str:
+        """sha256 of the pairs' names: which clips these are."""
+        chosen = np.zeros(len(self.store), dtype=bool)
+        chosen[self.numbers] = True
+        sha256 = hashlib.sha256()
+        for name, taken in zip(self.store.names(), chosen, strict=True):
+            if taken:
+                sha256.update(f"{name}\n".encode())
+        return sha256.hexdigest()
 
     def videos(self) -> np.ndarray:
         """uint32 [pairs]: equal for clips of one video (`name` or `name.003`, in its folder)."""

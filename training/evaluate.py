@@ -8,7 +8,8 @@ Pixels: PSNR and SSIM against the original of both VAEs alone and of both crosse
 against what the source VAE itself decodes from the latent; flicker. Beside each adapter stand an affine 3x3x3 map
 fitted in closed form (on --train-latent-root, else on the other half of these pairs) and the pixel path: decode with
 one VAE, encode with the other.
-Writes evaluation.txt, evaluation.json, evaluate.json and contact_sheet.png.
+Writes evaluation.txt, evaluation.json, evaluate.json, contact_sheet.png, worst_clips.png and the report (see
+`training.report`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +32,15 @@ from .errors import UserError
 from .options import option, write_config, write_text
 from .pairs import Pair, Source, read_manifest, read_spaces
 from .pictures import contact_sheet
+from .report import write_report
 from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
 from .videos import EXTENSIONS, Clip, read_clip
 
 Map = Callable[[Tensor], Tensor]
 SHEET_CLIPS = 3
+WORST_CLIPS = 5
 FIT_PAIRS = 4096  # for the affine maps, as in training
+WAYS = {"KVAE": "H→K", "Hunyuan": "K→H"}  # each VAE, and the adapter before its decoder
 COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "Hunyuan through K→H"]
 
 
@@ -63,7 +68,7 @@ def run(config: EvaluateConfig) -> int:
     h2k = load_adapter(config.adapter_h2k, (h, k), config.device)
     k2h = load_adapter(config.adapter_k2h, (k, h), config.device)
     affine = AffineBaseline(pairs, config)
-    result = {"latent": latent_figures(pairs, h2k, k2h, affine)}
+    result: dict[str, Any] = {"latent": latent_figures(pairs, h2k, k2h, affine)}
     out = Path(config.output_root)
     if config.videos_root:
         hunyuan = load_hunyuan_vae(config.hunyuan_vae, config.device)
@@ -71,6 +76,10 @@ def run(config: EvaluateConfig) -> int:
         _check_vaes(config, hunyuan, kvae)
         chosen = spread(len(pairs), config.num_pixel_samples)
         result["pixel"] = pixel_figures(pairs, chosen, h2k, k2h, affine, hunyuan, kvae, config)
+    adapters = {"h2k": Path(config.adapter_h2k), "k2h": Path(config.adapter_k2h)}
+    sheets = {"Contact sheet": out / "contact_sheet.png", "The clips that lose most": out / "worst_clips.png"}
+    log_file = adapters["h2k"].parent / "train.jsonl"
+    write_report(out, adapters, result, log_file, sheets if config.videos_root else {})
     write_config(out / "evaluate.json", "evaluate", config)
     write_text(out / "evaluation.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     text = table(result)
@@ -87,7 +96,6 @@ class AffineBaseline:
     """
 
     def __init__(self, pairs: Pairs, config: EvaluateConfig):
-        self.device = config.device
         if config.train_latent_root:
             self.maps = [_fit(iter(open_pairs(config.train_latent_root).spread(FIT_PAIRS)), config)] * 2
         else:
@@ -116,35 +124,52 @@ def _fit(pairs: Iterator[Pair], config: EvaluateConfig) -> dict[str, Map]:
 
 
 @torch.inference_mode()
-def latent_figures(pairs: Pairs, h2k: LatentAdapter, k2h: LatentAdapter, affine: AffineBaseline) -> dict:
-    """Squared errors, each also as a share of its target's variance (around each channel's mean)."""
-    sums: dict[str, float] = {}
-    first: list[Tensor] = [torch.zeros(()), torch.zeros(())]
-    second = [torch.zeros(()), torch.zeros(())]
+def latent_figures(
+    pairs: Pairs, h2k: LatentAdapter, k2h: LatentAdapter, affine: Callable[[int, str], Map] | None
+) -> dict[str, Any]:
+    """Squared errors, each also as a share of its target's variance (around each channel's mean).
+
+    Returns:
+        figures: means over the pairs, by direction.
+        worst: by direction, the clips whose error is the largest.
+        channels: mean and deviation of every channel of z_h and z_k, and each adapter's error in them as a share.
+    """
+    device = next(h2k.parameters()).device
+    errors: dict[str, list[float]] = {}
+    moments = {name: [torch.zeros(()).double()] * 2 for name in ("z_h", "z_k")}
+    by_channel = {name: torch.zeros(()).double() for name in ("H→K", "K→H")}
     for i in range(len(pairs)):
-        z_h, z_k = pairs.batch([i], torch.device(affine.device))
+        z_h, z_k = pairs.batch([i], device)
         k_hat, h_hat = h2k(z_h), k2h(z_k)
-        for name, found, target in (
-            ("H→K", k_hat, z_k),
-            ("K→H", h_hat, z_h),
-            ("H→K→H", k2h(k_hat), z_h),
-            ("K→H→K", h2k(h_hat), z_k),
-            ("H→K affine", affine(i, "h2k")(z_h), z_k),
-            ("K→H affine", affine(i, "k2h")(z_k), z_h),
-        ):
-            sums[name] = sums.get(name, 0.0) + (found - target).square().mean().item()
-        for j, z in enumerate((z_h, z_k)):
-            first[j] = first[j] + z.double().mean((0, 2, 3, 4)).cpu()
-            second[j] = second[j] + z.double().square().mean((0, 2, 3, 4)).cpu()
+        found = {"H→K": (k_hat, z_k), "K→H": (h_hat, z_h), "H→K→H": (k2h(k_hat), z_h), "K→H→K": (h2k(h_hat), z_k)}
+        if affine:
+            found["H→K affine"] = affine(i, "h2k")(z_h), z_k
+            found["K→H affine"] = affine(i, "k2h")(z_k), z_h
+        for name, (z, target) in found.items():
+            errors.setdefault(name, []).append((z - target).square().mean().item())
+        for name in by_channel:
+            z, target = found[name]
+            by_channel[name] = by_channel[name] + (z - target).double().square().mean((0, 2, 3, 4)).cpu()
+        for name, z in (("z_h", z_h), ("z_k", z_k)):
+            first, second = moments[name]
+            z = z.double()
+            moments[name] = [first + z.mean((0, 2, 3, 4)).cpu(), second + z.square().mean((0, 2, 3, 4)).cpu()]
     count = len(pairs)
-    variance_h, variance_k = (
-        (square / count - (mean / count).square()).mean().item() for mean, square in zip(first, second, strict=True)
-    )
-    figures = {}
-    for name, total in sums.items():
-        into_k = name.removesuffix(" affine").endswith("K")
-        figures[name] = {"mse": total / count, "share": total / count / (variance_k if into_k else variance_h)}
-    return {"pairs": count, "figures": figures}
+    mean = {name: first / count for name, (first, _) in moments.items()}
+    variance = {name: second / count - mean[name].square() for name, (_, second) in moments.items()}
+    figures, channels, worst = {}, {}, {}
+    for name, each in errors.items():
+        total = variance["z_k" if name.removesuffix(" affine").endswith("K") else "z_h"].mean().item()
+        figures[name] = {"mse": sum(each) / count, "share": sum(each) / count / total}
+        if name in by_channel:
+            order = sorted(range(count), key=lambda i: -each[i])[:WORST_CLIPS]
+            worst[name] = [{"clip": pairs.name(i), "mse": each[i], "share": each[i] / total} for i in order]
+    for space in moments:
+        channels[f"{space} mean"] = mean[space].tolist()
+        channels[f"{space} std"] = variance[space].clamp(min=0).sqrt().tolist()
+    for name, space in (("H→K", "z_k"), ("K→H", "z_h")):
+        channels[f"{name} share"] = (by_channel[name] / count / variance[space].clamp(min=1e-12)).tolist()
+    return {"pairs": count, "figures": figures, "worst": worst, "channels": channels}
 
 
 @torch.inference_mode()
@@ -158,9 +183,13 @@ def pixel_figures(
     kvae: VideoVAE,
     config: EvaluateConfig,
 ) -> dict:
-    """PSNR, SSIM, flicker of every path, means over clips; the contact sheet is drawn on the way."""
+    """PSNR, SSIM, flicker of every path, means over clips, and the clips on which a decode loses most by an adapter.
+
+    The contact sheets, of some clips and of those, are drawn on the way.
+    """
     rows: dict[str, list[dict[str, float]]] = {}
     sheet, sheet_at = [], set(spread(len(chosen), SHEET_CLIPS))
+    worst: list[tuple[float, str, list[Tensor]]] = []
     for n, i in enumerate(tqdm(chosen, desc="pixels", unit="clip", leave=False, disable=None)):
         pair = pairs[i]
         original = original_frames(pairs.name(i), pair, config)
@@ -178,16 +207,18 @@ def pixel_figures(
         }
         for name, (decoded, direct) in decodes.items():
             rows.setdefault(name, []).append(_compare(decoded.cpu(), direct.cpu(), original, decoded is direct))
+        columns = ("Hunyuan", "KVAE", "KVAE(H→K)", "Hunyuan(K→H)")
+        videos = [original, *(decodes[name][0][0, :, : original.shape[1]].cpu().round().byte() for name in columns)]
         if n in sheet_at:
-            columns = ("Hunyuan", "KVAE", "KVAE(H→K)", "Hunyuan(K→H)")
-            sheet.append([original, *(decodes[name][0][0].cpu().round().byte() for name in columns)])
-    contact_sheet(
-        Path(config.output_root) / "contact_sheet.png",
-        COLUMNS,
-        [[video[:, : videos[0].shape[1]] for video in videos] for videos in sheet],
-    )
+            sheet.append(videos)
+        lost = max(rows[name][-1]["psnr"] - rows[f"{name}({way})"][-1]["psnr"] for name, way in WAYS.items())
+        worst = sorted([*worst, (lost, pairs.name(i), videos)], key=lambda each: -each[0])[:SHEET_CLIPS]
+    out = Path(config.output_root)
+    contact_sheet(out / "contact_sheet.png", COLUMNS, sheet)
+    contact_sheet(out / "worst_clips.png", COLUMNS, [videos for _, _, videos in worst])
     means = {name: {key: sum(row[key] for row in each) / len(each) for key in each[0]} for name, each in rows.items()}
-    return {"clips": len(chosen), "figures": means}
+    lost_most = [{"clip": name, "lost": lost} for lost, name, _ in worst]
+    return {"clips": len(chosen), "figures": means, "worst": lost_most}
 
 
 def _compare(decoded: Tensor, direct: Tensor, original: Tensor, same: bool) -> dict[str, float]:

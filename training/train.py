@@ -5,7 +5,8 @@
 L = MSE(H→K(z_h), z_k) + MSE(K→H(z_k), z_h). A first pass over the pairs takes each channel's statistics and fits affine
 3x3x3 maps in closed form; the default network starts there, and what is saved is never worse on the validation pairs.
 `--network published --epochs 250 --batch-size 512 --lr 1e-4` is the recipe of the published adapters.
-Ctrl-C or a crash costs at most the steps since the last save: the same command goes on from there.
+Ctrl-C or a crash costs at most the steps since the last save: the same command goes on from there, with any number of
+processes (`accelerate launch -m training train …`). A step is of --batch-size clips in all, however they are shared.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +34,15 @@ from .ahead import ahead
 from .checkpoint import open_state, optimiser_tensors, restore_optimiser
 from .dataset import Groups, Pairs, batches, open_pairs
 from .errors import UserError
+from .evaluate import latent_figures
 from .interrupts import BetweenSteps
-from .options import option, write_config
+from .options import option, write_config, write_text
 from .pairs import read_manifest, read_spaces
+from .processes import Processes
+from .report import curves_png, write_report
 
 SAVE_SECONDS = 60
 DIRECTIONS = ("h2k", "k2h")
-Batch = tuple[Tensor, Tensor, Tensor]  # z_h, z_k, weight, as Pairs.crops gives them
 WARMUP_STEPS = 20
 BATCHES_AHEAD = 4
 FIT_PAIRS = 4096  # 44 million positions at 240x320, for maps of 433 unknowns a channel
@@ -53,12 +57,20 @@ class TrainConfig:
     out_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "file for the KVAE → Hunyuan adapter")
     network: str = option("residual", "adapter network", choices=tuple(NETWORKS))
     epochs: int = option(20, "passes over the pairs")
-    batch_size: int = option(8, "clips of a step")
+    batch_size: int = option(8, "clips of a step, over all processes")
     lr: float = option(1e-3, "learning rate of AdamW; falls linearly to zero, except with --network published")
     weight_decay: float = option(1e-4, "weight decay of AdamW")
     ema: float = option(0.99, "decay of the weights' moving average, which is what is saved; 0 for none")
     seed: int = option(0, "of the first weights and of the order")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device to train on")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step takes: how many clips in all processes, and this one's, in the parts that run one after another."""
+
+    clips: int
+    parts: list[tuple[Tensor, Tensor, Tensor]]  # z_h, z_k, weight, as Pairs.crops gives them
 
 
 @dataclass
@@ -78,6 +90,8 @@ class State:
 def run(config: TrainConfig) -> int:
     """Train, or go on training; returns 0."""
     started = time.time()
+    processes = Processes(config.device)
+    config = replace(config, device=str(processes.device))
     _check(config)
     train, val = _split(config)
     fits = _first_pass(train, config)
@@ -88,13 +102,15 @@ def run(config: TrainConfig) -> int:
     resume_file = Path(config.out_h2k).with_suffix(".resume.safetensors")
     log_file = out / "train.jsonl"
     fresh = not _resume(state, resume_file, config)
-    write_config(out / "train.json", "train", config)
+    processes.wait()  # none is to find the state that another saves
+    if processes.main:
+        write_config(out / "train.json", "train", config)
+        _rewind(log_file, -1 if fresh else state.step)
     if fresh:
-        log_file.write_text("")
-        _validate(state, val, config, log_file, 0)
-        print(f"Training on {len(train)} latent pairs, validating on {len(val)}")
+        _validate(state, val, config, log_file, 0, processes)
+        processes.say(f"Training on {len(train)} latent pairs, validating on {len(val)}")
     else:
-        print(f"Going on from step {state.step}, saved in {resume_file}")
+        processes.say(f"Going on from step {state.step}, saved in {resume_file}")
 
     radius = _sight(state)
     groups = train.groups(radius)
@@ -102,27 +118,38 @@ def run(config: TrainConfig) -> int:
     last_save = time.time()
     with BetweenSteps() as interrupts:
         for epoch in range(state.epoch, config.epochs):
+            epoch_started, waited = time.perf_counter(), 0.0
             done = state.step - epoch * steps
-            progress = tqdm(
-                total=steps, initial=done, desc=f"epoch {epoch + 1}/{config.epochs}", leave=False, disable=None
-            )
-            for batch in ahead([_batches(train, groups, radius, config, epoch, done)], 1, BATCHES_AHEAD):
-                _step(state, batch, config, steps * config.epochs)
-                progress.update()
-                if interrupts.noted or time.time() - last_save > SAVE_SECONDS:
-                    _save(state, resume_file, config)
-                    last_save = time.time()
-                interrupts.check()
-            progress.close()
+            label = f"epoch {epoch + 1}/{config.epochs}"
+            hidden = None if processes.main else True
+            stream = ahead([_batches(train, groups, radius, config, epoch, done, processes)], 1, BATCHES_AHEAD)
+            with closing(stream), tqdm(initial=done, total=steps, desc=label, leave=False, disable=hidden) as bar:
+                while state.step < (epoch + 1) * steps:
+                    waiting_since = time.perf_counter()
+                    batch = next(stream)
+                    waited += time.perf_counter() - waiting_since
+                    interrupted = _step(state, batch, config, steps * config.epochs, processes, interrupts)
+                    bar.update()
+                    if processes.main and (interrupted or time.time() - last_save > SAVE_SECONDS):
+                        _save(state, resume_file, config)
+                        last_save = time.time()
+                    if interrupted:
+                        raise KeyboardInterrupt
             h2k, k2h, clips = state.sums
-            print(f"  Epoch {epoch + 1}/{config.epochs} - H→K MSE: {h2k / clips:.6f} | K→H MSE: {k2h / clips:.6f}")
-            _log(log_file, {"step": state.step, "train_h2k": h2k / clips, "train_k2h": k2h / clips})
+            processes.say(
+                f"  Epoch {epoch + 1}/{config.epochs} - H→K MSE: {h2k / clips:.6f} | K→H MSE: {k2h / clips:.6f}"
+            )
+            row = {"step": state.step, "train_h2k": h2k / clips, "train_k2h": k2h / clips}
+            row |= {"seconds": time.perf_counter() - epoch_started, "waited": waited}
+            _log(log_file, row, processes)
             state.epoch, state.sums = epoch + 1, (0.0, 0.0, 0)
-            _validate(state, val, config, log_file, epoch + 1)
-            _save(state, resume_file, config)
-    _write_adapters(state, fits, spaces, config, len(train), len(val), time.time() - started)
-    plot(log_file, out / "train.png")
-    resume_file.unlink(missing_ok=True)
+            _validate(state, val, config, log_file, epoch + 1, processes)
+            if processes.main:
+                _save(state, resume_file, config)
+    if processes.main:
+        _write_adapters(state, fits, spaces, config, train, val, time.time() - started)
+        _report(state, fits, spaces, val, config, log_file)
+        resume_file.unlink(missing_ok=True)
     return 0
 
 
@@ -212,11 +239,20 @@ def _copy(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _batches(
-    train: Pairs, groups: Groups, radius: int | None, config: TrainConfig, epoch: int, start: int
+    train: Pairs,
+    groups: Groups,
+    radius: int | None,
+    config: TrainConfig,
+    epoch: int,
+    start: int,
+    processes: Processes,
 ) -> Iterator[Batch]:
-    """The batches of an epoch from its batch `start` on, on the device."""
+    """The batches of an epoch from its batch `start` on: this process' share of each, on the device."""
     for numbers in batches(groups, config.batch_size, config.seed, epoch, start):
-        yield train.crops(numbers, radius, config.seed, epoch, torch.device(config.device))
+        mine = numbers[processes.rank :: processes.count]
+        parts = [part for part in np.array_split(mine, processes.accumulation) if len(part)]
+        crops = [train.crops(part, radius, config.seed, epoch, processes.device) for part in parts]
+        yield Batch(len(numbers), crops)
 
 
 def _error(found: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -224,49 +260,75 @@ def _error(found: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return ((found - target).square().mean(1, keepdim=True) * weight).sum() / len(weight)
 
 
-def _step(state: State, batch: Batch, config: TrainConfig, total: int) -> None:
-    """One optimiser step on both adapters."""
-    z_h, z_k, weight = batch
+def _step(
+    state: State, batch: Batch, config: TrainConfig, total: int, processes: Processes, interrupts: BetweenSteps
+) -> bool:
+    """One optimiser step on both adapters, the same in all processes; whether one of them was interrupted."""
     if config.network != "published":
         for group in state.optimiser.param_groups:
             group["lr"] = config.lr * min(1, (state.step + 1) / WARMUP_STEPS) * (1 - state.step / total)
-    h2k = _error(state.networks["h2k"](z_h), z_k, weight)
-    k2h = _error(state.networks["k2h"](z_k), z_h, weight)
-    state.optimiser.zero_grad(set_to_none=True)
-    (h2k + k2h).backward()
+    state.optimiser.zero_grad()
+    sums = torch.zeros(3, device=processes.device)
+    for z_h, z_k, weight in batch.parts:
+        with processes.autocast():
+            k_hat, h_hat = state.networks["h2k"](z_h), state.networks["k2h"](z_k)
+        h2k, k2h = _error(k_hat.float(), z_k, weight), _error(h_hat.float(), z_h, weight)
+        ((h2k + k2h) * len(z_h) / batch.clips).backward()
+        sums += torch.stack([h2k.detach(), k2h.detach(), torch.zeros_like(h2k.detach())]) * len(z_h)
+    sums[2] = interrupts.noted
+    sum_h, sum_k, stop = _over_processes(state, sums, processes).tolist()
     state.optimiser.step()
     state.step += 1
     decay = min(config.ema, state.step / (state.step + 10))
     for name, network in state.networks.items():
         for key, tensor in network.state_dict().items():
             state.averages[name][key].lerp_(tensor, 1 - decay)
-    sum_h, sum_k, clips = state.sums
-    state.sums = (sum_h + h2k.item() * len(z_h), sum_k + k2h.item() * len(z_h), clips + len(z_h))
+    state.sums = (state.sums[0] + sum_h, state.sums[1] + sum_k, state.sums[2] + batch.clips)
+    return stop > 0
+
+
+def _over_processes(state: State, sums: Tensor, processes: Processes) -> Tensor:
+    """Gradients, and these sums, added up over all processes. The adapters are small: it is one message."""
+    if processes.count == 1:
+        return sums
+    parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    together = processes.add(torch.cat([*(gradient.flatten() for gradient in gradients), sums]))
+    for p, part in zip(parameters, together.split([p.numel() for p in parameters] + [len(sums)]), strict=False):
+        p.grad = part.view_as(p).clone()
+    return together[-len(sums) :]
 
 
 @torch.inference_mode()
-def _validate(state: State, val: Pairs, config: TrainConfig, log_file: Path, epoch: int) -> None:
+def _validate(state: State, val: Pairs, config: TrainConfig, log_file: Path, epoch: int, processes: Processes) -> None:
     """Validation MSE of the averaged weights; the best of each direction is kept."""
     row: dict[str, float] = {"step": state.step, "epoch": epoch}
     for name, network in state.networks.items():
         live = _copy(network)
         network.load_state_dict(state.averages[name])
-        errors = []
-        for i in range(len(val)):
+        error = torch.zeros((), dtype=torch.float64)
+        for i in range(processes.rank, len(val), processes.count):
             z_h, z_k = val.batch([i], torch.device(config.device))
             source, target = (z_h, z_k) if name == "h2k" else (z_k, z_h)
-            errors.append(F.mse_loss(network(source), target).item())
+            error += F.mse_loss(network(source), target).item()
         network.load_state_dict(live)
-        row[f"val_{name}"] = sum(errors) / len(errors)
+        row[f"val_{name}"] = processes.add(error).item() / len(val)
         if row[f"val_{name}"] < state.best_mse[name]:
             state.best_mse[name] = row[f"val_{name}"]
             state.best[name] = {key: tensor.clone() for key, tensor in state.averages[name].items()}
-    _log(log_file, row)
+    _log(log_file, row, processes)
 
 
-def _log(path: Path, row: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def _log(path: Path, row: dict, processes: Processes) -> None:
+    if processes.main:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _rewind(path: Path, step: int) -> None:
+    """Keep the rows of the log up to a step: what was logged after the state was saved will be logged again."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 def _save(state: State, path: Path, config: TrainConfig) -> None:
@@ -311,8 +373,8 @@ def _write_adapters(
     fits: dict[str, Ridge],
     spaces: tuple[LatentSpace, LatentSpace],
     config: TrainConfig,
-    pairs: int,
-    val_pairs: int,
+    train: Pairs,
+    val: Pairs,
     seconds: float,
 ) -> None:
     for name, out, label in (
@@ -323,7 +385,8 @@ def _write_adapters(
         network.load_state_dict(state.best[name])
         source, target = spaces if name == "h2k" else spaces[::-1]
         training = {
-            "pairs": pairs,
+            "pairs": len(train),
+            "pairs_sha256": train.digest(),
             "steps": state.step,
             "seconds": round(seconds),
             "config": asdict(config),
@@ -332,26 +395,28 @@ def _write_adapters(
         metrics = {
             "val_mse": state.best_mse[name],
             "val_mse_share_of_variance": state.best_mse[name] / fits[name].target_variance(),
-            "val_pairs": val_pairs,
+            "val_pairs": len(val),
         }
         save_adapter(out, LatentAdapter(network, source, target, training, metrics))
         print(f"Saved {label} adapter to: {out} (validation MSE {state.best_mse[name]:.6f})")
 
 
-def plot(log_file: Path, image: Path) -> None:
-    """The training curve: MSE of both directions over steps, on the training and the validation pairs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def _report(
+    state: State,
+    fits: dict[str, Ridge],
+    spaces: tuple[LatentSpace, LatentSpace],
+    val: Pairs,
+    config: TrainConfig,
+    log_file: Path,
+) -> None:
+    """What the latents of the validation pairs say of the adapters, beside the closed form; `evaluate` adds pixels."""
+    h2k = LatentAdapter(state.networks["h2k"], *spaces)
+    k2h = LatentAdapter(state.networks["k2h"], *spaces[::-1])
+    try:
+        maps = {name: fit.solve().to(config.device) for name, fit in fits.items()}
+    except ValueError:  # too few positions for it, which the published network does not mind
+        maps = {}
+    result = {"latent": latent_figures(val, h2k, k2h, (lambda i, name: maps[name]) if maps else None)}
+    write_report(log_file.parent, {"h2k": Path(config.out_h2k), "k2h": Path(config.out_k2h)}, result, log_file, {})
     rows = [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, label, color in (("h2k", "H→K", "tab:blue"), ("k2h", "K→H", "tab:orange")):
-        for part, style in (("train", ":"), ("val", "-")):
-            points = [(row["step"], row[f"{part}_{name}"]) for row in rows if f"{part}_{name}" in row]
-            axes.plot(*zip(*points, strict=True), style, color=color, label=f"{label} {part}")
-    axes.set(xlabel="step", ylabel="latent MSE", yscale="log")
-    axes.legend()
-    figure.savefig(image, dpi=120)
-    plt.close(figure)
+    (log_file.parent / "train.png").write_bytes(curves_png(rows))
