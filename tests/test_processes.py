@@ -81,17 +81,18 @@ def test_two_processes_train_as_one_does(tmp_path, latents):
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert len(one) == len(two) == 7
     for a, b in zip(one, two, strict=True):
-        assert b == pytest.approx(a, rel=1e-4)
+        assert b == pytest.approx(a, rel=1e-5)
     h, k = (load_adapter(tmp_path / name / "h.safetensors").state_dict() for name in ("one", "two"))
     for key in h:
         torch.testing.assert_close(h[key], k[key], rtol=1e-3, atol=1e-4)
-    assert one[-1]["val_h2k"] < 0.98 * one[0]["val_h2k"]  # it has learnt something that could have differed
+    assert abs(one[-1]["val_k2h"] / one[0]["val_k2h"] - 1) > 1e-3  # the steps are large enough to tell curves apart
 
 
-def test_mixed_precision_learns_too(tmp_path, latents):
-    run(*train(latents, tmp_path, "--epochs", "3"), more=["--mixed_precision", "bf16"])
-    rows = curve(tmp_path)
-    assert rows[-1]["val_h2k"] < 0.98 * rows[0]["val_h2k"]
+def test_mixed_precision_keeps_to_the_curve(tmp_path, latents):
+    assert main(train(latents, tmp_path / "float32", "--epochs", "1")) == 0
+    run(*train(latents, tmp_path / "bf16", "--epochs", "1"), more=["--mixed_precision", "bf16"])
+    exact, rounded = curve(tmp_path / "float32")[-1], curve(tmp_path / "bf16")[-1]
+    assert rounded == pytest.approx(exact, rel=1e-2) and rounded != exact
 
 
 def test_a_killed_training_ends_where_an_unkilled_one_does(tmp_path, latents, capsys):

@@ -1,7 +1,9 @@
 """Packed pairs: the same pairs, both ways; crops of them that teach what whole clips teach."""
 
 import json
+import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,6 +107,31 @@ def test_packing_goes_on_where_it_stopped_and_takes_new_pairs(tmp_path, monkeypa
     assert all(after[name] == data for name, data in before.items())
     packed = open_pairs(tmp_path / "shards")
     assert sorted(map(packed.name, range(7))) == [*(f"class/v{i}.000" for i in range(6)), "new"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_reading_crops_holds_nothing_of_the_clips(tmp_path):
+    z = torch.ones(16, 16, 32, 32).half()
+    for number in range(4):
+        clips = [{"clip": f"{number}/{i}", "source": None} for i in range(16)]
+        shards.write_shard(tmp_path / f"{number:05d}.safetensors", clips, [Pair(z, z, None)] * 16)
+    entries = [
+        {"file": f"{n:05d}.safetensors", "pairs": 16, "z_h": list(z.shape), "z_k": list(z.shape)} for n in range(4)
+    ]
+    (tmp_path / "index.json").write_text(json.dumps({"format": shards.FORMAT, "statistics": {}, "shards": entries}))
+    pairs = open_pairs(tmp_path)
+
+    def held():
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024
+
+    (group,) = pairs.groups(1).values()
+    pairs.crops(group[:1], 1, 0, 0, CPU)
+    before = held()
+    for i in group:
+        z_h, _, _ = pairs.crops([i], 1, 0, 0, CPU)
+        assert (z_h == 1).all()
+    assert held() - before < 8 * 2**20  # of the 64 MiB read
 
 
 def test_refusals(tmp_path, capsys):

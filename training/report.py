@@ -24,6 +24,7 @@ DIRECTIONS = {
     "h2k": ("H→K", "KVAE(H→K)", "  affine 3x3x3", "  pixel path"),
     "k2h": ("K→H", "Hunyuan(K→H)", "  affine 3x3x3 ", "  pixel path "),
 }
+PLACES = ("latent_root", "val_latent_root", "out_h2k", "out_k2h", "hunyuan_vae", "kvae", "device")  # of one machine
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
@@ -135,7 +136,7 @@ def _facts(about: dict[str, Any]) -> list[tuple[str, str]]:
             facts.append((vae, f"{made_with['space']}, sha256 {made_with['sha256']}"))
     made_by = {"extraction": training.get("extraction", {}).get("settings", {}), "training": training.get("config", {})}
     for title, settings in made_by.items():
-        shown = ", ".join(f"{key} {value}" for key, value in settings.items() if value != "")
+        shown = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in PLACES and value != "")
         facts.append((f"settings of {title}", shown or "not said"))
     return facts
 
@@ -166,10 +167,15 @@ def _pixel_table(result: dict[str, Any]) -> Table:
 
 
 def _worst_table(result: dict[str, Any]) -> Table:
-    rows = [["clip", "direction", "MSE", "of variance"]]
+    rows = [["latents of", "direction", "MSE", "of variance"]]
     for direction, clips in result["latent"]["worst"].items():
         rows += [[clip["clip"], direction, f"{clip['mse']:.4f}", f"{clip['share']:.2%}"] for clip in clips]
     return rows
+
+
+def _lost_table(result: dict[str, Any]) -> Table:
+    rows = [["pixels of", "PSNR lost by the adapter"]]
+    return rows + [[clip["clip"], f"{clip['lost']:.2f} dB"] for clip in result["pixel"]["worst"]]
 
 
 def _markdown(table: Table) -> list[str]:
@@ -194,7 +200,9 @@ def _page(report: dict[str, Any], sheets: dict[str, bytes]) -> str:
         body += ["<h2>Curves</h2>", _image(curves_png(report["curves"]), "latent MSE over steps")]
     for name, data in sheets.items():
         body += [f"<h2>{escape(name)}</h2>", _image(data, name)]
-    body += ["<h2>Worst clips, in latents</h2>", _html_table(_worst_table(result))]
+    body += ["<h2>Worst clips</h2>", _html_table(_worst_table(result))]
+    if "pixel" in result:
+        body += ["<p></p>", _html_table(_lost_table(result))]
     body += ["<h2>Latent channels</h2>", _image(channels_png(result["latent"]["channels"]), "latent channels")]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
