@@ -1,5 +1,6 @@
 """The commands end to end on small real video files, with the embedded tiny pair; and what they say to bad input."""
 
+import hashlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from kvae_comfyui.kvae import KVAE, KVAEConfig
 from kvae_comfyui.training import train as training
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.pairs import Pair, find_pairs, read_pair, write_pair
+from kvae_comfyui.training.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = ["--num-frames", "9", "--height", "48", "--width", "64", "--device", "cpu"]
@@ -64,11 +66,17 @@ def test_extract_mirrors_the_videos_and_resumes(job, capsys):
     manifest = json.loads((job / "latents" / "manifest.json").read_text())
     assert manifest["counts"] == {"extracted": 8, "already_there": 0, "skipped": 0}
     assert len(manifest["kvae"]["sha256"]) == 64
-    before = [p.read_bytes() for p in paths]
+    before = [p.read_bytes() for p in paths if p != paths[2]]
+    pairs = [read_pair(path) for path in paths]
     paths[2].unlink()
     assert main(["extract", *roots(job), *SIZE]) == 0
     assert "1 pairs extracted, 7 already there, 0 skipped" in capsys.readouterr().out
-    assert [p.read_bytes() for p in paths] == before
+    again = read_pair(paths[2])
+    # alone in its batch, another order of sums
+    torch.testing.assert_close(again.z_h, pairs[2].z_h, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(again.z_k, pairs[2].z_k, rtol=2e-3, atol=2e-3)
+    assert again.source == pairs[2].source
+    assert [p.read_bytes() for p in paths if p != paths[2]] == before
 
 
 def test_extract_refuses_to_mix_settings(job, capsys):
@@ -115,7 +123,8 @@ def test_train_leaves_adapters_that_describe_themselves(job):
     assert (job / "adapters" / "train.png").stat().st_size > 1000
     assert json.loads((job / "adapters" / "train.json").read_text())["epochs"] == 3
     assert sorted(p.name for p in (job / "adapters").iterdir()) == [
-        *("h2k.safetensors", "k2h.safetensors", "train.json", "train.jsonl", "train.png")
+        *("h2k.safetensors", "k2h.safetensors", "model_card.md", "report.html", "report.json"),
+        *("train.json", "train.jsonl", "train.png"),
     ]
 
 
@@ -177,6 +186,38 @@ def test_evaluate(job, capsys):
         *("  affine 3x3x3", "  pixel path", "  affine 3x3x3 ", "  pixel path "),
     }
     assert (job / "evaluation" / "contact_sheet.png").stat().st_size > 10_000
+    check_report(job / "evaluation", result)
+
+
+def check_report(folder, result):
+    report = json.loads((folder / "report.json").read_text())
+    assert report["evaluation"] == result
+    h2k = report["adapters"]["h2k"]
+    assert h2k["sha256"] == hashlib.sha256((folder.parent / "adapters" / "h2k.safetensors").read_bytes()).hexdigest()
+    assert len(h2k["training"]["extraction"]["kvae"]["sha256"]) == len(h2k["training"]["pairs_sha256"]) == 64
+    worst = result["latent"]["worst"]["H→K"]
+    assert len(worst) == 5 and worst[0]["mse"] >= worst[-1]["mse"] and worst[0]["clip"].startswith("Wave/v_Wave_g")
+    shares, deviations = (result["latent"]["channels"][key] for key in ("K→H share", "z_h std"))
+    share = sum(share * deviation**2 for share, deviation in zip(shares, deviations, strict=True))
+    assert share / 16 == pytest.approx(result["latent"]["figures"]["K→H"]["mse"], rel=1e-3)
+    page, card = (folder / "report.html").read_text(), (folder / "model_card.md").read_text()
+    psnr = f"{result['pixel']['figures']['KVAE(H→K)']['psnr']:.2f} dB"
+    for text in (page, card, report["verdict"]):
+        assert psnr in text
+    assert h2k["sha256"] in page and h2k["sha256"] in card
+    assert page.count('src="data:image/png;base64,') == 4  # curves, two sheets, channels
+    assert "http" not in page and "<script" not in page  # it needs nothing but itself
+
+
+def test_a_report_trusts_no_name(job, tmp_path):
+    """Names of clips come from files of others."""
+    name = "<img src=x onerror=alert(1)>"
+    result = json.loads((job / "adapters" / "report.json").read_text())["evaluation"]
+    result["latent"]["worst"]["H→K"][0]["clip"] = name
+    files = {key: job / "adapters" / f"{key}.safetensors" for key in ("h2k", "k2h")}
+    write_report(tmp_path, files, result, tmp_path / "absent", {})
+    assert name not in (tmp_path / "report.html").read_text()
+    assert "&lt;img src=x" in (tmp_path / "report.html").read_text()
 
 
 def test_reconstruct(job, capsys, tmp_path):

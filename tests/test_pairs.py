@@ -5,8 +5,9 @@ import torch
 import zstandard
 from safetensors.torch import load, save
 
+from kvae_comfyui.training.dataset import open_pairs
 from kvae_comfyui.training.errors import UserError
-from kvae_comfyui.training.pairs import Pair, Pairs, Source, find_pairs, read_pair, write_pair
+from kvae_comfyui.training.pairs import Pair, Shape, Source, find_pairs, read_pair, read_shape, write_pair
 
 SHAPE = (16, 3, 4, 6)
 SOURCE = Source("a/b.avi", 12, 7, 2, 32, 48)
@@ -25,6 +26,7 @@ def test_round_trip(tmp_path):
     assert back.source == SOURCE
     assert torch.equal(back.z_h, pair.z_h.half()) and torch.equal(back.z_k, pair.z_k.half())
     assert find_pairs(tmp_path) == [path]
+    assert read_shape(path) == Shape(16, *SHAPE)
 
 
 def test_a_published_reader_reads_ours(tmp_path):
@@ -68,6 +70,9 @@ def test_broken_files_are_named(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             read_pair(path)
         assert str(path) in str(error.value)
+        if data != good[: len(data)] or not data:  # the shape is at the start, and nothing else is read for it
+            with pytest.raises(UserError, match="cut short or not zstd"):
+                read_shape(path)
 
 
 def test_a_small_file_cannot_claim_all_memory(tmp_path):
@@ -91,6 +96,6 @@ def test_batches(tmp_path):
     paths = [tmp_path / f"{i}.safetensors.zst" for i in range(3)]
     for i, path in enumerate(paths):
         write_pair(path, Pair(torch.full(SHAPE, i), torch.full(SHAPE, -i), None))
-    z_h, z_k = Pairs(paths).batch([2, 1], torch.device("cpu"))
+    z_h, z_k = open_pairs(tmp_path).batch([2, 1], torch.device("cpu"))
     assert z_h.shape == (2, *SHAPE) and z_h.dtype == torch.float32
     assert z_h[:, 0, 0, 0, 0].tolist() == [2, 1] and z_k[:, 0, 0, 0, 0].tolist() == [-2, -1]

@@ -16,6 +16,7 @@ from kvae_comfyui.training.videos import (
     find_videos,
     frame_rate,
     read_clip,
+    read_clips,
     resize,
     write_video,
 )
@@ -43,6 +44,15 @@ def test_consecutive_and_uniform(tmp_path):
     assert indices(Clip(tmp_path / "a.mp4", 9, 7)) == list(range(7, 16))
     assert indices(Clip(tmp_path / "a.mp4", 9, None)) == np.linspace(0, 39, 9).astype(int).tolist()
     assert indices(Clip(tmp_path / "a.mp4", 100, None)) == list(range(40))
+
+
+def test_windows_of_one_decode_are_those_of_many(tmp_path):
+    (video,) = make_videos(tmp_path, 1, frames=40)
+    clips = cut(video, 9, 3)
+    together = list(read_clips(clips, 24, 32))
+    for clip, frames in zip(clips, together, strict=True):
+        assert torch.equal(frames, read_clip(clip, 24, 32))
+    assert not torch.equal(together[0], together[1])
 
 
 def test_windows_do_not_overlap(tmp_path):

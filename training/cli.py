@@ -14,14 +14,16 @@ from .errors import UserError
 from .options import add_options
 
 INTERRUPTED = 130
-COMMANDS = {
-    "extract": "latent pairs from videos",
-    "train": "both adapters from latent pairs",
-    "evaluate": "adapters measured in latents and in pixels",
-    "reconstruct": "one video through one VAE",
-    "demo": "all of the above on small models and real clips",
-    "tiny": "train a member of the embedded small pair",
-    "fetch": "download a KVAE or an adapter",
+COMMANDS = {  # of each: the module, its function, a summary
+    "extract": ("extract", "run", "latent pairs from videos"),
+    "pack": ("shards", "run_pack", "latent pairs into memory-mapped shards"),
+    "unpack": ("shards", "run_unpack", "shards back into latent pairs"),
+    "train": ("train", "run", "both adapters from latent pairs"),
+    "evaluate": ("evaluate", "run", "adapters measured in latents and in pixels"),
+    "reconstruct": ("reconstruct", "run", "one video through one VAE"),
+    "demo": ("demo", "run", "all of the above on small models and real clips"),
+    "tiny": ("tiny", "run", "train a member of the embedded small pair"),
+    "fetch": ("fetch", "run", "download a KVAE or an adapter"),
 }
 
 
@@ -34,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
         epilog="`python -m training COMMAND -h` lists a command's options.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
+    for name, (file, run, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in argv[:1]:  # the modules of the others, and what those need, stay unread
-            module = import_module(f".{name}", __package__)
+            module, function = import_module(f".{file}", __package__), run
             config = getattr(module, f"{name.capitalize()}Config")
             subparser.description = module.__doc__
             add_options(subparser, config)
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     del options["command"]
     try:
         _check_device(options.get("device", "cpu"))
-        return module.run(config(**options))
+        return getattr(module, function)(config(**options))
     except (UserError, WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:

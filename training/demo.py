@@ -19,10 +19,12 @@ import torch
 
 from ..adapters.files import load_adapter
 from . import evaluate, extract, train
+from .dataset import open_pairs, spread, video_of
 from .errors import UserError
 from .options import option, write_config
-from .pairs import Pairs, find_pairs
+from .pairs import find_pairs
 from .pictures import side_by_side
+from .shards import clip_name
 from .vaes import load_hunyuan_vae, load_kandinsky_vae
 from .videos import find_videos, frame_rate, write_video
 
@@ -109,7 +111,7 @@ def _hold_out(latents: Path, train_root: Path, val_root: Path) -> None:
     """The last quarter of each video's clips is held out; of videos with one clip, every fourth video."""
     by_video: dict[str, list[Path]] = defaultdict(list)
     for path in find_pairs(latents):
-        by_video[train.video_of(path)].append(path)
+        by_video[video_of(clip_name(path, latents))].append(path)
     for folder in (train_root, val_root):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -126,18 +128,17 @@ def _hold_out(latents: Path, train_root: Path, val_root: Path) -> None:
 @torch.inference_mode()
 def side_by_sides(config: evaluate.EvaluateConfig, out: Path, count: int = 3) -> list[Path]:
     """mp4s of the first pairs of `count` videos: the original and the four decodes."""
-    pairs = Pairs(find_pairs(config.latent_root))
+    pairs = open_pairs(config.latent_root)
     hunyuan, kvae = load_hunyuan_vae("tiny", config.device), load_kandinsky_vae("tiny", config.device)
     h2k = load_adapter(config.adapter_h2k, device=config.device)
     k2h = load_adapter(config.adapter_k2h, device=config.device)
     made = []
-    for i in evaluate.spread(len(pairs), count):
-        original = evaluate.original_frames(pairs.paths[i], pairs[i], config)
+    for i in spread(len(pairs), count):
+        original = evaluate.original_frames(pairs.name(i), pairs[i], config)
         z_h, z_k = pairs.batch([i], torch.device(config.device))
         decodes = (hunyuan.decode(z_h), kvae.decode(z_k), kvae.decode(h2k(z_h)), hunyuan.decode(k2h(z_k)))
         videos = [original, *(y[0, :, : original.shape[1]].cpu().round().byte() for y in decodes)]
-        name = pairs.paths[i].name.split(".safetensors")[0]
-        made.append(out / f"{name}.mp4")
+        made.append(out / f"{Path(pairs.name(i)).name}.mp4")
         source = pairs[i].source
         fps = frame_rate(Path(config.videos_root) / source.video) if source else 25.0
         write_video(made[-1], side_by_side(evaluate.COLUMNS, videos), fps)

@@ -8,7 +8,8 @@ Pixels: PSNR and SSIM against the original of both VAEs alone and of both crosse
 against what the source VAE itself decodes from the latent; flicker. Beside each adapter stand an affine 3x3x3 map
 fitted in closed form (on --train-latent-root, else on the other half of these pairs) and the pixel path: decode with
 one VAE, encode with the other.
-Writes evaluation.txt, evaluation.json, evaluate.json and contact_sheet.png.
+Writes evaluation.txt, evaluation.json, evaluate.json, contact_sheet.png, worst_clips.png and the report (see
+`training.report`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,26 +27,33 @@ from tqdm import tqdm
 
 from ..adapters.files import LatentAdapter, load_adapter
 from ..adapters.ridge import Ridge, add_both_ways
+from .dataset import Pairs, open_pairs, spread
 from .errors import UserError
 from .options import option, write_config, write_text
-from .pairs import SUFFIX, Pair, Pairs, Source, find_pairs, read_manifest
+from .pairs import Pair, Source, read_manifest, read_spaces
 from .pictures import contact_sheet
+from .report import write_report
 from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
 from .videos import EXTENSIONS, Clip, read_clip
 
 Map = Callable[[Tensor], Tensor]
 SHEET_CLIPS = 3
+WORST_CLIPS = 5
+FIT_PAIRS = 4096  # for the affine maps, as in training
+WAYS = {"KVAE": "H→K", "Hunyuan": "K→H"}  # each VAE, and the adapter before its decoder
 COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "Hunyuan through K→H"]
 
 
 @dataclass
 class EvaluateConfig:
-    latent_root: str = option(..., "folder of pairs to evaluate on")
+    latent_root: str = option(..., "folder of pairs to evaluate on, from extract or pack")
     videos_root: str = option("", "the videos they came from; without it there are no pixel figures")
     adapter_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "Hunyuan → KVAE adapter")
     adapter_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
-    hunyuan_vae: str = option("tiny", "HunyuanVideo VAE: folder, .safetensors file, hub id, or tiny")
-    kvae: str = option("tiny", "KVAE-3D-1.0: folder, .safetensors file, hub id, or tiny")
+    hunyuan_vae: str = option(
+        "tiny", "VAE of HunyuanVideo or HunyuanVideo 1.5: folder, .safetensors file, hub id, or tiny"
+    )
+    kvae: str = option("tiny", "KVAE-3D of any kind: folder, .safetensors file, hub id, or tiny")
     train_latent_root: str = option("", "pairs to fit the affine maps on; without it, the other half of these pairs")
     output_root: str = option("evaluation", "folder for the table, the JSON and the pictures")
     max_samples: int = option(2000, "pairs for the latent figures")
@@ -54,12 +63,12 @@ class EvaluateConfig:
 
 def run(config: EvaluateConfig) -> int:
     """Evaluate; returns 0."""
-    paths = find_pairs(config.latent_root)
-    pairs = Pairs(paths[: config.max_samples])
-    h2k = load_adapter(config.adapter_h2k, ("hunyuan_video", "kvae_3d_1.0"), config.device)
-    k2h = load_adapter(config.adapter_k2h, ("kvae_3d_1.0", "hunyuan_video"), config.device)
+    pairs = open_pairs(config.latent_root).spread(config.max_samples)
+    h, k = (each.name for each in read_spaces(config.latent_root))
+    h2k = load_adapter(config.adapter_h2k, (h, k), config.device)
+    k2h = load_adapter(config.adapter_k2h, (k, h), config.device)
     affine = AffineBaseline(pairs, config)
-    result = {"latent": latent_figures(pairs, h2k, k2h, affine)}
+    result: dict[str, Any] = {"latent": latent_figures(pairs, h2k, k2h, affine)}
     out = Path(config.output_root)
     if config.videos_root:
         hunyuan = load_hunyuan_vae(config.hunyuan_vae, config.device)
@@ -67,6 +76,10 @@ def run(config: EvaluateConfig) -> int:
         _check_vaes(config, hunyuan, kvae)
         chosen = spread(len(pairs), config.num_pixel_samples)
         result["pixel"] = pixel_figures(pairs, chosen, h2k, k2h, affine, hunyuan, kvae, config)
+    adapters = {"h2k": Path(config.adapter_h2k), "k2h": Path(config.adapter_k2h)}
+    sheets = {"Contact sheet": out / "contact_sheet.png", "The clips that lose most": out / "worst_clips.png"}
+    log_file = adapters["h2k"].parent / "train.jsonl"
+    write_report(out, adapters, result, log_file, sheets if config.videos_root else {})
     write_config(out / "evaluate.json", "evaluate", config)
     write_text(out / "evaluation.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     text = table(result)
@@ -76,12 +89,6 @@ def run(config: EvaluateConfig) -> int:
     return 0
 
 
-def spread(total: int, count: int) -> list[int]:
-    """`count` of `total` indices, evenly spread, so that a few samples still see every class."""
-    count = min(total, count)
-    return [i * total // count for i in range(count)]
-
-
 class AffineBaseline:
     """Closed-form affine 3x3x3 maps that have not seen the pair they are applied to.
 
@@ -89,9 +96,8 @@ class AffineBaseline:
     """
 
     def __init__(self, pairs: Pairs, config: EvaluateConfig):
-        self.device = config.device
         if config.train_latent_root:
-            self.maps = [_fit(iter(Pairs(find_pairs(config.train_latent_root))), config)] * 2
+            self.maps = [_fit(iter(open_pairs(config.train_latent_root).spread(FIT_PAIRS)), config)] * 2
         else:
             if len(pairs) < 2:
                 raise UserError(f"{config.latent_root}: one pair only, so no affine map: give --train-latent-root")
@@ -118,35 +124,52 @@ def _fit(pairs: Iterator[Pair], config: EvaluateConfig) -> dict[str, Map]:
 
 
 @torch.inference_mode()
-def latent_figures(pairs: Pairs, h2k: LatentAdapter, k2h: LatentAdapter, affine: AffineBaseline) -> dict:
-    """Squared errors, each also as a share of its target's variance (around each channel's mean)."""
-    sums: dict[str, float] = {}
-    first: list[Tensor] = [torch.zeros(()), torch.zeros(())]
-    second = [torch.zeros(()), torch.zeros(())]
+def latent_figures(
+    pairs: Pairs, h2k: LatentAdapter, k2h: LatentAdapter, affine: Callable[[int, str], Map] | None
+) -> dict[str, Any]:
+    """Squared errors, each also as a share of its target's variance (around each channel's mean).
+
+    Returns:
+        figures: means over the pairs, by direction.
+        worst: by direction, the clips whose error is the largest.
+        channels: mean and deviation of every channel of z_h and z_k, and each adapter's error in them as a share.
+    """
+    device = next(h2k.parameters()).device
+    errors: dict[str, list[float]] = {}
+    moments = {name: [torch.zeros(()).double()] * 2 for name in ("z_h", "z_k")}
+    by_channel = {name: torch.zeros(()).double() for name in ("H→K", "K→H")}
     for i in range(len(pairs)):
-        z_h, z_k = pairs.batch([i], torch.device(affine.device))
+        z_h, z_k = pairs.batch([i], device)
         k_hat, h_hat = h2k(z_h), k2h(z_k)
-        for name, found, target in (
-            ("H→K", k_hat, z_k),
-            ("K→H", h_hat, z_h),
-            ("H→K→H", k2h(k_hat), z_h),
-            ("K→H→K", h2k(h_hat), z_k),
-            ("H→K affine", affine(i, "h2k")(z_h), z_k),
-            ("K→H affine", affine(i, "k2h")(z_k), z_h),
-        ):
-            sums[name] = sums.get(name, 0.0) + (found - target).square().mean().item()
-        for j, z in enumerate((z_h, z_k)):
-            first[j] = first[j] + z.double().mean((0, 2, 3, 4)).cpu()
-            second[j] = second[j] + z.double().square().mean((0, 2, 3, 4)).cpu()
+        found = {"H→K": (k_hat, z_k), "K→H": (h_hat, z_h), "H→K→H": (k2h(k_hat), z_h), "K→H→K": (h2k(h_hat), z_k)}
+        if affine:
+            found["H→K affine"] = affine(i, "h2k")(z_h), z_k
+            found["K→H affine"] = affine(i, "k2h")(z_k), z_h
+        for name, (z, target) in found.items():
+            errors.setdefault(name, []).append((z - target).square().mean().item())
+        for name in by_channel:
+            z, target = found[name]
+            by_channel[name] = by_channel[name] + (z - target).double().square().mean((0, 2, 3, 4)).cpu()
+        for name, z in (("z_h", z_h), ("z_k", z_k)):
+            first, second = moments[name]
+            z = z.double()
+            moments[name] = [first + z.mean((0, 2, 3, 4)).cpu(), second + z.square().mean((0, 2, 3, 4)).cpu()]
     count = len(pairs)
-    variance_h, variance_k = (
-        (square / count - (mean / count).square()).mean().item() for mean, square in zip(first, second, strict=True)
-    )
-    figures = {}
-    for name, total in sums.items():
-        into_k = name.removesuffix(" affine").endswith("K")
-        figures[name] = {"mse": total / count, "share": total / count / (variance_k if into_k else variance_h)}
-    return {"pairs": count, "figures": figures}
+    mean = {name: first / count for name, (first, _) in moments.items()}
+    variance = {name: second / count - mean[name].square() for name, (_, second) in moments.items()}
+    figures, channels, worst = {}, {}, {}
+    for name, each in errors.items():
+        total = variance["z_k" if name.removesuffix(" affine").endswith("K") else "z_h"].mean().item()
+        figures[name] = {"mse": sum(each) / count, "share": sum(each) / count / total}
+        if name in by_channel:
+            order = sorted(range(count), key=lambda i: -each[i])[:WORST_CLIPS]
+            worst[name] = [{"clip": pairs.name(i), "mse": each[i], "share": each[i] / total} for i in order]
+    for space in moments:
+        channels[f"{space} mean"] = mean[space].tolist()
+        channels[f"{space} std"] = variance[space].clamp(min=0).sqrt().tolist()
+    for name, space in (("H→K", "z_k"), ("K→H", "z_h")):
+        channels[f"{name} share"] = (by_channel[name] / count / variance[space].clamp(min=1e-12)).tolist()
+    return {"pairs": count, "figures": figures, "worst": worst, "channels": channels}
 
 
 @torch.inference_mode()
@@ -160,12 +183,16 @@ def pixel_figures(
     kvae: VideoVAE,
     config: EvaluateConfig,
 ) -> dict:
-    """PSNR, SSIM, flicker of every path, means over clips; the contact sheet is drawn on the way."""
+    """PSNR, SSIM, flicker of every path, means over clips, and the clips on which a decode loses most by an adapter.
+
+    The contact sheets, of some clips and of those, are drawn on the way.
+    """
     rows: dict[str, list[dict[str, float]]] = {}
     sheet, sheet_at = [], set(spread(len(chosen), SHEET_CLIPS))
+    worst: list[tuple[float, str, list[Tensor]]] = []
     for n, i in enumerate(tqdm(chosen, desc="pixels", unit="clip", leave=False, disable=None)):
         pair = pairs[i]
-        original = original_frames(pairs.paths[i], pair, config)
+        original = original_frames(pairs.name(i), pair, config)
         z_h, z_k = pairs.batch([i], torch.device(config.device))
         y_h, y_k = hunyuan.decode(z_h), kvae.decode(z_k)
         decodes = {
@@ -180,16 +207,18 @@ def pixel_figures(
         }
         for name, (decoded, direct) in decodes.items():
             rows.setdefault(name, []).append(_compare(decoded.cpu(), direct.cpu(), original, decoded is direct))
+        columns = ("Hunyuan", "KVAE", "KVAE(H→K)", "Hunyuan(K→H)")
+        videos = [original, *(decodes[name][0][0, :, : original.shape[1]].cpu().round().byte() for name in columns)]
         if n in sheet_at:
-            columns = ("Hunyuan", "KVAE", "KVAE(H→K)", "Hunyuan(K→H)")
-            sheet.append([original, *(decodes[name][0][0].cpu().round().byte() for name in columns)])
-    contact_sheet(
-        Path(config.output_root) / "contact_sheet.png",
-        COLUMNS,
-        [[video[:, : videos[0].shape[1]] for video in videos] for videos in sheet],
-    )
+            sheet.append(videos)
+        lost = max(rows[name][-1]["psnr"] - rows[f"{name}({way})"][-1]["psnr"] for name, way in WAYS.items())
+        worst = sorted([*worst, (lost, pairs.name(i), videos)], key=lambda each: -each[0])[:SHEET_CLIPS]
+    out = Path(config.output_root)
+    contact_sheet(out / "contact_sheet.png", COLUMNS, sheet)
+    contact_sheet(out / "worst_clips.png", COLUMNS, [videos for _, _, videos in worst])
     means = {name: {key: sum(row[key] for row in each) / len(each) for key in each[0]} for name, each in rows.items()}
-    return {"clips": len(chosen), "figures": means}
+    lost_most = [{"clip": name, "lost": lost} for lost, name, _ in worst]
+    return {"clips": len(chosen), "figures": means, "worst": lost_most}
 
 
 def _compare(decoded: Tensor, direct: Tensor, original: Tensor, same: bool) -> dict[str, float]:
@@ -214,24 +243,28 @@ def flicker(y_3THW: Tensor, x_3THW: Tensor) -> float:
     return error.diff(dim=1).square().mean().sqrt().item()
 
 
-def original_frames(path: Path, pair: Pair, config: EvaluateConfig) -> Tensor:
+def original_frames(name: str, pair: Pair, config: EvaluateConfig) -> Tensor:
     """The frames a pair was made of, uint8 [3, T, H, W]; a published pair says nothing, so its recipe is assumed.
+
+    Args:
+        name: the clip's path in its folder of pairs, without suffix.
 
     Raises:
         UserError: the video is not there.
     """
     root = Path(config.videos_root)
-    source = pair.source or _published_source(path, pair, root, Path(config.latent_root))
+    source = pair.source or _published_source(name, pair, root)
     video = root / source.video
     if not video.is_file():
-        raise UserError(f"{video}: no such file; --videos-root must be the folder that {path} was extracted from")
+        raise UserError(
+            f"{video}: no such file; --videos-root must be the folder that {config.latent_root} was extracted from"
+        )
     count = source.frames if source.first is not None else 4 * (pair.z_h.shape[1] - 1) + 1
     return read_clip(Clip(video, count, source.first), source.height, source.width)
 
 
-def _published_source(path: Path, pair: Pair, root: Path, latent_root: Path) -> Source:
-    stem = str(path.relative_to(latent_root))[: -len(SUFFIX)]
-    found = next((stem + ext for ext in EXTENSIONS if (root / (stem + ext)).is_file()), stem + EXTENSIONS[0])
+def _published_source(name: str, pair: Pair, root: Path) -> Source:
+    found = next((name + ext for ext in EXTENSIONS if (root / (name + ext)).is_file()), name + EXTENSIONS[0])
     _, t, h, w = pair.z_h.shape
     return Source(found, None, 4 * (t - 1) + 1, 0, 8 * h, 8 * w)
 

@@ -1,9 +1,11 @@
 """Latent pairs from videos: each clip through both VAEs, one file a clip.
 
     python -m training extract --videos-root UCF101 --output-root latents --hunyuan-vae DIR --kvae DIR
+    accelerate launch --num_processes 8 -m training extract …
 
-Clips are decoded and resized in threads while the VAEs run. What is already there is skipped, so an interrupted run
-goes on where it stopped.
+Videos are decoded and resized in threads while the VAEs run, and pairs are written while they run on. Several
+processes share the videos. What is already there is skipped, so an interrupted run goes on where it stopped, with any
+number of processes.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from __future__ import annotations
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,28 +23,32 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..kvae import padded_frames
+from .ahead import ahead
 from .errors import UserError
 from .options import option, write_text
 from .pairs import SUFFIX, Pair, Source, read_manifest, write_pair
-from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
-from .videos import Clip, cut, find_videos, read_clip
+from .processes import Processes
+from .vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kandinsky_vae
+from .videos import Clip, cut, find_videos, read_clips
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DECODERS = 4  # threads, and clips read ahead
+DECODERS = 4  # threads, one video each
 
 
 @dataclass
 class ExtractConfig:
     videos_root: str = option(..., "folder of videos; UCF101 or any other")
     output_root: str = option(..., "folder for the pairs; it mirrors the videos' folders")
-    hunyuan_vae: str = option("tiny", "HunyuanVideo VAE: folder, .safetensors file, hub id, or tiny")
-    kvae: str = option("tiny", "KVAE-3D-1.0: folder, .safetensors file, hub id, or tiny")
+    hunyuan_vae: str = option(
+        "tiny", "VAE of HunyuanVideo or HunyuanVideo 1.5: folder, .safetensors file, hub id, or tiny"
+    )
+    kvae: str = option("tiny", "KVAE-3D of any kind: folder, .safetensors file, hub id, or tiny")
     split: str = option("all", "part of UCF101 to take", choices=("all", "train", "test"))
     max_clips: int = option(0, "stop after so many clips; 0 for all")
     clips_per_video: int = option(1, "windows to cut from each video, evenly spaced")
     num_frames: int = option(33, "frames of a clip")
-    height: int = option(240, "pixels, a multiple of 8")
-    width: int = option(320, "pixels, a multiple of 8")
+    height: int = option(240, "pixels, a multiple of 8 or 16, as the VAEs need")
+    width: int = option(320, "pixels, a multiple of 8 or 16, as the VAEs need")
     sampling: str = option(
         "consecutive",
         "consecutive frames, or uniform: spread over the whole video, as the published adapters were trained",
@@ -50,58 +56,98 @@ class ExtractConfig:
     )
     posterior: str = option("mode", "latent to keep: the posterior's mode, or a sample", choices=("mode", "sample"))
     seed: int = option(0, "for --posterior sample")
+    batch_size: int = option(4, "clips that go through a VAE at once")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device of both VAEs")
     dtype: str = option("float32", "precision of both VAEs", choices=tuple(DTYPES))
 
 
+@dataclass(frozen=True)
+class Job:
+    """A clip on its way into a pair file: its frames once they are read, or why there are none."""
+
+    path: Path
+    clip: Clip
+    frames: Tensor | None = None  # uint8 [3, T, H, W]
+    failure: str = ""
+
+
 def run(config: ExtractConfig) -> int:
     """Extract; returns 0, or 1 when clips had to be skipped."""
-    _check(config)
+    processes = Processes(config.device)
     root, out = Path(config.videos_root), Path(config.output_root)
+    _check(config)
     videos = find_videos(root, config.split)
-    hunyuan = load_hunyuan_vae(config.hunyuan_vae, config.device, DTYPES[config.dtype])
-    kvae = load_kandinsky_vae(config.kvae, config.device, DTYPES[config.dtype])
-    manifest = _open_manifest(out, config, hunyuan, kvae)
+    hunyuan = load_hunyuan_vae(config.hunyuan_vae, str(processes.device), DTYPES[config.dtype])
+    kvae = load_kandinsky_vae(config.kvae, str(processes.device), DTYPES[config.dtype])
+    check_grids(hunyuan.space, kvae.space)
+    _check_size(config, kvae.space.space)
+    manifest = _open_manifest(out, config, hunyuan, kvae, processes)
+    shares = _shares(videos, config)[processes.rank :: processes.count]
     made, present = 0, 0
     failed: dict[str, str] = {}
-    todo = []
-    for path, clip in _targets(videos, root, out, config, failed):
-        if path.exists():
-            present += 1
-        else:
-            todo.append((path, clip))
-    with tqdm(total=len(todo), desc="extract", unit="clip", disable=None) as bar:
-        for path, clip, frames in _read_ahead(todo, config):
-            bar.update()
-            if isinstance(frames, UserError):
-                failed[str(clip.video.relative_to(root))] = str(frames)
-                continue
-            write_pair(path, _encode(clip, frames, root, hunyuan, kvae, config))
-            made += 1
+    streams = (_jobs(video, clips, root, out, config) for video, clips in shares)
+    total = sum(clips for _, clips in shares)
+    with (
+        tqdm(total=total, desc="extract", unit="clip", disable=None if processes.main else True) as bar,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        written: list[Future] = []
+        # the published draws are one clip's each: in a batch they would depend on the neighbours
+        size = 1 if config.posterior == "sample" else config.batch_size
+        for batch in _batched(ahead(streams, DECODERS, size), size):
+            bar.update(len(batch))
+            for job in batch:
+                if job.failure:
+                    failed[str(job.clip.video.relative_to(root))] = job.failure
+                present += job.frames is None and not job.failure
+            jobs = [job for job in batch if job.frames is not None]
+            pairs = _encode(jobs, root, hunyuan, kvae, config, processes.device) if jobs else []
+            _wait(written)
+            written = [writer.submit(write_pair, job.path, pair) for job, pair in zip(jobs, pairs, strict=True)]
+            made += len(jobs)
+        _wait(written)
     counts = {"extracted": made, "already_there": present, "skipped": len(failed)}
-    write_text(out / "manifest.json", json.dumps(manifest | {"counts": counts, "failed": failed}, indent=2) + "\n")
-    for reason in failed.values():
-        print(f"skipped: {reason}", file=sys.stderr)
-    print(f"{made} pairs extracted, {present} already there, {len(failed)} skipped → {out}")
-    if not made and not present:
+    everywhere = processes.gather((counts, failed))
+    counts = {key: sum(each[key] for each, _ in everywhere) for key in counts}
+    failed = {video: reason for _, each in everywhere for video, reason in each.items()}
+    if processes.main:
+        write_text(out / "manifest.json", json.dumps(manifest | {"counts": counts, "failed": failed}, indent=2) + "\n")
+        for reason in failed.values():
+            print(f"skipped: {reason}", file=sys.stderr)
+    processes.say(
+        f"{counts['extracted']} pairs extracted, {counts['already_there']} already there, {len(failed)} skipped → {out}"
+    )
+    if not counts["extracted"] and not counts["already_there"]:
         raise UserError(f"{root}: none of the {len(videos)} videos gave a pair")
     return 1 if failed else 0
 
 
+def _wait(written: list[Future]) -> None:
+    for future in written:
+        future.result()
+
+
 def _check(config: ExtractConfig) -> None:
-    for name in ("height", "width"):
-        if getattr(config, name) % 8 or getattr(config, name) < 16:
-            raise UserError(f"--{name} is {getattr(config, name)}; expected a multiple of 8, at least 16")
     if config.num_frames < 5:
         raise UserError(f"--num-frames is {config.num_frames}; expected at least 5")
+    if config.batch_size < 1:
+        raise UserError(f"--batch-size is {config.batch_size}; expected at least 1")
     if config.clips_per_video > 1 and config.sampling == "uniform":
         raise UserError("--sampling uniform spreads one clip over the video; --clips-per-video must be 1")
 
 
-def _open_manifest(out: Path, config: ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> dict:
+def _check_size(config: ExtractConfig, multiple: int) -> None:
+    for name in ("height", "width"):
+        if getattr(config, name) % multiple or getattr(config, name) < 2 * multiple:
+            raise UserError(
+                f"--{name} is {getattr(config, name)}; expected a multiple of {multiple}, at least {2 * multiple}"
+            )
+
+
+def _open_manifest(out: Path, config: ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE, processes: Processes) -> dict:
     """What every pair in the folder shares. A folder keeps to one set of settings."""
     settings = asdict(config)
-    for name in ("videos_root", "output_root", "split", "max_clips", "device", "hunyuan_vae", "kvae"):
+    for name in ("videos_root", "output_root", "split", "max_clips", "batch_size", "device", "hunyuan_vae", "kvae"):
         del settings[name]
     manifest = {
         "command": "extract",
@@ -110,77 +156,96 @@ def _open_manifest(out: Path, config: ExtractConfig, hunyuan: VideoVAE, kvae: Vi
         "kvae": {"space": kvae.space.name, "sha256": kvae.digest},
         "config": asdict(config),
     }
+    processes.wait()  # none is to find the manifest of another
     old = read_manifest(out)
+    processes.wait()
     for key in old:
         if old[key] != manifest[key]:
             raise UserError(
                 f"{out}: holds pairs made with another {key}: {old[key]}; now {manifest[key]}. "
                 "Choose another --output-root"
             )
-    write_text(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    if processes.main:
+        write_text(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
-def _targets(
-    videos: list[Path], root: Path, out: Path, config: ExtractConfig, failed: dict[str, str]
-) -> Iterator[tuple[Path, Clip]]:
-    """The file and the clip of every pair to be, at most max_clips."""
-    count = 0
+def _shares(videos: list[Path], config: ExtractConfig) -> list[tuple[Path, int]]:
+    """The videos, and how many clips at most to take of each; max_clips over all."""
+    if not config.max_clips:
+        return [(video, config.clips_per_video) for video in videos]
+    shares, left = [], config.max_clips
     for video in videos:
-        relative = video.relative_to(root)
+        if not left:
+            break
         try:
-            clips = cut(video, config.num_frames, config.clips_per_video)
-        except UserError as error:
-            failed[str(relative)] = str(error)
-            continue
-        for i, clip in enumerate(clips):
-            if config.max_clips and count >= config.max_clips:
-                return
-            count += 1
+            clips = min(left, len(cut(video, config.num_frames, config.clips_per_video)))
+        except UserError:
+            clips = 1  # which will fail again, and be told
+        shares.append((video, clips))
+        left -= clips
+    return shares
+
+
+def _jobs(video: Path, clips: int, root: Path, out: Path, config: ExtractConfig) -> Iterator[Job]:
+    """The clips of one video, decoded once; those that are there already without frames."""
+    relative = video.relative_to(root)
+    missing = []
+    try:
+        for i, clip in enumerate(cut(video, config.num_frames, config.clips_per_video)[:clips]):
             stem = relative.stem if config.clips_per_video == 1 else f"{relative.stem}.{i:03d}"
-            if config.sampling == "uniform":
-                clip = Clip(clip.video, clip.count, None)
-            yield out / relative.parent / (stem + SUFFIX), clip
+            clip = replace(clip, first=None) if config.sampling == "uniform" else clip
+            job = Job(out / relative.parent / (stem + SUFFIX), clip)
+            if job.path.exists():
+                yield job
+            else:
+                missing.append(job)
+        if missing:
+            frames = read_clips([job.clip for job in missing], config.height, config.width)
+            for job, clip_frames in zip(missing, frames, strict=True):
+                yield replace(job, frames=clip_frames)
+    except UserError as error:
+        yield Job(out / relative, Clip(video, 0, 0), failure=str(error))
 
 
-def _read_ahead(
-    todo: list[tuple[Path, Clip]], config: ExtractConfig
-) -> Iterator[tuple[Path, Clip, Tensor | UserError]]:
-    """Decoded clips in order, a few of them always under way."""
-
-    def read(clip: Clip) -> Tensor | UserError:
-        try:
-            return read_clip(clip, config.height, config.width)
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(DECODERS) as pool:
-        waiting: list[tuple[Path, Clip, Future]] = []
-        try:
-            for path, clip in todo:
-                waiting.append((path, clip, pool.submit(read, clip)))
-                if len(waiting) > DECODERS:
-                    path, clip, future = waiting.pop(0)
-                    yield path, clip, future.result()
-            for path, clip, future in waiting:
-                yield path, clip, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _batched(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
+    """Jobs with frames by `size`, each batch of one shape; jobs without frames as they come."""
+    batch: list[Job] = []
+    for job in jobs:
+        if job.frames is None:
+            yield [job]
+            continue
+        if batch and job.frames.shape != batch[0].frames.shape:  # type: ignore[union-attr]
+            yield batch
+            batch = []
+        batch.append(job)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
-def _encode(clip: Clip, frames: Tensor, root: Path, hunyuan: VideoVAE, kvae: VideoVAE, config: ExtractConfig) -> Pair:
+def _encode(
+    jobs: list[Job], root: Path, hunyuan: VideoVAE, kvae: VideoVAE, config: ExtractConfig, device: torch.device
+) -> list[Pair]:
     generator = None
     if config.posterior == "sample":
+        clip = jobs[0].clip
         seed = zlib.crc32(f"{config.seed} {clip.video.relative_to(root).as_posix()} {clip.first}".encode())
-        generator = torch.Generator(config.device).manual_seed(seed)
-    count = frames.shape[1]
-    source = Source(
-        video=clip.video.relative_to(root).as_posix(),
-        first=clip.first,
+        generator = torch.Generator(device).manual_seed(seed)
+    frames = torch.stack([job.frames for job in jobs])  # type: ignore[misc]
+    z_h, z_k = (vae.encode(frames, generator).half().cpu() for vae in (hunyuan, kvae))
+    return [Pair(z_h[i], z_k[i], _source(job, root, config)) for i, job in enumerate(jobs)]
+
+
+def _source(job: Job, root: Path, config: ExtractConfig) -> Source:
+    count = job.frames.shape[1]  # type: ignore[union-attr]
+    return Source(
+        video=job.clip.video.relative_to(root).as_posix(),
+        first=job.clip.first,
         frames=count,
         padded=padded_frames(count) - count,
         height=config.height,
         width=config.width,
     )
-    z_h, z_k = (vae.encode(frames[None], generator)[0] for vae in (hunyuan, kvae))
-    return Pair(z_h, z_k, source)

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
 import zstandard
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..adapters.spaces import LatentSpace, space
 from .errors import UserError
 
 SUFFIX = ".safetensors.zst"
 MAX_BYTES = 2**30  # a pair of 1080p minutes is far below; anything above is not a pair
-CACHE_BYTES = 4 * 2**30
+MAX_HEADER = 2**20  # of safetensors; that of a pair is a few hundred bytes
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,16 @@ class Source:
     padded: int  # repeats of the last frame up to 4n + 1
     height: int
     width: int
+
+
+class Shape(NamedTuple):
+    """Of a pair: channels of z_h and of z_k, and the grid that both have."""
+
+    channels_h: int
+    channels_k: int
+    t: int
+    h: int
+    w: int
 
 
 @dataclass(frozen=True)
@@ -77,17 +87,45 @@ def read_pair(path: Path) -> Pair:
         metadata = _metadata(data)
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{path}: holds no safetensors ({error}); extract it again") from None
-    missing = [name for name in ("z_h", "z_k") if name not in tensors]
-    if missing:
-        raise UserError(f"{path}: has no {missing[0]}; expected z_h and z_k, found {', '.join(tensors) or 'nothing'}")
+    pair_shape(path, {name: list(tensor.shape) for name, tensor in tensors.items()})
     z_h, z_k = tensors["z_h"], tensors["z_k"]
-    if z_h.ndim != 4 or z_k.ndim != 4 or z_h.shape[1:] != z_k.shape[1:] or 0 in z_h.shape:
-        raise UserError(
-            f"{path}: z_h is {list(z_h.shape)}, z_k is {list(z_k.shape)}; expected two [c, t, h, w] of one grid"
-        )
     if not (z_h.is_floating_point() and z_k.is_floating_point() and z_h.isfinite().all() and z_k.isfinite().all()):
         raise UserError(f"{path}: holds values that are not finite numbers; extract it again")
     return Pair(z_h.half(), z_k.half(), Source(**json.loads(metadata["source"])) if "source" in metadata else None)
+
+
+def read_shape(path: Path) -> Shape:
+    """The shape of a pair, from the first bytes of its file.
+
+    Raises:
+        UserError: not zstd, no safetensors inside, or not a pair.
+    """
+    try:
+        with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as reader:
+            size = int.from_bytes(reader.read(8), "little")
+            header = json.loads(reader.read(min(size, MAX_HEADER)))
+        shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    except zstandard.ZstdError as error:
+        raise UserError(f"{path}: cut short or not zstd ({error}); extract it again") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        # an unclosed frame reads as nothing
+        raise UserError(f"{path}: cut short or not zstd around safetensors ({error}); extract it again") from None
+    return pair_shape(path, shapes)
+
+
+def pair_shape(path: Path, shapes: dict[str, list[int]]) -> Shape:
+    """The shape of a pair with tensors of these shapes.
+
+    Raises:
+        UserError: a tensor is missing, or the two are not of one grid.
+    """
+    missing = [name for name in ("z_h", "z_k") if name not in shapes]
+    if missing:
+        raise UserError(f"{path}: has no {missing[0]}; expected z_h and z_k, found {', '.join(shapes) or 'nothing'}")
+    z_h, z_k = shapes["z_h"], shapes["z_k"]
+    if len(z_h) != 4 or len(z_k) != 4 or z_h[1:] != z_k[1:] or 0 in z_h + z_k:
+        raise UserError(f"{path}: z_h is {z_h}, z_k is {z_k}; expected two [c, t, h, w] of one grid")
+    return Shape(z_h[0], *z_k)
 
 
 def _metadata(data: bytes) -> dict[str, str]:
@@ -123,32 +161,16 @@ def read_manifest(root: str | Path) -> dict:
         ) from None
 
 
-class Pairs:
-    """Pair files by number, kept in memory up to 4 GiB and read again beyond that."""
+def read_spaces(root: str | Path) -> tuple[LatentSpace, LatentSpace]:
+    """The spaces of z_h and z_k of a folder; those of the published pairs where it does not say.
 
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
-        self._cache: dict[int, Pair] = {}
-        self._free = CACHE_BYTES
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> Pair:
-        if i in self._cache:
-            return self._cache[i]
-        pair = read_pair(self.paths[i])
-        size = 2 * (pair.z_h.numel() + pair.z_k.numel())
-        if size <= self._free:
-            self._cache[i] = pair
-            self._free -= size
-        return pair
-
-    def __iter__(self) -> Iterator[Pair]:
-        return (self[i] for i in range(len(self)))
-
-    def batch(self, indices: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """z_h and z_k of these pairs, float32 [B, c, t, h, w], on the device. All of one shape."""
-        pairs = [self[i] for i in indices]
-        z_h, z_k = torch.stack([p.z_h for p in pairs]), torch.stack([p.z_k for p in pairs])
-        return z_h.to(device).float(), z_k.to(device).float()
+    Raises:
+        UserError: no such space.
+    """
+    manifest = read_manifest(root)
+    if not manifest:
+        return space("hunyuan_video"), space("kvae_3d_1.0")
+    try:
+        return space(manifest["hunyuan_vae"]["space"]), space(manifest["kvae"]["space"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{root}/manifest.json: {error}") from None

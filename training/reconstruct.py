@@ -22,26 +22,28 @@ from .videos import Clip, frame_rate, read_clip, write_video
 class ReconstructConfig:
     video_path: str = option(..., "the video")
     vae: str = option("kvae", "which VAE", choices=("kvae", "hunyuan"))
-    hunyuan_vae: str = option("tiny", "HunyuanVideo VAE: folder, .safetensors file, hub id, or tiny")
-    kvae: str = option("tiny", "KVAE-3D-1.0: folder, .safetensors file, hub id, or tiny")
+    hunyuan_vae: str = option(
+        "tiny", "VAE of HunyuanVideo or HunyuanVideo 1.5: folder, .safetensors file, hub id, or tiny"
+    )
+    kvae: str = option("tiny", "KVAE-3D of any kind: folder, .safetensors file, hub id, or tiny")
     output: str = option("reconstruction.mp4", "side-by-side video to write")
     num_frames: int = option(33, "frames to take, from the start")
-    height: int = option(240, "pixels, a multiple of 8")
-    width: int = option(320, "pixels, a multiple of 8")
+    height: int = option(240, "pixels, a multiple of 8 or 16, as the VAE needs")
+    width: int = option(320, "pixels, a multiple of 8 or 16, as the VAE needs")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device of the VAE")
 
 
 def run(config: ReconstructConfig) -> int:
     """Encode and decode; returns 0."""
-    if config.height % 8 or config.width % 8:
-        raise UserError(f"{config.height}x{config.width}: expected multiples of 8")
     out = Path(config.output)
     if out.suffix != ".mp4":
         raise UserError(f"--output is {out}; expected a name that ends in .mp4")
     video = Path(config.video_path)
-    frames = read_clip(Clip(video, config.num_frames, 0), config.height, config.width)
     load, name = (load_kandinsky_vae, config.kvae) if config.vae == "kvae" else (load_hunyuan_vae, config.hunyuan_vae)
     vae = load(name, config.device)
+    if config.height % vae.space.space or config.width % vae.space.space:
+        raise UserError(f"{config.height}x{config.width}: expected multiples of {vae.space.space} ({vae.space.name})")
+    frames = read_clip(Clip(video, config.num_frames, 0), config.height, config.width)
     decoded = vae.decode(vae.encode(frames[None]))[0, :, : frames.shape[1]].cpu()
     x = frames.float()
     print(f"{frames.shape[1]} frames: PSNR {psnr(decoded, x):.2f} dB, flicker {flicker(decoded, x):.2f}")

@@ -5,54 +5,72 @@
 L = MSE(H→K(z_h), z_k) + MSE(K→H(z_k), z_h). A first pass over the pairs takes each channel's statistics and fits affine
 3x3x3 maps in closed form; the default network starts there, and what is saved is never worse on the validation pairs.
 `--network published --epochs 250 --batch-size 512 --lr 1e-4` is the recipe of the published adapters.
-Ctrl-C or a crash costs at most the steps since the last save: the same command goes on from there.
+Ctrl-C or a crash costs at most the steps since the last save: the same command goes on from there, with any number of
+processes (`accelerate launch -m training train …`). A step is of --batch-size clips in all, however they are shared.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
 import time
-from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..adapters.files import LatentAdapter, save_adapter
-from ..adapters.networks import NETWORKS, Affine, Network, Residual, build_network
+from ..adapters.networks import NETWORKS, Affine, Network, Published, Residual, build_network
 from ..adapters.ridge import Ridge, add_both_ways
-from ..adapters.spaces import LatentSpace, space
+from ..adapters.spaces import LatentSpace
 from ..kvae.files import save_weights
+from .ahead import ahead
 from .checkpoint import open_state, optimiser_tensors, restore_optimiser
+from .dataset import Groups, Pairs, batches, open_pairs
 from .errors import UserError
+from .evaluate import latent_figures
 from .interrupts import BetweenSteps
-from .options import option, write_config
-from .pairs import Pairs, find_pairs, read_manifest
+from .options import option, write_config, write_text
+from .pairs import read_manifest, read_spaces
+from .processes import Processes
+from .report import curves_png, write_report
 
 SAVE_SECONDS = 60
 DIRECTIONS = ("h2k", "k2h")
 WARMUP_STEPS = 20
+BATCHES_AHEAD = 4
+FIT_PAIRS = 4096  # 44 million positions at 240x320, for maps of 433 unknowns a channel
+VAL_PAIRS = 2000
 
 
 @dataclass
 class TrainConfig:
-    latent_root: str = option(..., "folder of pairs, from extract")
+    latent_root: str = option(..., "folder of pairs, from extract or pack")
     val_latent_root: str = option("", "folder of pairs to validate on; without one, 1 video in 20 is held out")
     out_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "file for the Hunyuan → KVAE adapter")
     out_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "file for the KVAE → Hunyuan adapter")
     network: str = option("residual", "adapter network", choices=tuple(NETWORKS))
     epochs: int = option(20, "passes over the pairs")
-    batch_size: int = option(8, "clips of a step")
+    batch_size: int = option(8, "clips of a step, over all processes")
     lr: float = option(1e-3, "learning rate of AdamW; falls linearly to zero, except with --network published")
     weight_decay: float = option(1e-4, "weight decay of AdamW")
     ema: float = option(0.99, "decay of the weights' moving average, which is what is saved; 0 for none")
     seed: int = option(0, "of the first weights and of the order")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device to train on")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step takes: how many clips in all processes, and this one's, in the parts that run one after another."""
+
+    clips: int
+    parts: list[tuple[Tensor, Tensor, Tensor]]  # z_h, z_k, weight, as Pairs.crops gives them
 
 
 @dataclass
@@ -72,44 +90,66 @@ class State:
 def run(config: TrainConfig) -> int:
     """Train, or go on training; returns 0."""
     started = time.time()
+    processes = Processes(config.device)
+    config = replace(config, device=str(processes.device))
     _check(config)
     train, val = _split(config)
-    fits, shapes = _first_pass(train)
-    spaces = space("hunyuan_video"), space("kvae_3d_1.0")
+    fits = _first_pass(train, config)
+    spaces = read_spaces(config.latent_root)
     _check_channels(fits, spaces)
     state = _start(config, fits)
     out = Path(config.out_h2k).parent
     resume_file = Path(config.out_h2k).with_suffix(".resume.safetensors")
     log_file = out / "train.jsonl"
     fresh = not _resume(state, resume_file, config)
-    write_config(out / "train.json", "train", config)
+    processes.wait()  # none is to find the state that another saves
+    if processes.main:
+        write_config(out / "train.json", "train", config)
+        _rewind(log_file, -1 if fresh else state.step)
     if fresh:
-        log_file.write_text("")
-        _validate(state, val, config, log_file, 0)
-        print(f"Training on {len(train)} latent pairs, validating on {len(val)}")
+        _validate(state, val, config, log_file, 0, processes)
+        processes.say(f"Training on {len(train)} latent pairs, validating on {len(val)}")
     else:
-        print(f"Going on from step {state.step}, saved in {resume_file}")
+        processes.say(f"Going on from step {state.step}, saved in {resume_file}")
 
-    steps = sum(math.ceil(len(group) / config.batch_size) for group in shapes.values())
+    radius = _sight(state)
+    groups = train.groups(radius)
+    steps = sum(math.ceil(len(group) / config.batch_size) for group in groups.values())
     last_save = time.time()
     with BetweenSteps() as interrupts:
         for epoch in range(state.epoch, config.epochs):
-            batches = _batches(shapes, config, epoch)[state.step - epoch * steps :]
-            for indices in tqdm(batches, desc=f"epoch {epoch + 1}/{config.epochs}", leave=False, disable=None):
-                _step(state, train.batch(indices, torch.device(config.device)), config, steps * config.epochs)
-                if interrupts.noted or time.time() - last_save > SAVE_SECONDS:
-                    _save(state, resume_file, config)
-                    last_save = time.time()
-                interrupts.check()
+            epoch_started, waited = time.perf_counter(), 0.0
+            done = state.step - epoch * steps
+            label = f"epoch {epoch + 1}/{config.epochs}"
+            hidden = None if processes.main else True
+            stream = ahead([_batches(train, groups, radius, config, epoch, done, processes)], 1, BATCHES_AHEAD)
+            with closing(stream), tqdm(initial=done, total=steps, desc=label, leave=False, disable=hidden) as bar:
+                while state.step < (epoch + 1) * steps:
+                    waiting_since = time.perf_counter()
+                    batch = next(stream)
+                    waited += time.perf_counter() - waiting_since
+                    interrupted = _step(state, batch, config, steps * config.epochs, processes, interrupts)
+                    bar.update()
+                    if processes.main and (interrupted or time.time() - last_save > SAVE_SECONDS):
+                        _save(state, resume_file, config)
+                        last_save = time.time()
+                    if interrupted:
+                        raise KeyboardInterrupt
             h2k, k2h, clips = state.sums
-            print(f"  Epoch {epoch + 1}/{config.epochs} - H→K MSE: {h2k / clips:.6f} | K→H MSE: {k2h / clips:.6f}")
-            _log(log_file, {"step": state.step, "train_h2k": h2k / clips, "train_k2h": k2h / clips})
+            processes.say(
+                f"  Epoch {epoch + 1}/{config.epochs} - H→K MSE: {h2k / clips:.6f} | K→H MSE: {k2h / clips:.6f}"
+            )
+            row = {"step": state.step, "train_h2k": h2k / clips, "train_k2h": k2h / clips}
+            row |= {"seconds": time.perf_counter() - epoch_started, "waited": waited}
+            _log(log_file, row, processes)
             state.epoch, state.sums = epoch + 1, (0.0, 0.0, 0)
-            _validate(state, val, config, log_file, epoch + 1)
-            _save(state, resume_file, config)
-    _write_adapters(state, fits, spaces, config, len(train), len(val), time.time() - started)
-    plot(log_file, out / "train.png")
-    resume_file.unlink(missing_ok=True)
+            _validate(state, val, config, log_file, epoch + 1, processes)
+            if processes.main:
+                _save(state, resume_file, config)
+    if processes.main:
+        _write_adapters(state, fits, spaces, config, train, val, time.time() - started)
+        _report(state, fits, spaces, val, config, log_file)
+        resume_file.unlink(missing_ok=True)
     return 0
 
 
@@ -125,37 +165,40 @@ def _check(config: TrainConfig) -> None:
 
 def _split(config: TrainConfig) -> tuple[Pairs, Pairs]:
     """Training and validation pairs. Clips of one video stay on one side."""
-    paths = find_pairs(config.latent_root)
+    pairs = open_pairs(config.latent_root)
     if config.val_latent_root:
-        return Pairs(paths), Pairs(find_pairs(config.val_latent_root))
-    videos = sorted({video_of(path) for path in paths})
+        theirs, ours = (
+            tuple(each.name for each in read_spaces(r)) for r in (config.val_latent_root, config.latent_root)
+        )
+        if theirs != ours:
+            raise UserError(f"{config.val_latent_root}: pairs of {' and '.join(theirs)}; expected {' and '.join(ours)}")
+        return pairs, open_pairs(config.val_latent_root).spread(VAL_PAIRS)
+    of_pair = pairs.videos()
+    videos = np.unique(of_pair)
     if len(videos) < 2:
         raise UserError(f"{config.latent_root}: pairs of one video only; none can be held out: give --val-latent-root")
-    random.Random(config.seed).shuffle(videos)
-    held_out = set(videos[: max(1, len(videos) // 20)])
-    return Pairs([p for p in paths if video_of(p) not in held_out]), Pairs(
-        [p for p in paths if video_of(p) in held_out]
-    )
+    np.random.default_rng(config.seed).shuffle(videos)
+    held_out = np.isin(of_pair, videos[: max(1, len(videos) // 20)])
+    return pairs.take(~held_out), pairs.take(held_out).spread(VAL_PAIRS)
 
 
-def video_of(path: Path) -> str:
-    """The video of a pair file: `name.safetensors.zst` or `name.003.safetensors.zst`, in its folder."""
-    return str(path.parent / path.name.split(".")[0])
-
-
-def _first_pass(train: Pairs) -> tuple[dict[str, Ridge], dict[tuple, list[int]]]:
-    """Closed-form fits both ways, with the statistics they gather, and the pairs of each shape."""
+def _first_pass(train: Pairs, config: TrainConfig) -> dict[str, Ridge]:
+    """Closed-form fits both ways, with the statistics they gather."""
     fits: dict[str, Ridge] = {}
-    shapes: dict[tuple, list[int]] = defaultdict(list)
-    for i, pair in enumerate(tqdm(train, desc="first pass", total=len(train), leave=False, disable=None)):
-        z_h, z_k = pair.z_h[None], pair.z_k[None]
+    some = train.spread(FIT_PAIRS)
+    for i, pair in enumerate(tqdm(some, desc="first pass", total=len(some), leave=False, disable=None)):
+        z_h, z_k = pair.z_h[None].to(config.device), pair.z_k[None].to(config.device)
         if fits and (z_h.shape[1], z_k.shape[1]) != (fits["h2k"].in_channels, fits["h2k"].out_channels):
-            raise UserError(
-                f"{train.paths[i]}: {z_h.shape[1]} and {z_k.shape[1]} channels; the pairs before had others"
-            )
-        shapes[tuple(z_h.shape[2:])].append(i)
+            raise UserError(f"{some.name(i)}: {z_h.shape[1]} and {z_k.shape[1]} channels; the pairs before had others")
         add_both_ways(fits, z_h, z_k)
-    return fits, shapes
+    return fits
+
+
+def _sight(state: State) -> int | None:
+    """Radius of the crops to train on; None where a network must see whole clips."""
+    if any(isinstance(network, Published) for network in state.networks.values()):
+        return None
+    return max(network.radius for network in state.networks.values())
 
 
 def _check_channels(fits: dict[str, Ridge], spaces: tuple[LatentSpace, LatentSpace]) -> None:
@@ -195,60 +238,97 @@ def _copy(network: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in network.state_dict().items()}
 
 
-def _batches(shapes: dict[tuple, list[int]], config: TrainConfig, epoch: int) -> list[list[int]]:
-    """The order of one epoch: shuffled, every batch of one shape; a function of the seed and the epoch only."""
-    rng = random.Random(f"{config.seed} {epoch}")
-    batches = []
-    for group in shapes.values():
-        order = rng.sample(group, len(group))
-        batches += [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-    rng.shuffle(batches)
-    return batches
+def _batches(
+    train: Pairs,
+    groups: Groups,
+    radius: int | None,
+    config: TrainConfig,
+    epoch: int,
+    start: int,
+    processes: Processes,
+) -> Iterator[Batch]:
+    """The batches of an epoch from its batch `start` on: this process' share of each, on the device."""
+    for numbers in batches(groups, config.batch_size, config.seed, epoch, start):
+        mine = numbers[processes.rank :: processes.count]
+        parts = [part for part in np.array_split(mine, processes.accumulation) if len(part)]
+        crops = [train.crops(part, radius, config.seed, epoch, processes.device) for part in parts]
+        yield Batch(len(numbers), crops)
 
 
-def _step(state: State, batch: tuple[Tensor, Tensor], config: TrainConfig, total: int) -> None:
-    """One optimiser step on both adapters."""
-    z_h, z_k = batch
+def _error(found: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean squared error of the positions that count, averaged over the crops."""
+    return ((found - target).square().mean(1, keepdim=True) * weight).sum() / len(weight)
+
+
+def _step(
+    state: State, batch: Batch, config: TrainConfig, total: int, processes: Processes, interrupts: BetweenSteps
+) -> bool:
+    """One optimiser step on both adapters, the same in all processes; whether one of them was interrupted."""
     if config.network != "published":
         for group in state.optimiser.param_groups:
             group["lr"] = config.lr * min(1, (state.step + 1) / WARMUP_STEPS) * (1 - state.step / total)
-    h2k = F.mse_loss(state.networks["h2k"](z_h), z_k)
-    k2h = F.mse_loss(state.networks["k2h"](z_k), z_h)
-    state.optimiser.zero_grad(set_to_none=True)
-    (h2k + k2h).backward()
+    state.optimiser.zero_grad()
+    sums = torch.zeros(3, device=processes.device)
+    for z_h, z_k, weight in batch.parts:
+        with processes.autocast():
+            k_hat, h_hat = state.networks["h2k"](z_h), state.networks["k2h"](z_k)
+        h2k, k2h = _error(k_hat.float(), z_k, weight), _error(h_hat.float(), z_h, weight)
+        ((h2k + k2h) * len(z_h) / batch.clips).backward()
+        sums += torch.stack([h2k.detach(), k2h.detach(), torch.zeros_like(h2k.detach())]) * len(z_h)
+    sums[2] = interrupts.noted
+    sum_h, sum_k, stop = _over_processes(state, sums, processes).tolist()
     state.optimiser.step()
     state.step += 1
     decay = min(config.ema, state.step / (state.step + 10))
     for name, network in state.networks.items():
         for key, tensor in network.state_dict().items():
             state.averages[name][key].lerp_(tensor, 1 - decay)
-    sum_h, sum_k, clips = state.sums
-    state.sums = (sum_h + h2k.item() * len(z_h), sum_k + k2h.item() * len(z_h), clips + len(z_h))
+    state.sums = (state.sums[0] + sum_h, state.sums[1] + sum_k, state.sums[2] + batch.clips)
+    return stop > 0
+
+
+def _over_processes(state: State, sums: Tensor, processes: Processes) -> Tensor:
+    """Gradients, and these sums, added up over all processes. The adapters are small: it is one message."""
+    if processes.count == 1:
+        return sums
+    parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    together = processes.add(torch.cat([*(gradient.flatten() for gradient in gradients), sums]))
+    for p, part in zip(parameters, together.split([p.numel() for p in parameters] + [len(sums)]), strict=False):
+        p.grad = part.view_as(p).clone()
+    return together[-len(sums) :]
 
 
 @torch.inference_mode()
-def _validate(state: State, val: Pairs, config: TrainConfig, log_file: Path, epoch: int) -> None:
+def _validate(state: State, val: Pairs, config: TrainConfig, log_file: Path, epoch: int, processes: Processes) -> None:
     """Validation MSE of the averaged weights; the best of each direction is kept."""
     row: dict[str, float] = {"step": state.step, "epoch": epoch}
     for name, network in state.networks.items():
         live = _copy(network)
         network.load_state_dict(state.averages[name])
-        errors = []
-        for i in range(len(val)):
+        error = torch.zeros((), dtype=torch.float64)
+        for i in range(processes.rank, len(val), processes.count):
             z_h, z_k = val.batch([i], torch.device(config.device))
             source, target = (z_h, z_k) if name == "h2k" else (z_k, z_h)
-            errors.append(F.mse_loss(network(source), target).item())
+            error += F.mse_loss(network(source), target).item()
         network.load_state_dict(live)
-        row[f"val_{name}"] = sum(errors) / len(errors)
+        row[f"val_{name}"] = processes.add(error).item() / len(val)
         if row[f"val_{name}"] < state.best_mse[name]:
             state.best_mse[name] = row[f"val_{name}"]
             state.best[name] = {key: tensor.clone() for key, tensor in state.averages[name].items()}
-    _log(log_file, row)
+    _log(log_file, row, processes)
 
 
-def _log(path: Path, row: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def _log(path: Path, row: dict, processes: Processes) -> None:
+    if processes.main:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _rewind(path: Path, step: int) -> None:
+    """Keep the rows of the log up to a step: what was logged after the state was saved will be logged again."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 def _save(state: State, path: Path, config: TrainConfig) -> None:
@@ -293,8 +373,8 @@ def _write_adapters(
     fits: dict[str, Ridge],
     spaces: tuple[LatentSpace, LatentSpace],
     config: TrainConfig,
-    pairs: int,
-    val_pairs: int,
+    train: Pairs,
+    val: Pairs,
     seconds: float,
 ) -> None:
     for name, out, label in (
@@ -305,7 +385,8 @@ def _write_adapters(
         network.load_state_dict(state.best[name])
         source, target = spaces if name == "h2k" else spaces[::-1]
         training = {
-            "pairs": pairs,
+            "pairs": len(train),
+            "pairs_sha256": train.digest(),
             "steps": state.step,
             "seconds": round(seconds),
             "config": asdict(config),
@@ -314,26 +395,28 @@ def _write_adapters(
         metrics = {
             "val_mse": state.best_mse[name],
             "val_mse_share_of_variance": state.best_mse[name] / fits[name].target_variance(),
-            "val_pairs": val_pairs,
+            "val_pairs": len(val),
         }
         save_adapter(out, LatentAdapter(network, source, target, training, metrics))
         print(f"Saved {label} adapter to: {out} (validation MSE {state.best_mse[name]:.6f})")
 
 
-def plot(log_file: Path, image: Path) -> None:
-    """The training curve: MSE of both directions over steps, on the training and the validation pairs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def _report(
+    state: State,
+    fits: dict[str, Ridge],
+    spaces: tuple[LatentSpace, LatentSpace],
+    val: Pairs,
+    config: TrainConfig,
+    log_file: Path,
+) -> None:
+    """What the latents of the validation pairs say of the adapters, beside the closed form; `evaluate` adds pixels."""
+    h2k = LatentAdapter(state.networks["h2k"], *spaces)
+    k2h = LatentAdapter(state.networks["k2h"], *spaces[::-1])
+    try:
+        maps = {name: fit.solve().to(config.device) for name, fit in fits.items()}
+    except ValueError:  # too few positions for it, which the published network does not mind
+        maps = {}
+    result = {"latent": latent_figures(val, h2k, k2h, (lambda i, name: maps[name]) if maps else None)}
+    write_report(log_file.parent, {"h2k": Path(config.out_h2k), "k2h": Path(config.out_k2h)}, result, log_file, {})
     rows = [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, label, color in (("h2k", "H→K", "tab:blue"), ("k2h", "K→H", "tab:orange")):
-        for part, style in (("train", ":"), ("val", "-")):
-            points = [(row["step"], row[f"{part}_{name}"]) for row in rows if f"{part}_{name}" in row]
-            axes.plot(*zip(*points, strict=True), style, color=color, label=f"{label} {part}")
-    axes.set(xlabel="step", ylabel="latent MSE", yscale="log")
-    axes.legend()
-    figure.savefig(image, dpi=120)
-    plt.close(figure)
+    (log_file.parent / "train.png").write_bytes(curves_png(rows))

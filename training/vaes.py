@@ -15,11 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..adapters.spaces import LatentSpace, native_space, space
+from ..adapters.spaces import SPACES, LatentSpace, native_space, space
 from ..kvae import KVAE, WeightsError, load_kvae, pad_frames
 from ..kvae.files import Weights, what_is
 from ..kvae.find import find_weights
 from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, from_unit, to_unit
+from .errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 TINY = {"hunyuan": ASSETS / "tiny_hunyuan.safetensors", "kvae": ASSETS / "tiny_kvae.safetensors"}
@@ -40,11 +41,18 @@ class VideoVAE(Protocol):
 
 
 class HunyuanVAE:
-    """AutoencoderKLHunyuanVideo of diffusers, as diffusers runs it (clips over 17 frames in blended temporal tiles)."""
+    """AutoencoderKLHunyuanVideo of diffusers, or AutoencoderKLHunyuanVideo15, as diffusers runs them.
+
+    The first takes clips over 17 frames in blended temporal tiles; the second one clip of a batch after the other,
+    since its attention fails for batches.
+    """
 
     def __init__(self, vae, source: str, digest: str):
         self.vae, self.source, self.digest = vae, source, digest
-        self.space = space("hunyuan_video")
+        newer = type(vae).__name__ == "AutoencoderKLHunyuanVideo15"
+        self.space = space("hunyuan_video_1.5" if newer else "hunyuan_video")
+        if newer:
+            vae.enable_slicing()
 
     @torch.inference_mode()
     def encode(self, x_B3THW: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -77,12 +85,14 @@ class KandinskyVAE:
 
 
 def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32) -> HunyuanVAE:
-    """The HunyuanVideo VAE from "tiny", a folder, a .safetensors file (diffusers, Tencent or ComfyUI keys) or a hub id.
+    """The VAE of HunyuanVideo or HunyuanVideo 1.5 from "tiny", a folder, a .safetensors file or a hub id.
+
+    Keys are diffusers', for the first also Tencent's or ComfyUI's.
 
     Raises:
         WeightsError: nothing there, or something else; the message says what.
     """
-    from diffusers import AutoencoderKLHunyuanVideo
+    from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15
 
     path = _weights_file(name, "hunyuan", subfolder="vae")
     weights = Weights(path)
@@ -90,8 +100,9 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
     if not kind.startswith("a HunyuanVideo VAE"):
         raise WeightsError(f"{path}: this is {kind}; expected a HunyuanVideo VAE (--hunyuan-vae)")
     config = _config(path, weights)
+    newer = "encoder.mid_block.attentions.0.norm.gamma" in weights.shapes  # the first has a group_norm there
     with torch.device("meta"):
-        vae = AutoencoderKLHunyuanVideo.from_config(config)
+        vae = (AutoencoderKLHunyuanVideo15 if newer else AutoencoderKLHunyuanVideo).from_config(config)
     state = {key: weights[key] for key in weights.shapes}
     if "decoder.mid.attn_1.q.weight" in state:
         state = {diffusers_key(key): tensor for key, tensor in state.items()}
@@ -107,12 +118,34 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
 
 
 def load_kandinsky_vae(name: str, device: str, dtype: torch.dtype = torch.float32) -> KandinskyVAE:
-    """KVAE-3D from "tiny", a folder, a .safetensors file or a hub id. Raises as `load_hunyuan_vae` does."""
+    """A KVAE-3D from "tiny", a folder, a .safetensors file or a hub id. Raises as `load_hunyuan_vae` does."""
     path = _weights_file(name, "kvae", subfolder="")
-    vae = KandinskyVAE(load_kvae(path, dtype, device), name, _digest(path))
-    if vae.space.name != "kvae_3d_1.0":
-        raise WeightsError(f"{path}: this is {vae.space.name}; pairs are made with kvae_3d_1.0")
-    return vae
+    return KandinskyVAE(load_kvae(path, dtype, device), name, _digest(path))
+
+
+def check_grids(hunyuan: LatentSpace, kvae: LatentSpace) -> None:
+    """An adapter maps latents position by position, so both spaces must have the same positions.
+
+    Raises:
+        UserError: they have not; the message says which would go together.
+    """
+
+    def grid(each: LatentSpace) -> tuple[int, int]:
+        return each.time, each.space
+
+    if grid(hunyuan) == grid(kvae):
+        return
+    fitting = [
+        f"{one.name} with {other.name}"
+        for one in SPACES.values()
+        for other in SPACES.values()
+        if one.name.startswith("hunyuan") and other.name.startswith("kvae") and grid(one) == grid(other)
+    ]
+    raise UserError(
+        f"{hunyuan.name} has one latent for {hunyuan.time} frames of {hunyuan.space}x{hunyuan.space} pixels, "
+        f"{kvae.name} one for {kvae.time} of {kvae.space}x{kvae.space}; an adapter maps latent to latent, so it needs "
+        f"two VAEs of one grid: {', '.join(fitting)}"
+    )
 
 
 def diffusers_key(key: str) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -98,19 +99,41 @@ def read_clip(clip: Clip, height: int, width: int) -> Tensor:
     Raises:
         UserError: not a video, damaged, cut short, or shorter than 5 frames.
     """
-    first = clip.first or 0
-    last = None if clip.first is None else first + clip.count
-    frames = list(islice(_decoded(clip.video), first, last))
-    announced = _announced(clip.video) - first
-    expected = announced if last is None else min(clip.count, announced)
+    return next(read_clips([clip], height, width))
+
+
+def read_clips(clips: list[Clip], height: int, width: int) -> Iterator[Tensor]:
+    """The same for several windows of one video, in order and apart, which is decoded once.
+
+    Raises:
+        UserError: as `read_clip`, once the windows before are read.
+    """
+    announced = _announced(clips[0].video)
+    if clips[0].first is None:
+        frames = _whole([*_decoded(clips[0].video)], clips[0], announced, announced)
+        index = np.linspace(0, len(frames) - 1, min(clips[0].count, len(frames)), dtype=np.int64)
+        yield resize(_stacked([frames[i] for i in index]), height, width)
+        return
+    decoded, position = _decoded(clips[0].video), 0
+    for clip in clips:
+        first = clip.first or 0
+        frames = list(islice(decoded, first - position, first - position + clip.count))
+        position = first + clip.count
+        yield resize(_stacked(_whole(frames, clip, min(clip.count, announced - first), announced)), height, width)
+
+
+def _whole(frames: list[np.ndarray], clip: Clip, expected: int, announced: int) -> list[np.ndarray]:
+    """The frames, if they are as many as the container announces, and enough."""
     if len(frames) < ANNOUNCED_TOLERANCE * expected:
-        raise UserError(f"{clip.video}: cut short, {first + len(frames)} of its {first + announced} frames decode")
+        found = (clip.first or 0) + len(frames)
+        raise UserError(f"{clip.video}: cut short, {found} of its {announced} frames decode")
     if len(frames) < MIN_FRAMES:
         raise UserError(f"{clip.video}: only {len(frames)} frames decode; expected at least {MIN_FRAMES}")
-    if clip.first is None:
-        index = np.linspace(0, len(frames) - 1, min(clip.count, len(frames)), dtype=np.int64)
-        frames = [frames[i] for i in index]
-    return resize(torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2), height, width)
+    return frames
+
+
+def _stacked(frames: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
 
 
 def resize(frames_3THW: Tensor, height: int, width: int) -> Tensor:

@@ -1,0 +1,130 @@
+"""Several processes through accelerate do what one does; and none of them loses more than the unsaved steps."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import make_videos
+from kvae_comfyui.adapters.files import load_adapter
+from kvae_comfyui.training.cli import main
+from kvae_comfyui.training.pairs import Pair, find_pairs, read_pair, write_pair
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs gloo and POSIX signals")
+
+
+def launch(*argv, more=()):
+    """`accelerate launch -m training …` on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--main_process_port", port, "--dynamo_backend", "no", *more]
+    return subprocess.Popen(
+        [*command, "-m", "training", *argv],
+        cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def run(*argv, more=()):
+    process = launch(*argv, more=more)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture
+def latents(tmp_path_factory):
+    """11 pairs of two grids: batches of 4 leave uneven ones, and one smaller than the number of processes."""
+    root = tmp_path_factory.mktemp("latents")
+    for i in range(11):
+        z = torch.randn(16, 3, 12, 14 if i < 5 else 16)
+        write_pair(root / f"v{i:02d}.safetensors.zst", Pair(z, z.flip(0) ** 2, None))
+    return root
+
+
+def train(latents, out, *more):
+    return [
+        *("train", "--latent-root", str(latents), "--val-latent-root", str(latents), "--batch-size", "4"),
+        *("--out-h2k", str(out / "h.safetensors"), "--out-k2h", str(out / "k.safetensors"), "--device", "cpu", *more),
+        *("--ema", "0", "--lr", "1e-2"),
+    ]
+
+
+def curve(out):
+    rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "waited")} for row in rows]
+
+
+def test_two_processes_train_as_one_does(tmp_path, latents):
+    assert main(train(latents, tmp_path / "one", "--epochs", "3")) == 0
+    out = run(*train(latents, tmp_path / "two", "--epochs", "3"), more=["--gradient_accumulation_steps", "2"])
+    assert out.count("Training on 11 latent pairs") == 1
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert len(one) == len(two) == 7
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-5)
+    h, k = (load_adapter(tmp_path / name / "h.safetensors").state_dict() for name in ("one", "two"))
+    for key in h:
+        torch.testing.assert_close(h[key], k[key], rtol=1e-3, atol=1e-4)
+    assert abs(one[-1]["val_k2h"] / one[0]["val_k2h"] - 1) > 1e-3  # the steps are large enough to tell curves apart
+
+
+def test_mixed_precision_keeps_to_the_curve(tmp_path, latents):
+    assert main(train(latents, tmp_path / "float32", "--epochs", "1")) == 0
+    run(*train(latents, tmp_path / "bf16", "--epochs", "1"), more=["--mixed_precision", "bf16"])
+    exact, rounded = curve(tmp_path / "float32")[-1], curve(tmp_path / "bf16")[-1]
+    assert rounded == pytest.approx(exact, rel=1e-2) and rounded != exact
+
+
+def test_a_killed_training_ends_where_an_unkilled_one_does(tmp_path, latents, capsys):
+    """Killed with two processes, gone on with one: no step is lost that was saved, and none is taken twice."""
+    options = ["--epochs", "6"]
+    assert main(train(latents, tmp_path / "whole", *options)) == 0
+    process = launch(*train(latents, tmp_path / "parts", "--epochs", "6"))
+    state = tmp_path / "parts" / "h.resume.safetensors"
+    deadline = time.time() + 200
+    while not state.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)  # all of them at once
+    process.communicate()
+    assert state.exists() and not (tmp_path / "parts" / "h.safetensors").exists()
+    assert main(train(latents, tmp_path / "parts", *options)) == 0
+    assert "Going on from step" in capsys.readouterr().out
+    whole, parts = curve(tmp_path / "whole"), curve(tmp_path / "parts")
+    assert [row["step"] for row in parts] == [row["step"] for row in whole]
+    for a, b in zip(whole, parts, strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
+
+
+def test_extraction_is_shared_and_goes_on_with_another_number(tmp_path, capsys):
+    make_videos(tmp_path / "videos", 8, frames=9, height=32, width=32)
+    argv = ["extract", "--videos-root", str(tmp_path / "videos"), "--output-root", str(tmp_path / "latents")]
+    argv += ["--num-frames", "9", "--height", "32", "--width", "32", "--device", "cpu"]
+    out = run(*argv)
+    assert out.count("pairs extracted") == 1 and "8 pairs extracted, 0 already there, 0 skipped" in out
+    paths = find_pairs(tmp_path / "latents")
+    assert [read_pair(path).source.video for path in paths] == [f"v_Wave_g{i:02d}_c01.mp4" for i in range(1, 9)]
+    for path in paths[1::3]:
+        path.unlink()
+    assert main(argv) == 0
+    assert "3 pairs extracted, 5 already there, 0 skipped" in capsys.readouterr().out
+    assert find_pairs(tmp_path / "latents") == paths
