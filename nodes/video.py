@@ -70,9 +70,7 @@ class KVAEDecodeToVideo(io.ComfyNode):
         )
         file = f"{name}_{counter:05}_.mp4"
         path = os.path.join(folder, file)
-        segments = cut_stream(
-            within(vae, memory_gb).decode_stream(z), decoded, kept_frames(decoded, samples.get(FRAMES))
-        )
+        segments = cut_stream(vae.decode_stream(z), decoded, kept_frames(decoded, samples.get(FRAMES)))
         with VideoWriter(path, width, height, fps, codec, crf, audio, workflow_of(cls)) as writer:
             for frames in segments:
                 writer.write(frames)
