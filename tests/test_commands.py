@@ -145,7 +145,7 @@ def test_interrupted_training_ends_where_an_uninterrupted_one_does(job, monkeypa
     def interrupted(state, *args):
         if state.step == step:
             signal.raise_signal(signal.SIGINT)  # Ctrl-C in the midst of a step
-        real(state, *args)
+        return real(state, *args)
 
     monkeypatch.setattr(training, "_step", interrupted)
     assert main(["train", *train_options(job, f"parts{step}"), *options]) == 130
