@@ -29,9 +29,7 @@ def test_files_are_small_and_say_how_they_were_made(name):
     assert 0.3 <= metrics["val_std"] <= 3
 
 
-@pytest.mark.parametrize(
-    "name", ["kvae", pytest.param("hunyuan", marks=pytest.mark.xfail(reason="still under-trained", strict=True))]
-)
+@pytest.mark.parametrize("name", ["kvae", "hunyuan"])
 def test_better_than_as_many_principal_components(name):
     """Of 4x8x8 blocks, on the same clips: a VAE below such a codec is under-trained."""
     with safe_open(TINY[name], "pt") as file:
