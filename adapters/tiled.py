@@ -1,6 +1,7 @@
 """TiledVAE: a ServedVAE for hosts that ask for tiles of a size, blended where they overlap.
 
-That takes less memory than any exact way, and is not exact. Each tile is streamed through the whole clip: tiles in time
+That takes less memory than any exact way, and is not exact. GroupNorm takes the same statistics in every tile: those of
+a smaller version of the picture, from a pass of its own. Each tile is streamed through the whole clip: tiles in time
 would cut what a causal VAE remembers, which flickers at their edges, and would save nothing, as memory does not grow
 with the length. Adapters see the whole latent, never a tile.
 
@@ -10,11 +11,13 @@ with the length. Adapters see the whole latent, never a tile.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..kvae import Method, plan_decode, plan_encode
+from ..kvae import Method, Norms, plan_decode, plan_encode
 from ..kvae.tiles import Span
 from .hybrid import from_kvae_pixels, to_kvae_pixels
 from .inspect import check_latent
@@ -41,9 +44,12 @@ class TiledVAE(ServedVAE):
         for clip, z in zip(x.split(1), z_Bcthw.split(1), strict=True):
             z_k = self.vae.to_kvae(self._place(z))
             method = self._method(plan_decode, (*z.shape[:3], rows[0][1], columns[0][1]))
+            decode = partial(self.kvae.decode_stream, method=method, norms=self._norms(z_k, rows, columns, method))
 
-            def frames(rows: Span, columns: Span, z_k: Tensor = z_k, method: Method = method) -> Iterator[Tensor]:
-                for part in self.kvae.decode_stream(z_k[..., slice(*rows), slice(*columns)], method):
+            def frames(
+                rows: Span, columns: Span, z_k: Tensor = z_k, decode: Callable[[Tensor], Iterator[Tensor]] = decode
+            ) -> Iterator[Tensor]:
+                for part in decode(z_k[..., slice(*rows), slice(*columns)]):
                     yield from_kvae_pixels(part)
                     report(-(-part.shape[2] // self.space.time))
 
@@ -67,10 +73,11 @@ class TiledVAE(ServedVAE):
 
         def encode_one(clip: Tensor) -> Tensor:
             clip = to_kvae_pixels(self._place(clip))
+            norms = self._norms(clip, rows, columns, method)
 
             def latents(rows: Span, columns: Span) -> Iterator[Tensor]:
                 part = clip[..., side * rows[0] : side * rows[1], side * columns[0] : side * columns[1]]
-                for posterior in self.kvae.encode_stream(part, method):
+                for posterior in self.kvae.encode_stream(part, method, norms=norms):
                     yield posterior.mean
                     report(posterior.mean.shape[2])
 
@@ -79,6 +86,20 @@ class TiledVAE(ServedVAE):
             return self.vae.from_kvae(z_k)
 
         return torch.cat([encode_one(clip) for clip in x.split(1)])
+
+    def _norms(self, x: Tensor, rows: list[Span], columns: list[Span], method: Method) -> Norms | None:
+        """For tiles of latents or pixels: the statistics of a version of the picture no larger than a tile."""
+        shrink = max(spans[-1][1] / spans[0][1] for spans in (rows, columns))
+        if shrink == 1 or self.kvae.config.per_position:
+            return None
+        decode = x.shape[1] == self.kvae.config.z_channels
+        side = 1 if decode else self.space.space
+        sides = (side * max(1, int(spans[-1][1] / shrink)) for spans in (rows, columns))
+        small = F.interpolate(x.float(), (x.shape[2], *sides), mode="area")
+        norms = Norms()
+        for _ in (self.kvae.decode_stream if decode else self.kvae.encode_stream)(small, method, norms=norms):
+            pass
+        return norms
 
     def preferred_decode_tile(self, free_memory: float, dtype: torch.dtype) -> int:
         """The side, in latents, of the largest square tile that decodes in half of so many bytes."""

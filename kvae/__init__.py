@@ -6,7 +6,7 @@ from .frames import pad_frames, padded_frames
 from .load import load_kvae, save_kvae
 from .model import KVAE, Posterior
 from .plan import BudgetError, Plan, plan_decode, plan_encode
-from .strips import Method
+from .strips import Method, Norms
 
 __all__ = [
     "FAMILY",
@@ -15,6 +15,7 @@ __all__ = [
     "BudgetError",
     "KVAEConfig",
     "Method",
+    "Norms",
     "Plan",
     "Posterior",
     "WeightsError",

@@ -15,6 +15,7 @@ from .layers import RMSNorm, SpatialNorm, modulate
 from .rows import Held, Rows, even_strips
 
 STATISTICS_BYTES = 32 << 20  # of the float32 copy that GroupNorm's statistics are gathered from
+ScaleShift = tuple[Tensor, Tensor]
 BATCH_NORM_DEVICES = ("cpu", "cuda")  # those with torch.batch_norm_update_stats
 
 
@@ -23,9 +24,12 @@ class Affine:
 
     Args:
         first: whether the segment starts the stream, so that its first latent is one frame.
+        known: GroupNorm's scale and shift, where they are not to be those of `source`.
     """
 
-    def __init__(self, norm: nn.Module, source: Rows, z_Bcthw: Tensor | None, first: bool):
+    def __init__(
+        self, norm: nn.Module, source: Rows, z_Bcthw: Tensor | None, first: bool, known: ScaleShift | None = None
+    ):
         self.height = source.shape[3]
         self.z, self.first = z_Bcthw, first
         self.spatial = norm if isinstance(norm, SpatialNorm) else None
@@ -34,7 +38,7 @@ class Affine:
         if isinstance(inner, RMSNorm):
             self.scale, self.shift = inner.gamma[None].float() * len(inner.gamma) ** 0.5, None
         else:
-            self.scale, self.shift = group_affine(inner, source)  # type: ignore[arg-type]
+            self.scale, self.shift = known or group_affine(inner, source)  # type: ignore[arg-type]
 
     def tail(self, frames: int, T: int) -> Affine:
         """The same for the last frames alone, of T."""

@@ -28,7 +28,7 @@ from .config import SEGMENT_FRAMES, KVAEConfig
 from .frames import pad_frames, pad_sides, padded_frames, regroup, with_last
 from .layers import name_streamed
 from .resample import Resampler
-from .strips import Memory, Method, compute_segment
+from .strips import Memory, Method, Norms, compute_segment
 from .tiles import tiles
 
 DEFAULT = Method()
@@ -79,6 +79,7 @@ class KVAE(nn.Module):
         frames: Tensor | Iterable[Tensor],
         method: Method = DEFAULT,
         progress: Progress | None = None,
+        norms: Norms | None = None,
     ) -> Iterator[Posterior]:
         """The posterior of each segment in turn.
 
@@ -86,12 +87,13 @@ class KVAE(nn.Module):
             frames: [B, 3, T, H, W] in −1..1, any T ≥ 1, H and W; or an iterable of such chunks, cut anywhere in time,
                 of which little more than a segment is held. The last frame, row and column are repeated up to 4n + 1
                 frames and whole latents.
+            norms: for tiles of a picture, see `Norms`; an empty one is filled. Not with gradients.
 
         Raises:
             ValueError: the shape is not one the model takes, or there are no frames.
         """
         self._check_method(method)
-        memory = Memory()
+        memory = Memory(norms=norms)
         done = 0
         chunks = [frames] if isinstance(frames, Tensor) else frames
         pieces = regroup((_checked(chunk, 3, "video") for chunk in chunks), method.segment + 1, method.segment)
@@ -111,15 +113,19 @@ class KVAE(nn.Module):
         z_Bcthw: Tensor,
         method: Method = DEFAULT,
         progress: Progress | None = None,
+        norms: Norms | None = None,
     ) -> Iterator[Tensor]:
         """The frames of each segment in turn, [B, 3, 17 or 16, H, W], for latents [B, c, t, h, w].
+
+        Args:
+            norms: for tiles of a picture, see `Norms`; an empty one is filled. Not with gradients.
 
         Raises:
             ValueError: the shape is not one the model takes.
         """
         self._check_method(method)
         _checked(z_Bcthw, self.config.z_channels, "latent")
-        memory = Memory()
+        memory = Memory(norms=norms)
         done = 0
         length = method.segment // self._cadence
         for piece, last in with_last(regroup([z_Bcthw], length + 1, length)):

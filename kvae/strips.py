@@ -47,6 +47,14 @@ class Method:
     tiles: tuple[int, int] = (1, 1)
 
 
+class Norms(dict[tuple[int, str], tuple[Tensor, Tensor]]):
+    """What GroupNorm makes of its statistics, by segment and layer: filled by one stream, used by others.
+
+    With those of the whole picture its tiles are exact, given the halo of `kvae.tiles`; with those of a smaller version
+    of the picture, nearly so.
+    """
+
+
 @dataclass
 class Memory:
     """What a stream remembers from segment to segment: `pasts`, the two frames before the next one that each
@@ -54,6 +62,8 @@ class Memory:
 
     pasts: dict[str, Rows] = field(default_factory=dict)
     cache: Cache = field(default_factory=dict)
+    norms: Norms | None = None
+    segments: int = 0  # done
 
 
 @dataclass
@@ -112,7 +122,7 @@ class Convolved:
         B, _, T, H, W = source.shape
         self.shape = torch.Size((B, conv.conv.out_channels, T, H, W))
         self.segment, self.source, self.conv = segment, source, conv
-        self.affine = Affine(norm, source, segment.z_Bcthw, segment.first) if norm else None
+        self.affine = self._affine(norm) if norm else None
         element = segment.element_size
         self.row_bytes = source.row_bytes + B * (source.shape[1] + self.shape[1]) * (T + 2) * (W + 2) * element
         self.past: Rows | None = segment.memory.pasts.pop(conv.name, None)
@@ -120,6 +130,14 @@ class Convolved:
         self.future: Held | Activated | None = None
         if isinstance(source, Upsampled) and self.affine and T > 1 and not segment.last:
             self.future = Activated(source.tail(2), self.affine.tail(2, T))
+
+    def _affine(self, norm: nn.Module) -> Affine:
+        norms, key = self.segment.memory.norms, (self.segment.memory.segments, self.conv.name)
+        known = norms.get(key) if norms else None
+        affine = Affine(norm, self.source, self.segment.z_Bcthw, self.segment.first, known)
+        if norms is not None and affine.shift is not None:
+            norms[key] = affine.scale, affine.shift
+        return affine
 
     def __call__(self, lo: int, hi: int) -> Tensor:
         B, C, T, H, W = self.source.shape
@@ -252,7 +270,9 @@ def compute_segment(
     start = Convolved(segment, Held(x_BCTHW), coder.conv_in, None)
     h = run(segment, segment.hold(start) if decode else start, coder)
     start.close()
-    return finish(segment, h, coder)
+    y = finish(segment, h, coder)
+    memory.segments += 1
+    return y
 
 
 def run(segment: Segment, h: Rows, coder: Encoder | Decoder) -> Rows:

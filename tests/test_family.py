@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvae_comfyui.benchmarks.storages import PeakMemory
-from kvae_comfyui.kvae import FAMILY, KVAE, KVAEConfig, Method, Posterior
+from kvae_comfyui.kvae import FAMILY, KVAE, KVAEConfig, Method, Norms, Posterior
 from kvae_comfyui.kvae.tiles import needed_to_decode, needed_to_encode
 
 SMALL = {
@@ -107,6 +107,24 @@ def test_strips_equal_the_modules_themselves(name, method, batch):
         by_modules = joined(kvae.encode_stream(x.clone().requires_grad_())), kvae.decode(z.clone().requires_grad_())
     assert_same(kvae.encode(x, method), by_modules[0])
     assert_same(kvae.decode(z, method), by_modules[1])
+
+
+def test_with_the_statistics_of_the_whole_picture_tiles_of_one_are_exact():
+    kvae = small("1.0")
+    z = latent(kvae, 6, rows=28)
+    x = clip(kvae, 21, rows=28)
+    for stream, source, needed, side in (
+        (kvae.decode_stream, z, needed_to_decode, 8),
+        (kvae.encode_stream, x, needed_to_encode, 1),
+    ):
+        norms = Norms()
+        whole = joined(stream(source, norms=norms))
+        _, end = needed(kvae.config, (0, 2))
+        assert end < 28
+        tile = source[:, :, :, : end * (8 // side)]
+        assert_same(joined(stream(tile, norms=norms))[:, :, :, : 2 * side], whole[:, :, :, : 2 * side])
+        own = joined(stream(tile))[:, :, :, : 2 * side]
+        assert (own - whole[:, :, :, : 2 * side]).norm() > 1e-3 * own.norm()
 
 
 @pytest.mark.parametrize("name", SMALL)

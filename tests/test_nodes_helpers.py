@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from kvae_comfyui.adapters import HybridVAE, LatentAdapter, space
 from kvae_comfyui.adapters.figures import difference, figures, ssim, table
 from kvae_comfyui.adapters.files import direction_of, save_adapter
 from kvae_comfyui.adapters.frames import cut_stream, kept_frames, to_clip
+from kvae_comfyui.adapters.hybrid import from_kvae_pixels
 from kvae_comfyui.adapters.inspect import check_latent, describe, what_latent
 from kvae_comfyui.adapters.latent_files import load_latent, save_latent
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.adapters.sample_clip import sample_clip
 from kvae_comfyui.adapters.serve import ServedVAE, to_image
 from kvae_comfyui.adapters.tiled import TiledVAE, feathers, tile_spans
-from kvae_comfyui.kvae import KVAE, BudgetError, WeightsError, plan_decode
+from kvae_comfyui.kvae import KVAE, BudgetError, Norms, WeightsError, load_kvae, plan_decode
+from kvae_comfyui.training.vaes import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -200,10 +203,26 @@ def test_a_tile_alone_is_itself_and_time_is_not_cut(small_kvae):
         x = tiled.decode_tiled(z, tile_x=5, tile_y=4, overlap=2, tile_t=2, overlap_t=1)
         assert seen == [(5, 12), (6, 12), (11, 12), (12, 12)]
         assert x.shape == (1, 3, 21, 32, 64)
+        norms = Norms()
+        list(small_kvae.decode_stream(F.interpolate(z, (6, 2, 5), mode="area"), norms=norms))
         for tile in (slice(0, 5), slice(3, 8)):
-            expected = tiled.decode(z[..., tile])
+            parts = list(small_kvae.decode_stream(z[..., tile], norms=norms))
+            expected = from_kvae_pixels(torch.cat(parts, dim=2))
             alone = slice(0, 24) if tile.start == 0 else slice(40, 64)  # what no other tile covers
             torch.testing.assert_close(x[..., alone], expected[..., alone.start - 8 * tile.start :][..., :24])
+
+
+def test_tiles_share_their_statistics():
+    """Bright on one side and dark on the other: statistics of their own would make the two halves alike."""
+    tiled = TiledVAE(load_kvae(TINY["kvae"]))
+    x = (torch.linspace(-1, 1, 128).expand(1, 3, 5, 64, 128) + 0.2 * torch.randn(1, 3, 5, 64, 128)).clamp(-1, 1)
+    with torch.no_grad():
+        z = tiled.encode(x)
+        y = tiled.decode(z)
+        halves = torch.cat([tiled.decode(half) for half in z.split(8, dim=4)], dim=4)
+        assert (tiled.decode_tiled(z, 10, 8, 4) - y).norm() < 0.7 * (halves - y).norm()
+        halves = torch.cat([tiled.encode(half) for half in x.split(64, dim=4)], dim=4)
+        assert (tiled.encode_tiled(x, 80, 64, 32) - z).norm() < 0.7 * (halves - z).norm()
 
 
 def test_tiles_cover_and_their_weights_are_one():
