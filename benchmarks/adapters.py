@@ -1,0 +1,271 @@
+"""Adapters side by side on real clips: latents, pixels, shimmer, noise, tiles, time.
+
+    python -m benchmarks.adapters --videos-root UCF101 --work bench
+    python -m benchmarks.adapters --videos-root UCF101 --work bench --write docs/adapters-table.md
+
+The embedded pair's latents are extracted once (groups g08 and up to train on, g01 to g07 to judge), and every row is
+trained once for each seed, row after row and seed by seed, so that a slow hour is everyone's. Both stay under --work:
+the same command goes on after an interruption. All rows have the same number of steps; "same time" rows have as many
+as fit in the time that the default took.
+
+Pixels are those of the first 17 frames of some clips, evenly spread. Each mean stands beside the mean of a difference
+clip by clip, ± its standard error: what a table of means hides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kvae_comfyui.adapters.files import load_adapter
+from kvae_comfyui.adapters.networks import Network
+from kvae_comfyui.adapters.ridge import Ridge
+from kvae_comfyui.training import extract, train
+from kvae_comfyui.training.dataset import open_pairs, spread
+from kvae_comfyui.training.evaluate import flicker, original_frames, psnr
+from kvae_comfyui.training.vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+
+# B batch, c channels, t latent frames, h/w latent rows and columns; T frames, H/W pixels
+# z_Bcthw raw latents, y_B3THW decoded pixels in 0..255
+
+Options = dict[str, Any]
+SIDE = 128
+LATENTS = 5  # of the pixel figures: 17 frames
+NOISES = (0.03, 0.1)  # deviation of white noise in the latents, as a share of each channel's own
+DIRECTIONS = ("h2k", "k2h")
+RECIPES: dict[str, Options] = {  # what differs from the defaults of `python -m training train`
+    "default": {},
+    "published, lr 1e-4": {"network": "published", "lr": 1e-4, "ema": 0.0},
+    "published, lr 1e-3": {"network": "published", "lr": 1e-3, "ema": 0.0},
+}
+
+
+def main() -> None:
+    """Extract, train, judge, print the tables; write them too, where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos-root", required=True, help="UCF101, or part of it")
+    parser.add_argument("--work", required=True, type=Path, help="folder for the pairs and the adapters")
+    parser.add_argument("--epochs", type=int, default=20, help="of every trained row (default 20)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of every row (default 3)")
+    parser.add_argument("--clips", type=int, default=24, help="clips of the pixel figures (default 24)")
+    parser.add_argument("--write", type=Path, help="Markdown file to write the tables to")
+    options = parser.parse_args()
+    for split, name in (("train", "train"), ("test", "val")):
+        folder = str(options.work / name)
+        extract.run(extract.ExtractConfig(options.videos_root, folder, split=split, height=SIDE, width=SIDE))
+    rows = closed_forms(options.work) | train_all(options.work, options.epochs, options.seeds)
+    lines = []
+    for line in report(options.work, options.videos_root, rows, options.clips):
+        print(line, flush=True)
+        lines.append(line)
+    if options.write:
+        options.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@dataclass
+class Row:
+    """An adapter both ways: one pair of networks for each seed, and what a training took, s."""
+
+    networks: dict[str, list[Network]]
+    seconds: float = 0.0
+    steps: int = 0
+
+
+def closed_forms(work: Path) -> dict[str, Row]:
+    """The affine maps of 1x1x1 and 3x3x3, fitted in one pass."""
+    rows = {}
+    for kernel in (1, 3):
+        start = time.perf_counter()
+        fits = {name: Ridge(16, 16, kernel) for name in DIRECTIONS}
+        for pair in open_pairs(work / "train"):
+            fits["h2k"].add(pair.z_h[None], pair.z_k[None])
+            fits["k2h"].add(pair.z_k[None], pair.z_h[None])
+        networks: dict[str, list[Network]] = {name: [fit.solve().eval()] for name, fit in fits.items()}
+        rows[f"affine {kernel}x{kernel}x{kernel}"] = Row(networks, time.perf_counter() - start)
+    return rows
+
+
+def train_all(work: Path, epochs: int, seeds: int) -> dict[str, Row]:
+    """Every recipe with equal steps; then those that were quicker than the default again, for as long as it took."""
+    rows = train_rows(work, {name: (epochs, options) for name, options in RECIPES.items()}, seeds)
+    longer = {}
+    for name, options in RECIPES.items():
+        fit = round(epochs * rows["default"].seconds / max(rows[name].seconds, 1))
+        if fit > 1.2 * epochs:
+            longer[f"{name}, same time"] = (fit, options)
+    return rows | train_rows(work, longer, seeds)
+
+
+def train_rows(work: Path, recipes: dict[str, tuple[int, Options]], seeds: int) -> dict[str, Row]:
+    """Train what is not there yet, seed by seed and row by row."""
+    folders = {
+        name: [work / name.replace(" ", "_") / f"{epochs}_epochs_seed_{seed}" for seed in range(seeds)]
+        for name, (epochs, _) in recipes.items()
+    }
+    for seed in range(seeds):
+        for name, (epochs, options) in recipes.items():
+            h2k, k2h = (str(folders[name][seed] / f"{direction}.safetensors") for direction in DIRECTIONS)
+            if not Path(k2h).exists():
+                roots = str(work / "train"), str(work / "val")
+                changes: Options = {"epochs": epochs, "seed": seed} | options
+                train.run(train.TrainConfig(*roots, h2k, k2h, **changes))
+    rows = {}
+    for name in recipes:
+        adapters = {d: [load_adapter(folder / f"{d}.safetensors") for folder in folders[name]] for d in DIRECTIONS}
+        infos = [adapter.training_info for adapter in adapters["k2h"]]
+        networks = {d: [adapter.network for adapter in adapters[d]] for d in DIRECTIONS}
+        rows[name] = Row(networks, statistics.median(info["seconds"] for info in infos), infos[0]["steps"])
+    return rows
+
+
+@torch.inference_mode()
+def report(work: Path, videos_root: str, rows: dict[str, Row], clips: int) -> Iterator[str]:
+    """The tables, line by line, as Markdown."""
+    bench = Bench(work, videos_root, clips)
+    seeds = len(next(reversed(rows.values())).networks["h2k"])
+    yield f"{len(bench.pairs)} pairs, pixels of {len(bench.clips)} clips of {4 * LATENTS - 3} frames of {SIDE}x{SIDE},"
+    yield f"{seeds} seeds, {torch.get_num_threads()} threads."
+    for direction in DIRECTIONS:
+        yield from bench.tables(direction, rows)
+
+
+class Bench:
+    """Both VAEs, the validation pairs, and what every row is compared with: decoded once."""
+
+    def __init__(self, work: Path, videos_root: str, clips: int):
+        hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kandinsky_vae("tiny", "cpu")
+        self.target: dict[str, VideoVAE] = {"h2k": kvae, "k2h": hunyuan}
+        self.pairs = open_pairs(work / "val")
+        self.clips = spread(len(self.pairs), clips)
+        roots: Any = SimpleNamespace(videos_root=videos_root, latent_root=str(work / "val"))
+        self.originals, self.direct = {}, {}
+        for i in tqdm(self.clips, desc="direct decodes", leave=False, disable=None):
+            pair = self.pairs[i]
+            self.originals[i] = original_frames(self.pairs.name(i), pair, roots)[:, : 4 * LATENTS - 3].float()
+            for direction in DIRECTIONS:
+                self.direct[direction, i] = self.decode(direction, self.latents(direction, i)[1])
+        z = self.latents("h2k", 0)[1]
+        self.kvae_seconds = seconds(lambda: kvae.decode(z), rounds=3)
+
+    def latents(self, direction: str, i: int) -> tuple[Tensor, Tensor]:
+        """Source and target latents of pair i, [1, c, t, h, w]."""
+        z_h, z_k = self.pairs.batch([i], torch.device("cpu"))
+        z_h, z_k = z_h[:, :, :LATENTS], z_k[:, :, :LATENTS]
+        return (z_h, z_k) if direction == "h2k" else (z_k, z_h)
+
+    def decode(self, direction: str, z_Bcthw: Tensor) -> Tensor:
+        """[3, T, H, W] in 0..255 by the target VAE."""
+        return self.target[direction].decode(z_Bcthw)[0]
+
+    def pixel_path(self, direction: str, i: int) -> Tensor:
+        """Decoded with the source VAE, encoded and decoded with the target VAE."""
+        source = self.direct[DIRECTIONS[1 - DIRECTIONS.index(direction)], i]
+        return self.decode(direction, self.target[direction].encode(source[None].round().byte()))
+
+    def compare(self, direction: str, i: int, y_3THW: Tensor) -> tuple[float, float, float]:
+        """PSNR against the original, PSNR against the source VAE's own decode, flicker."""
+        x, source = self.originals[i], self.direct[DIRECTIONS[1 - DIRECTIONS.index(direction)], i]
+        return psnr(y_3THW, x), psnr(y_3THW, source), flicker(y_3THW, x)
+
+    def pixels(self, direction: str, networks: list[Network], noise: float = 0.0) -> Tensor:
+        """[clips, 3] of `compare`, means over the seeds. Every row sees the same noise."""
+        found = []
+        for i in self.clips:
+            z, _ = self.latents(direction, i)
+            draw = torch.randn(z.shape, generator=torch.Generator().manual_seed(i))
+            z = z + noise * z.std((0, 2, 3, 4), keepdim=True) * draw
+            figures = [self.compare(direction, i, self.decode(direction, network(z))) for network in networks]
+            found.append(torch.tensor(figures).mean(0))
+        return torch.stack(found)
+
+    def share(self, direction: str, networks: list[Network]) -> Tensor:
+        """[pairs] squared error of each, means over the seeds, as a share of the targets' variance over all pairs."""
+        errors, targets = [], []
+        for i in range(len(self.pairs)):
+            z, target = self.latents(direction, i)
+            errors.append(statistics.mean((network(z) - target).square().mean().item() for network in networks))
+            targets.append(target)
+        return torch.tensor(errors) / torch.cat(targets).var((0, 2, 3, 4)).mean()
+
+    def tables(self, direction: str, rows: dict[str, Row]) -> Iterator[str]:
+        """Both tables of a direction."""
+        name, vae = ("H→K", "KVAE") if direction == "h2k" else ("K→H", "Hunyuan")
+        path = [self.compare(direction, i, self.pixel_path(direction, i)) for i in self.clips]
+        direct = [self.compare(direction, i, self.direct[direction, i]) for i in self.clips]
+        figures = {f"{vae} alone": torch.tensor(direct), "pixel path": torch.tensor(path)}
+        for row in tqdm(rows, desc=f"{name} decodes", leave=False, disable=None):
+            figures[row] = self.pixels(direction, rows[row].networks[direction])
+        best = max((row for row in rows if row.startswith("published")), key=lambda row: figures[row][:, 1].mean())
+        yield ""
+        yield f"## {name}"
+        yield ""
+        yield "| | of variance | PSNR | − pixel path | PSNR source | − best published | flicker | − direct |"
+        yield "|---|---|---|---|---|---|---|---|"
+        base = torch.stack([figures["pixel path"][:, 0], figures[best][:, 1], figures[f"{vae} alone"][:, 2]], 1)
+        for row, each in figures.items():
+            share = f"{self.share(direction, rows[row].networks[direction]).mean():.2%}" if row in rows else ""
+            cells = [f"{each[:, j].mean():.2f} | {paired(each[:, j] - base[:, j])}" for j in range(3)]
+            yield f"| {row} | {share} | {' | '.join(cells)} |"
+        yield ""
+        noisy = " | ".join(f"PSNR source, {noise:.0%} noise | − best published" for noise in NOISES)
+        yield f"| | steps | s | weights | ms | of a decode | frame 0 | tile | {noisy} |"
+        yield "|" + "---|" * (8 + 2 * len(NOISES))
+        z, _ = self.latents(direction, 0)
+        published = [self.pixels(direction, rows[best].networks[direction], noise)[:, 1] for noise in NOISES]
+        for row, trained in rows.items():
+            networks = trained.networks[direction]
+            network = networks[0]
+            weights = sum(p.numel() for p in network.parameters())
+            ms = 1000 * seconds(partial(network, z), rounds=9)
+            cells = [f"{trained.steps}", f"{trained.seconds:.0f}", f"{weights:,}", f"{ms:.1f}"]
+            cells += [f"{ms / 1000 / self.kvae_seconds:.1%}", f"{frame_deviation(network, z):.1e}"]
+            cells += [f"{tile_deviation(network, z):.1e}"]
+            for noise, theirs in zip(NOISES, published, strict=True):
+                ours = self.pixels(direction, networks, noise)[:, 1]
+                cells += [f"{ours.mean():.2f}", paired(ours - theirs)]
+            yield f"| {row} | {' | '.join(cells)} |"
+
+
+def paired(difference: Tensor) -> str:
+    """Mean ± standard error of differences clip by clip."""
+    return f"{difference.mean():+.2f} ± {difference.std() / math.sqrt(len(difference)):.2f}"
+
+
+def seconds(run: Callable[[], object], rounds: int) -> float:
+    """Median time of a call, after one that does not count."""
+    run()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def frame_deviation(network: nn.Module, z_Bcthw: Tensor) -> float:
+    """How far frame 0 alone is from frame 0 of the clip, as a share of the latter's root mean square."""
+    whole = network(z_Bcthw)[:, :, :1]
+    return ((network(z_Bcthw[:, :, :1]) - whole).norm() / whole.norm()).item()
+
+
+def tile_deviation(network: Network, z_Bcthw: Tensor) -> float:
+    """The same of a tile of half the width, beyond the receptive field of its inner border."""
+    half = z_Bcthw.shape[4] // 2
+    whole = network(z_Bcthw)[..., : half - network.radius]
+    return ((network(z_Bcthw[..., :half])[..., : half - network.radius] - whole).norm() / whole.norm()).item()
+
+
+if __name__ == "__main__":
+    main()
