@@ -149,6 +149,7 @@ def _closing(out: Path, made: list[Path], seconds: float) -> str:
     return f"""
 Done in {seconds:.0f} s. In {out}:
   {H2K}, {K2H}
+  report.html                       all of this on one page
   evaluation.txt, evaluation.json   the table above
   train.png, train.jsonl            the training curve
   contact_sheet.png                 {" | ".join(evaluate.COLUMNS)}
