@@ -24,7 +24,58 @@ from .spaces import native_space
 DEFAULT = Method()
 
 
-class HybridVAE(nn.Module):
+class NativeVAE(nn.Module):
+    """A KVAE with HunyuanVideo's pixels, and with latents of its own."""
+
+    def __init__(self, kvae: KVAE):
+        super().__init__()
+        self.kvae = kvae
+
+    def encode(
+        self, x_B3THW: Tensor, method: Method = DEFAULT, on_segment: Callable[[int], None] = lambda t: None
+    ) -> Tensor:
+        """[B, 3, T, H, W] in −1..1, any T, H, W → raw latents [B, c, t, h, w]; see `KVAE.encode_stream`.
+
+        Args:
+            method: how to compute (see `kvae.plan_encode`); the result is the same.
+            on_segment: called after each segment with its number of latent frames.
+
+        Raises:
+            WeightsError: there is no adapter to encode with.
+        """
+        self.check_encodes()
+        means = []
+        for posterior in self.kvae.encode_stream(to_kvae_pixels(x_B3THW), method):
+            means.append(posterior.mean)
+            on_segment(posterior.mean.shape[2])
+        return self.from_kvae(torch.cat(means, dim=2))
+
+    def decode(self, z_Bcthw: Tensor, method: Method = DEFAULT) -> Tensor:
+        """Raw latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W], about −1..1, not clipped.
+
+        Raises:
+            WeightsError: there is no adapter to decode with.
+        """
+        return torch.cat(list(self.decode_stream(z_Bcthw, method)), dim=2)
+
+    def decode_stream(self, z_Bcthw: Tensor, method: Method = DEFAULT) -> Iterator[Tensor]:
+        """The same, segment by segment. An adapter sees the whole clip first: latents are small, frames are not."""
+        for frames in self.kvae.decode_stream(self.to_kvae(z_Bcthw), method):
+            yield from_kvae_pixels(frames)
+
+    def to_kvae(self, z_Bcthw: Tensor) -> Tensor:
+        """Raw latents → KVAE's, both [B, c, t, h, w]."""
+        return z_Bcthw
+
+    def from_kvae(self, z_Bcthw: Tensor) -> Tensor:
+        """KVAE's latents → raw ones, both [B, c, t, h, w]."""
+        return z_Bcthw
+
+    def check_encodes(self) -> None:
+        """Refuse, before the work of encoding, what cannot be encoded for."""
+
+
+class HybridVAE(NativeVAE):
     """KVAE in place of the VAE whose latents the adapters translate.
 
     Args:
@@ -41,7 +92,7 @@ class HybridVAE(nn.Module):
         decode_adapter: LatentAdapter | None = None,
         encode_adapter: LatentAdapter | None = None,
     ):
-        super().__init__()
+        super().__init__(kvae)
         if decode_adapter is None and encode_adapter is None:
             raise WeightsError("HybridVAE needs an adapter: one to decode, one to encode, or both")
         for role, space in (
@@ -56,40 +107,7 @@ class HybridVAE(nn.Module):
             raise WeightsError(
                 f"the adapters serve two spaces, {decode_adapter.source.name} and {encode_adapter.target.name}"
             )
-        self.kvae = kvae
         self.decode_adapter, self.encode_adapter = decode_adapter, encode_adapter
-
-    def encode(
-        self, x_B3THW: Tensor, method: Method = DEFAULT, on_segment: Callable[[int], None] = lambda t: None
-    ) -> Tensor:
-        """[B, 3, T, H, W] in −1..1, any T, H, W → raw foreign latents [B, c, t, h, w]; see `KVAE.encode_stream`.
-
-        Args:
-            method: how to compute (see `kvae.plan_encode`); the result is the same.
-            on_segment: called after each segment with its number of latent frames.
-
-        Raises:
-            WeightsError: there is no encode_adapter.
-        """
-        self.check_encodes()
-        means = []
-        for posterior in self.kvae.encode_stream(to_kvae_pixels(x_B3THW), method):
-            means.append(posterior.mean)
-            on_segment(posterior.mean.shape[2])
-        return self.from_kvae(torch.cat(means, dim=2))
-
-    def decode(self, z_Bcthw: Tensor, method: Method = DEFAULT) -> Tensor:
-        """Raw foreign latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W], about −1..1, not clipped.
-
-        Raises:
-            WeightsError: there is no decode_adapter.
-        """
-        return torch.cat(list(self.decode_stream(z_Bcthw, method)), dim=2)
-
-    def decode_stream(self, z_Bcthw: Tensor, method: Method = DEFAULT) -> Iterator[Tensor]:
-        """The same, segment by segment. The adapter sees the whole clip first: latents are small, frames are not."""
-        for frames in self.kvae.decode_stream(self.to_kvae(z_Bcthw), method):
-            yield from_kvae_pixels(frames)
 
     def to_kvae(self, z_Bcthw: Tensor) -> Tensor:
         """Raw foreign latents → KVAE's, both [B, c, t, h, w].

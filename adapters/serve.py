@@ -20,41 +20,12 @@ from torch import Tensor, nn
 
 from ..kvae import KVAE, BudgetError, Method, Plan, plan_decode, plan_encode
 from .files import LatentAdapter
-from .hybrid import HybridVAE, from_kvae_pixels, to_kvae_pixels
+from .hybrid import HybridVAE, NativeVAE
 from .inspect import check_latent, check_shape
 from .spaces import native_space
 
 logger = logging.getLogger(__name__)
 WORKSPACE = 1.1  # what the convolution library takes for itself, beside what is counted
-
-
-class NativeVAE(nn.Module):
-    """A KVAE alone, with the interface and the pixels of HybridVAE."""
-
-    def __init__(self, kvae: KVAE):
-        super().__init__()
-        self.kvae = kvae
-
-    def to_kvae(self, z_Bcthw: Tensor) -> Tensor:
-        """The same latents."""
-        return z_Bcthw
-
-    from_kvae = to_kvae
-
-    def check_encodes(self) -> None:
-        """It does."""
-
-    def encode(self, x_B3THW: Tensor, method: Method, on_segment: Callable[[int], None]) -> Tensor:
-        """[B, 3, T, H, W] in −1..1 → raw latents [B, c, t, h, w]."""
-        means = []
-        for posterior in self.kvae.encode_stream(to_kvae_pixels(x_B3THW), method):
-            means.append(posterior.mean)
-            on_segment(posterior.mean.shape[2])
-        return torch.cat(means, dim=2)
-
-    def decode_stream(self, z_Bcthw: Tensor, method: Method) -> Iterator[Tensor]:
-        """Raw latents [B, c, t, h, w] → float32 frames, segment by segment."""
-        return map(from_kvae_pixels, self.kvae.decode_stream(z_Bcthw, method))
 
 
 class ServedVAE(nn.Module):
@@ -77,7 +48,7 @@ class ServedVAE(nn.Module):
         self, kvae: KVAE, decode_adapter: LatentAdapter | None = None, encode_adapter: LatentAdapter | None = None
     ):
         super().__init__()
-        self.vae: NativeVAE | HybridVAE
+        self.vae: NativeVAE
         if decode_adapter or encode_adapter:
             self.vae = HybridVAE(kvae, decode_adapter, encode_adapter)
             self.space = decode_adapter.source if decode_adapter else encode_adapter.target  # type: ignore[union-attr]
@@ -187,8 +158,8 @@ class ServedVAE(nn.Module):
     def _decode_clip(self, z_1cthw: Tensor, report: Callable[[int], None]) -> Iterator[Tensor]:
         """The frames of one clip. Where memory runs out, what is left is decoded in the way that takes least."""
         sent = 0
-        least = self._least(plan_decode, z_1cthw.shape)
-        for method in (self._method(plan_decode, z_1cthw.shape), least):
+        for last in (False, True):
+            method = (self._least if last else self._method)(plan_decode, z_1cthw.shape)
             done = 0
             try:
                 for frames in self.vae.decode_stream(self._place(z_1cthw), method):
@@ -199,23 +170,23 @@ class ServedVAE(nn.Module):
                         report(-(-frames.shape[2] // self.space.time))
                 return
             except torch.OutOfMemoryError:
-                if method is least:
+                if last:
                     raise
                 logger.warning("Out of memory after %d frames; going on in the way that takes least", sent)
 
     def _method(self, plan: Callable[..., Plan], shape: Sequence[int]) -> Method:
         if self.budget is not None:
             return self._plan(plan, shape, self.budget).method
-        try:
-            return self._plan(plan, shape, self.free_memory()).method
-        except BudgetError as error:
-            return error.least.method  # the count is cautious; a host that runs out all the same falls back to tiles
+        return self._nearest(plan, shape, self.free_memory())
 
     def _least(self, plan: Callable[..., Plan], shape: Sequence[int]) -> Method:
+        return self._nearest(plan, shape, 0)
+
+    def _nearest(self, plan: Callable[..., Plan], shape: Sequence[int], budget: int | None) -> Method:
         try:
-            return plan(self.kvae, _one(shape), 0, stream=True).method
+            return self._plan(plan, shape, budget).method
         except BudgetError as error:
-            return error.least.method
+            return error.least.method  # the count is cautious; a host that runs out all the same falls back to tiles
 
     def _plan(self, plan: Callable[..., Plan], shape: Sequence[int], budget: int | None) -> Plan:
         try:

@@ -44,7 +44,8 @@ class TiledVAE(ServedVAE):
         for clip, z in zip(x.split(1), z_Bcthw.split(1), strict=True):
             z_k = self.vae.to_kvae(self._place(z))
             method = self._method(plan_decode, (*z.shape[:3], rows[0][1], columns[0][1]))
-            decode = partial(self.kvae.decode_stream, method=method, norms=self._norms(z_k, rows, columns, method))
+            norms = self._norms(self.kvae.decode_stream, z_k, rows, columns, method)
+            decode = partial(self.kvae.decode_stream, method=method, norms=norms)
 
             def frames(
                 rows: Span, columns: Span, z_k: Tensor = z_k, decode: Callable[[Tensor], Iterator[Tensor]] = decode
@@ -73,7 +74,7 @@ class TiledVAE(ServedVAE):
 
         def encode_one(clip: Tensor) -> Tensor:
             clip = to_kvae_pixels(self._place(clip))
-            norms = self._norms(clip, rows, columns, method)
+            norms = self._norms(self.kvae.encode_stream, clip, rows, columns, method)
 
             def latents(rows: Span, columns: Span) -> Iterator[Tensor]:
                 part = clip[..., side * rows[0] : side * rows[1], side * columns[0] : side * columns[1]]
@@ -87,17 +88,18 @@ class TiledVAE(ServedVAE):
 
         return torch.cat([encode_one(clip) for clip in x.split(1)])
 
-    def _norms(self, x: Tensor, rows: list[Span], columns: list[Span], method: Method) -> Norms | None:
-        """For tiles of latents or pixels: the statistics of a version of the picture no larger than a tile."""
+    def _norms(
+        self, stream: Callable[..., Iterator], x: Tensor, rows: list[Span], columns: list[Span], method: Method
+    ) -> Norms | None:
+        """For the tiles of what `stream` takes: the statistics of a version of it no larger than a tile."""
         shrink = max(spans[-1][1] / spans[0][1] for spans in (rows, columns))
         if shrink == 1 or self.kvae.config.per_position:
             return None
-        decode = x.shape[1] == self.kvae.config.z_channels
-        side = 1 if decode else self.space.space
+        side = x.shape[3] // rows[-1][1]  # of a latent, in what the stream takes
         sides = (side * max(1, int(spans[-1][1] / shrink)) for spans in (rows, columns))
         small = F.interpolate(x.float(), (x.shape[2], *sides), mode="area")
         norms = Norms()
-        for _ in (self.kvae.decode_stream if decode else self.kvae.encode_stream)(small, method, norms=norms):
+        for _ in stream(small, method, norms=norms):
             pass
         return norms
 
