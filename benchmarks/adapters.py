@@ -31,10 +31,11 @@ from tqdm import tqdm
 
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.adapters.networks import Network
-from kvae_comfyui.adapters.ridge import Ridge
 from kvae_comfyui.training import extract, train
+from kvae_comfyui.training.closed_form import fit_both_ways
 from kvae_comfyui.training.dataset import open_pairs, spread
 from kvae_comfyui.training.evaluate import flicker, original_frames, psnr
+from kvae_comfyui.training.train import DIRECTIONS
 from kvae_comfyui.training.vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
 
 # B batch, c channels, t latent frames, h/w latent rows and columns; T frames, H/W pixels
@@ -44,7 +45,6 @@ Options = dict[str, Any]
 SIDE = 128
 LATENTS = 5  # of the pixel figures: 17 frames
 NOISES = (0.03, 0.1)  # deviation of white noise in the latents, as a share of each channel's own
-DIRECTIONS = ("h2k", "k2h")
 RECIPES: dict[str, Options] = {  # what differs from the defaults of `python -m training train`
     "default": {},
     "published, lr 1e-4": {"network": "published", "lr": 1e-4, "ema": 0.0},
@@ -88,10 +88,7 @@ def closed_forms(work: Path) -> dict[str, Row]:
     rows = {}
     for kernel in (1, 3):
         start = time.perf_counter()
-        fits = {name: Ridge(16, 16, kernel) for name in DIRECTIONS}
-        for pair in open_pairs(work / "train"):
-            fits["h2k"].add(pair.z_h[None], pair.z_k[None])
-            fits["k2h"].add(pair.z_k[None], pair.z_h[None])
+        fits = fit_both_ways(open_pairs(work / "train"), "cpu", kernel)
         networks: dict[str, list[Network]] = {name: [fit.solve().eval()] for name, fit in fits.items()}
         rows[f"affine {kernel}x{kernel}x{kernel}"] = Row(networks, time.perf_counter() - start)
     return rows

@@ -4,7 +4,7 @@
     python -m benchmarks.training_time … --epochs 25        # a tenth of the recipe, and a tenth of the ratio
 
 The published recipe trains from random weights: 1x1x1 networks, AdamW at 1e-4, batches of 512, 250 epochs. The other
-side is the first pass of `train`: affine 3x3x3 maps in closed form. Both read the same pairs, and both are judged by
+side is what `train` starts from: affine 3x3x3 maps in closed form. Both read the same pairs, and both are judged by
 their mean squared error on the validation pairs, outside of the time that is counted. Seconds are those of the CPU,
 with one thread, so that other work on the machine does not count. The last line is where the time of a training of the
 default network went: its epochs' seconds on the clock, and how many of them it waited for data.
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from kvae_comfyui.training import train
+from kvae_comfyui.training.closed_form import fit_both_ways
 from kvae_comfyui.training.dataset import Pairs, open_pairs
 
 CPU = torch.device("cpu")
@@ -43,14 +44,14 @@ def main() -> None:
     val = open_pairs(options.val_latent_root)
 
     start = time.process_time()
-    fits = train._first_pass(open_pairs(options.latent_root), train.TrainConfig(**roots))
+    fits = fit_both_ways(open_pairs(options.latent_root), "cpu")
     maps = {name: fit.solve() for name, fit in fits.items()}
     closed_form = time.process_time() - start
     ours = {name: error(network, name, val) for name, network in maps.items()}
     print(f"closed form: {closed_form:.1f} s, {shown(ours)}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        with beside("_first_pass", "_validate", "_report") as uncounted:
+        with beside("fit_both_ways", "_validate", "_report") as uncounted:
             start = time.process_time()
             rows = run(train.TrainConfig(**roots, **PUBLISHED, epochs=options.epochs, **outputs(folder)), folder)  # type: ignore[arg-type]
             published = time.process_time() - start - sum(uncounted)

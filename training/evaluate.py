@@ -15,18 +15,19 @@ Writes evaluation.txt, evaluation.json, evaluate.json, contact_sheet.png, worst_
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 from tqdm import tqdm
 
 from ..adapters.files import LatentAdapter, load_adapter
-from ..adapters.ridge import Ridge, add_both_ways
+from .closed_form import fit_both_ways
 from .dataset import Pairs, open_pairs, spread
 from .errors import UserError
 from .options import option, write_config, write_text
@@ -39,7 +40,6 @@ from .videos import EXTENSIONS, Clip, read_clip
 Map = Callable[[Tensor], Tensor]
 SHEET_CLIPS = 3
 WORST_CLIPS = 5
-FIT_PAIRS = 4096  # for the affine maps, as in training
 WAYS = {"KVAE": "H→K", "Hunyuan": "K→H"}  # each VAE, and the adapter before its decoder
 COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "Hunyuan through K→H"]
 
@@ -97,14 +97,14 @@ class AffineBaseline:
 
     def __init__(self, pairs: Pairs, config: EvaluateConfig):
         if config.train_latent_root:
-            self.maps = [_fit(iter(open_pairs(config.train_latent_root).spread(FIT_PAIRS)), config)] * 2
+            self.maps = [_maps(open_pairs(config.train_latent_root), config.device)] * 2
         else:
             if len(pairs) < 2:
                 raise UserError(f"{config.latent_root}: one pair only, so no affine map: give --train-latent-root")
             # halves of neighbours: clips of one video are neighbours, and must not be fitted and judged at once
             self.middle = len(pairs) // 2
-            halves = range(self.middle), range(self.middle, len(pairs))
-            self.maps = [_fit((pairs[i] for i in half), config) for half in reversed(halves)]
+            halves = np.split(np.arange(len(pairs)), [self.middle])
+            self.maps = [_maps(pairs.take(half), config.device) for half in reversed(halves)]
         self.halved = not config.train_latent_root
 
     def __call__(self, i: int, direction: str) -> Map:
@@ -112,13 +112,10 @@ class AffineBaseline:
         return self.maps[int(self.halved and i >= self.middle)][direction]
 
 
-def _fit(pairs: Iterator[Pair], config: EvaluateConfig) -> dict[str, Map]:
-    fits: dict[str, Ridge] = {}
-    for pair in pairs:
-        z_h, z_k = pair.z_h[None].to(config.device), pair.z_k[None].to(config.device)
-        add_both_ways(fits, z_h, z_k)
+def _maps(pairs: Pairs, device: str) -> dict[str, Map]:
+    fits = fit_both_ways(pairs, device)
     try:
-        return {name: fit.solve().to(config.device).eval() for name, fit in fits.items()}
+        return {name: fit.solve().to(device).eval() for name, fit in fits.items()}
     except ValueError as error:
         raise UserError(f"no affine baseline: {error}, or give --train-latent-root") from None
 

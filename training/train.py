@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from ..adapters.files import LatentAdapter, save_adapter
 from ..adapters.networks import NETWORKS, Affine, Network, Published, Residual, build_network
-from ..adapters.ridge import Ridge, add_both_ways
+from ..adapters.ridge import Ridge
 from ..adapters.spaces import LatentSpace
 from ..kvae.files import save_weights
 from .ahead import ahead
 from .checkpoint import open_state, optimiser_tensors, restore_optimiser
+from .closed_form import fit_both_ways
 from .dataset import Groups, Pairs, batches, open_pairs
 from .errors import UserError
 from .evaluate import latent_figures
@@ -45,7 +46,6 @@ SAVE_SECONDS = 60
 DIRECTIONS = ("h2k", "k2h")
 WARMUP_STEPS = 20
 BATCHES_AHEAD = 4
-FIT_PAIRS = 4096  # 44 million positions at 240x320, for maps of 433 unknowns a channel
 VAL_PAIRS = 2000
 
 
@@ -94,7 +94,7 @@ def run(config: TrainConfig) -> int:
     config = replace(config, device=str(processes.device))
     _check(config)
     train, val = _split(config)
-    fits = _first_pass(train, config)
+    fits = fit_both_ways(train, config.device)
     spaces = read_spaces(config.latent_root)
     _check_channels(fits, spaces)
     state = _start(config, fits)
@@ -180,18 +180,6 @@ def _split(config: TrainConfig) -> tuple[Pairs, Pairs]:
     np.random.default_rng(config.seed).shuffle(videos)
     held_out = np.isin(of_pair, videos[: max(1, len(videos) // 20)])
     return pairs.take(~held_out), pairs.take(held_out).spread(VAL_PAIRS)
-
-
-def _first_pass(train: Pairs, config: TrainConfig) -> dict[str, Ridge]:
-    """Closed-form fits both ways, with the statistics they gather."""
-    fits: dict[str, Ridge] = {}
-    some = train.spread(FIT_PAIRS)
-    for i, pair in enumerate(tqdm(some, desc="first pass", total=len(some), leave=False, disable=None)):
-        z_h, z_k = pair.z_h[None].to(config.device), pair.z_k[None].to(config.device)
-        if fits and (z_h.shape[1], z_k.shape[1]) != (fits["h2k"].in_channels, fits["h2k"].out_channels):
-            raise UserError(f"{some.name(i)}: {z_h.shape[1]} and {z_k.shape[1]} channels; the pairs before had others")
-        add_both_ways(fits, z_h, z_k)
-    return fits
 
 
 def _sight(state: State) -> int | None:
