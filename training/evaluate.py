@@ -30,7 +30,8 @@ from ..adapters.files import LatentAdapter, load_adapter
 from .closed_form import fit_both_ways
 from .dataset import Pairs, open_pairs, spread
 from .errors import UserError
-from .options import option, write_config, write_text
+from .files import write_text
+from .options import option, write_config
 from .pairs import Pair, Source, read_manifest, read_spaces
 from .pictures import contact_sheet
 from .report import write_report

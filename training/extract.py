@@ -25,7 +25,8 @@ from tqdm import tqdm
 from ..kvae import padded_frames
 from .ahead import ahead
 from .errors import UserError
-from .options import option, write_text
+from .files import write_text
+from .options import option
 from .pairs import SUFFIX, Pair, Source, read_manifest, write_pair
 from .processes import Processes
 from .vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kandinsky_vae

@@ -8,7 +8,6 @@ HF_HUB_OFFLINE are respected.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from ..kvae.files import Weights, what_is
 from ..kvae.find import FILE_NAMES
 from ..kvae.load import official_key
 from .errors import UserError
+from .files import sha256_of
 from .options import option
 
 KNOWN = {
@@ -136,15 +136,10 @@ def download(repository: str, file: str, target: Path) -> Path:
             )
     except failures as error:
         raise UserError(f"{url}: {_first_line(error)}; the same command goes on from here") from None
-    if len(about.etag) == 64 and _sha256(partial) != about.etag:  # of a large file the hub's tag is its hash
+    if len(about.etag) == 64 and sha256_of(partial) != about.etag:  # of a large file the hub's tag is its hash
         partial.unlink()
         raise UserError(f"{url}: what came is damaged; the same command downloads it again")
     return partial
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import MISSING, Field, asdict, field, fields
 from pathlib import Path
 from typing import Any
+
+from .files import write_text
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -31,17 +32,6 @@ def _settings(each: Field) -> dict[str, Any]:
     if each.default not in (None, ""):
         settings["help"] += " (default: %(default)s)"
     return settings | {"default": each.default}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_config(path: Path, command: str, config: Any) -> None:

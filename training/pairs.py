@@ -6,7 +6,6 @@ The published format, both ways. Ours adds metadata (which frames of which video
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..adapters.spaces import LatentSpace, space
 from .errors import UserError
+from .files import write_bytes
 
 SUFFIX = ".safetensors.zst"
 MAX_BYTES = 2**30  # a pair of 1080p minutes is far below; anything above is not a pair
@@ -59,14 +59,7 @@ def write_pair(path: Path, pair: Pair) -> None:
     """Write a pair, whole or not at all."""
     tensors = {"z_h": pair.z_h.half().contiguous().cpu(), "z_k": pair.z_k.half().contiguous().cpu()}
     metadata = {"source": json.dumps(asdict(pair.source))} if pair.source else None
-    data = zstandard.ZstdCompressor(level=6).compress(save(tensors, metadata))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes(path, zstandard.ZstdCompressor(level=6).compress(save(tensors, metadata)))
 
 
 def read_pair(path: Path) -> Pair:

@@ -8,7 +8,6 @@ Written by `train` with what latents say, on the validation pairs, and by `evalu
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.files import load_adapter
-from .options import write_text
+from .files import sha256_of, write_text
 
 # of each direction: its name, its row of the pixel figures, and the rows of its baseline and of its limit
 DIRECTIONS = {
@@ -110,11 +109,9 @@ def model_card(report: dict[str, Any]) -> str:
 
 def _about(path: Path) -> dict[str, Any]:
     adapter = load_adapter(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "file": path.name,
-        "sha256": digest,
+        "sha256": sha256_of(path),
         "source": adapter.source.name,
         "target": adapter.target.name,
         "network": type(adapter.network).__name__,

@@ -29,7 +29,8 @@ from ..kvae import WeightsError
 from ..kvae.files import Weights, save_weights
 from .crops import Slices
 from .errors import UserError
-from .options import option, write_text
+from .files import write_text
+from .options import option
 from .pairs import SUFFIX, Pair, Shape, Source, find_pairs, pair_shape, read_manifest, read_pair, write_pair
 
 FORMAT = "kvae-latent-shards/1"

@@ -36,8 +36,9 @@ from .closed_form import fit_both_ways
 from .dataset import Groups, Pairs, batches, open_pairs
 from .errors import UserError
 from .evaluate import latent_figures
+from .files import write_bytes, write_text
 from .interrupts import BetweenSteps
-from .options import option, write_config, write_text
+from .options import option, write_config
 from .pairs import read_manifest, read_spaces
 from .processes import Processes
 from .report import curves_png, write_report
@@ -407,4 +408,4 @@ def _report(
     result = {"latent": latent_figures(val, h2k, k2h, (lambda i, name: maps[name]) if maps else None)}
     write_report(log_file.parent, {"h2k": Path(config.out_h2k), "k2h": Path(config.out_k2h)}, result, log_file, {})
     rows = [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
-    (log_file.parent / "train.png").write_bytes(curves_png(rows))
+    write_bytes(log_file.parent / "train.png", curves_png(rows))

@@ -6,7 +6,6 @@ x_B3THW uint8 frames, z_Bcthw raw float32 latents, y_B3THW float32 pixels 0..255
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..kvae.files import Weights, what_is
 from ..kvae.find import find_weights
 from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, from_unit, to_unit
 from .errors import UserError
+from .files import sha256_of
 
 ASSETS = Path(__file__).parent / "assets"
 TINY = {"hunyuan": ASSETS / "tiny_hunyuan.safetensors", "kvae": ASSETS / "tiny_kvae.safetensors"}
@@ -114,13 +114,13 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
         wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         raise WeightsError(f"{path}: {len(wrong)} tensors are not those of a HunyuanVideo VAE, first {wrong[0]}")
     vae.load_state_dict({key: tensor.to(dtype) for key, tensor in state.items()}, assign=True)
-    return HunyuanVAE(vae.to(device).eval().requires_grad_(False), name, _digest(path))
+    return HunyuanVAE(vae.to(device).eval().requires_grad_(False), name, sha256_of(path))
 
 
 def load_kandinsky_vae(name: str, device: str, dtype: torch.dtype = torch.float32) -> KandinskyVAE:
     """A KVAE-3D from "tiny", a folder, a .safetensors file or a hub id. Raises as `load_hunyuan_vae` does."""
     path = _weights_file(name, "kvae", subfolder="")
-    return KandinskyVAE(load_kvae(path, dtype, device), name, _digest(path))
+    return KandinskyVAE(load_kvae(path, dtype, device), name, sha256_of(path))
 
 
 def check_grids(hunyuan: LatentSpace, kvae: LatentSpace) -> None:
@@ -181,8 +181,3 @@ def _config(path: Path, weights: Weights) -> dict:
         return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     except ValueError as error:
         raise WeightsError(f"{path}: its config is not JSON ({error})") from None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
