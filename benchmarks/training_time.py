@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from kvae_comfyui.training import train
 from kvae_comfyui.training.closed_form import fit_both_ways
 from kvae_comfyui.training.dataset import Pairs, open_pairs
+from kvae_comfyui.training.log import read_log
 
 CPU = torch.device("cpu")
 PUBLISHED = {"network": "published", "batch_size": 512, "lr": 1e-4, "ema": 0.0}
@@ -98,7 +98,7 @@ def run(config: train.TrainConfig, folder: str) -> list[dict]:
     """The rows of the training's log."""
     with contextlib.redirect_stdout(io.StringIO()):
         train.run(config)
-    return [json.loads(line) for line in Path(folder, "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_log(Path(folder, "train.jsonl"))
 
 
 @torch.inference_mode()

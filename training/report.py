@@ -17,6 +17,7 @@ from typing import Any
 
 from ..adapters.files import load_adapter
 from .files import sha256_of, write_text
+from .log import read_log
 
 # of each direction: its name, its row of the pixel figures, and the rows of its baseline and of its limit
 DIRECTIONS = {
@@ -45,12 +46,11 @@ def write_report(
         log_file: the metrics of the training, where they are at hand.
         sheets: pictures to show, by title.
     """
-    rows = _rows(log_file)
     report = {
         "verdict": verdict(result),
         "adapters": {name: _about(path) for name, path in adapters.items()},
         "evaluation": result,
-        "curves": rows,
+        "curves": read_log(log_file),
     }
     write_text(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_text(folder / "report.html", _page(report, {title: p.read_bytes() for title, p in sheets.items()}))
@@ -136,12 +136,6 @@ def _facts(about: dict[str, Any]) -> list[tuple[str, str]]:
         shown = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in PLACES and value != "")
         facts.append((f"settings of {title}", shown or "not said"))
     return facts
-
-
-def _rows(log_file: Path) -> list[dict[str, Any]]:
-    if not log_file.is_file():
-        return []
-    return [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
 
 
 Table = list[list[str]]  # the first row is the head

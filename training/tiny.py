@@ -39,6 +39,7 @@ from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, to_unit
 from .checkpoint import open_state, optimiser_tensors, restore_optimiser
 from .errors import UserError
 from .interrupts import BetweenSteps
+from .log import add_to_log
 from .muon import Muon
 from .options import option
 from .vaes import load_hunyuan_vae
@@ -119,8 +120,7 @@ def train(trainer: Trainer, stages: list[Stage], data: Data, state_file: Path, i
                 elif trainer.step % SAVE_STEPS == 0:
                     row |= trainer.validate(data.validation[::QUICK_VALIDATION])
                     trainer.save(state_file)
-                with log_file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                add_to_log(log_file, row)
                 if "val_psnr" in row:
                     print(json.dumps(row), flush=True)
                 if interrupts.noted:

@@ -36,8 +36,9 @@ from .closed_form import fit_both_ways
 from .dataset import Groups, Pairs, batches, open_pairs
 from .errors import UserError
 from .evaluate import latent_figures
-from .files import write_bytes, write_text
+from .files import write_bytes
 from .interrupts import BetweenSteps
+from .log import add_to_log, read_log, rewind_log
 from .options import option, write_config
 from .pairs import read_manifest, read_spaces
 from .processes import Processes
@@ -106,7 +107,7 @@ def run(config: TrainConfig) -> int:
     processes.wait()  # none is to find the state that another saves
     if processes.main:
         write_config(out / "train.json", "train", config)
-        _rewind(log_file, -1 if fresh else state.step)
+        rewind_log(log_file, -1 if fresh else state.step)
     if fresh:
         _validate(state, val, config, log_file, 0, processes)
         processes.say(f"Training on {len(train)} latent pairs, validating on {len(val)}")
@@ -310,14 +311,7 @@ def _validate(state: State, val: Pairs, config: TrainConfig, log_file: Path, epo
 
 def _log(path: Path, row: dict, processes: Processes) -> None:
     if processes.main:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def _rewind(path: Path, step: int) -> None:
-    """Keep the rows of the log up to a step: what was logged after the state was saved will be logged again."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        add_to_log(path, row)
 
 
 def _save(state: State, path: Path, config: TrainConfig) -> None:
@@ -407,5 +401,4 @@ def _report(
         maps = {}
     result = {"latent": latent_figures(val, h2k, k2h, (lambda i, name: maps[name]) if maps else None)}
     write_report(log_file.parent, {"h2k": Path(config.out_h2k), "k2h": Path(config.out_k2h)}, result, log_file, {})
-    rows = [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
-    write_bytes(log_file.parent / "train.png", curves_png(rows))
+    write_bytes(log_file.parent / "train.png", curves_png(read_log(log_file)))
