@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from .crops import Slices, crop_shape, random_crop, weights, whole
-from .pairs import Pair, Shape, find_pairs, read_pair, read_shape
-from .shards import INDEX, Shards, clip_name
+from .pairs import Pair, Shape, clip_name, find_pairs, read_pair, read_shape
+from .shards import INDEX, Shards
 
 CACHE_BYTES = 4 * 2**30
 Shapes = tuple[list[Shape], np.ndarray]  # the shapes there are, and which of them each pair has

@@ -22,9 +22,8 @@ from . import evaluate, extract, train
 from .dataset import open_pairs, spread, video_of
 from .errors import UserError
 from .options import option, write_config
-from .pairs import find_pairs
+from .pairs import clip_name, find_pairs
 from .pictures import side_by_side
-from .shards import clip_name
 from .vaes import load_hunyuan_vae, load_kandinsky_vae
 from .videos import find_videos, frame_rate, write_video
 

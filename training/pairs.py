@@ -141,6 +141,11 @@ def find_pairs(root: str | Path) -> list[Path]:
     return paths
 
 
+def clip_name(path: Path, root: Path) -> str:
+    """What the clip of a pair file is called: its path in the folder, without the suffix."""
+    return path.relative_to(root).as_posix().removesuffix(SUFFIX)
+
+
 def read_manifest(root: str | Path) -> dict:
     """How the pairs of a folder were made: settings, and the VAEs by hash. Empty for folders that do not say."""
     try:

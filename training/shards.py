@@ -31,7 +31,7 @@ from .crops import Slices
 from .errors import UserError
 from .files import write_text
 from .options import option
-from .pairs import SUFFIX, Pair, Shape, Source, find_pairs, pair_shape, read_manifest, read_pair, write_pair
+from .pairs import SUFFIX, Pair, Shape, Source, clip_name, find_pairs, pair_shape, read_manifest, read_pair, write_pair
 
 FORMAT = "kvae-latent-shards/1"
 INDEX = "index.json"
@@ -57,7 +57,7 @@ def run_pack(config: PackConfig) -> int:
     paths = find_pairs(root)
     _copy_manifest(root, out)
     shards = [_describe(path) for path in sorted(out.glob("*.safetensors"))]
-    packed = {entry["clip"] for shard in shards for entry in _clips(out / shard["file"])}
+    packed = {entry["clip"] for shard in shards for entry in _clips(Weights(out / shard["file"])["clips"])}
     todo = [path for path in paths if clip_name(path, root) not in packed]
     for clips, pairs in _grouped(todo, root):
         path = out / f"{len(shards):05d}.safetensors"
@@ -89,11 +89,6 @@ def run_unpack(config: UnpackConfig) -> int:
             made += 1
     print(f"{made} pairs unpacked, {len(shards) - made} already there → {out}")
     return 0
-
-
-def clip_name(path: Path, root: Path) -> str:
-    """What a pair file is called in a shard: its path in the folder, without the suffix."""
-    return path.relative_to(root).as_posix().removesuffix(SUFFIX)
 
 
 def _copy_manifest(root: Path, out: Path) -> None:
@@ -151,8 +146,9 @@ def _describe(path: Path) -> dict:
     return {"file": path.name, "pairs": n, "z_h": z_h, "z_k": list(weights.shapes["z_k"][1:])}
 
 
-def _clips(path: Path) -> list[dict]:
-    return json.loads(Weights(path)["clips"].numpy().tobytes())
+def _clips(tensor: Tensor) -> list[dict]:
+    """Names and sources, off a shard's `clips`."""
+    return json.loads(tensor.numpy().tobytes())
 
 
 def _statistics(paths: list[Path]) -> dict[str, dict[str, list[float]]]:
@@ -173,7 +169,7 @@ def _statistics(paths: list[Path]) -> dict[str, dict[str, list[float]]]:
 
 
 class Shards:
-    """Pairs of a folder of shards by number. Nothing of a clip is held; what is read is copied out of the mapping.
+    """Pairs of a folder of shards by number. No latents are held; what is read is copied out of the mapping.
 
     Raises:
         UserError: the index is not one.
@@ -185,7 +181,6 @@ class Shards:
             index = json.loads((root / INDEX).read_text(encoding="utf-8"))
             if index["format"] != FORMAT:
                 raise ValueError(f"its format is {index['format']}, not {FORMAT}")
-            self.statistics = index["statistics"]
             self.files = [str(shard["file"]) for shard in index["shards"]]
             self.shard_shapes = [
                 pair_shape(root / shard["file"], {"z_h": shard["z_h"], "z_k": shard["z_k"]})
@@ -197,12 +192,13 @@ class Shards:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{root / INDEX}: not the index of packed pairs ({error}); pack them again") from None
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
+        self._clips = lru_cache(1)(self._read_clips)  # pairs are read shard after shard, but for crops, which need none
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def names(self) -> Iterator[str]:
-        """The clips' names in order, one shard in memory at a time."""
+        """The clips' names in order; those of one shard are in memory, and of the next while it is read."""
         for number in range(len(self.files)):
             yield from (entry["clip"] for entry in self._clips(number))
 
@@ -239,8 +235,8 @@ class Shards:
     def _slice(self, number: int, name: str):
         return self._open(number).get_slice(name)
 
-    def _clips(self, number: int) -> list[dict]:
-        return json.loads(self._open(number).get_tensor("clips").numpy().tobytes())
+    def _read_clips(self, number: int) -> list[dict]:
+        return _clips(self._open(number).get_tensor("clips"))
 
     def _open_shard(self, number: int):
         path = self.root / self.files[number]
