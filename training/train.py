@@ -89,70 +89,120 @@ class State:
     sums: tuple[float, float, int] = (0.0, 0.0, 0)  # of the running epoch: squared errors both ways, clips
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a training is of: settled before the first step, the same to the last."""
+
+    config: TrainConfig
+    processes: Processes
+    train: Pairs
+    val: Pairs
+    spaces: tuple[LatentSpace, LatentSpace]  # of z_h and of z_k
+    fits: dict[str, Ridge]
+
+    @property
+    def adapter_files(self) -> dict[str, Path]:
+        return {"h2k": Path(self.config.out_h2k), "k2h": Path(self.config.out_k2h)}
+
+    @property
+    def folder(self) -> Path:
+        return self.adapter_files["h2k"].parent
+
+    @property
+    def log_file(self) -> Path:
+        return self.folder / "train.jsonl"
+
+    @property
+    def resume_file(self) -> Path:
+        return self.adapter_files["h2k"].with_suffix(".resume.safetensors")
+
+
 def run(config: TrainConfig) -> int:
     """Train, or go on training; returns 0."""
     started = time.time()
+    job = _prepare(config)
+    state = _start(job)
+    _resume_or_begin(state, job)
+    _train(state, job)
+    if job.processes.main:
+        adapters = _write_adapters(state, job, time.time() - started)
+        _report(adapters, job)
+        job.resume_file.unlink(missing_ok=True)
+    return 0
+
+
+def _prepare(config: TrainConfig) -> Job:
     processes = Processes(config.device)
     config = replace(config, device=str(processes.device))
     _check(config)
     train, val = _split(config)
     fits = fit_both_ways(train, config.device)
-    spaces = read_spaces(config.latent_root)
-    _check_channels(fits, spaces)
-    state = _start(config, fits)
-    out = Path(config.out_h2k).parent
-    resume_file = Path(config.out_h2k).with_suffix(".resume.safetensors")
-    log_file = out / "train.jsonl"
-    fresh = not _resume(state, resume_file, config)
-    processes.wait()  # none is to find the state that another saves
-    if processes.main:
-        write_config(out / "train.json", "train", config)
-        rewind_log(log_file, -1 if fresh else state.step)
-    if fresh:
-        _validate(state, val, config, log_file, 0, processes)
-        processes.say(f"Training on {len(train)} latent pairs, validating on {len(val)}")
-    else:
-        processes.say(f"Going on from step {state.step}, saved in {resume_file}")
+    job = Job(config, processes, train, val, read_spaces(config.latent_root), fits)
+    _check_channels(job)
+    return job
 
-    radius = _sight(state)
-    groups = train.groups(radius)
-    steps = sum(math.ceil(len(group) / config.batch_size) for group in groups.values())
-    last_save = time.time()
+
+def _resume_or_begin(state: State, job: Job) -> None:
+    """Fill the state from what was saved, where something was; else judge the networks as they start."""
+    resumed = _resume(state, job)
+    job.processes.wait()  # none is to find the state that another saves
+    if job.processes.main:
+        write_config(job.folder / "train.json", "train", job.config)
+        rewind_log(job.log_file, state.step if resumed else -1)
+    if resumed:
+        job.processes.say(f"Going on from step {state.step}, saved in {job.resume_file}")
+    else:
+        _validate(state, job)
+        job.processes.say(f"Training on {len(job.train)} latent pairs, validating on {len(job.val)}")
+
+
+def _train(state: State, job: Job) -> None:
+    """The epochs that are not behind us, each validated and saved."""
+    groups = job.train.groups(_sight(state))
     with BetweenSteps() as interrupts:
-        for epoch in range(state.epoch, config.epochs):
-            epoch_started, waited = time.perf_counter(), 0.0
-            done = state.step - epoch * steps
-            label = f"epoch {epoch + 1}/{config.epochs}"
-            hidden = None if processes.main else True
-            stream = ahead([_batches(train, groups, radius, config, epoch, done, processes)], 1, BATCHES_AHEAD)
-            with closing(stream), tqdm(initial=done, total=steps, desc=label, leave=False, disable=hidden) as bar:
-                while state.step < (epoch + 1) * steps:
-                    waiting_since = time.perf_counter()
-                    batch = next(stream)
-                    waited += time.perf_counter() - waiting_since
-                    interrupted = _step(state, batch, config, steps * config.epochs, processes, interrupts)
-                    bar.update()
-                    if processes.main and (interrupted or time.time() - last_save > SAVE_SECONDS):
-                        _save(state, resume_file, config)
-                        last_save = time.time()
-                    if interrupted:
-                        raise KeyboardInterrupt
-            h2k, k2h, clips = state.sums
-            processes.say(
-                f"  Epoch {epoch + 1}/{config.epochs} - H→K MSE: {h2k / clips:.6f} | K→H MSE: {k2h / clips:.6f}"
-            )
-            row = {"step": state.step, "train_h2k": h2k / clips, "train_k2h": k2h / clips}
-            row |= {"seconds": time.perf_counter() - epoch_started, "waited": waited}
-            _log(log_file, row, processes)
-            state.epoch, state.sums = epoch + 1, (0.0, 0.0, 0)
-            _validate(state, val, config, log_file, epoch + 1, processes)
-            if processes.main:
-                _save(state, resume_file, config)
-    if processes.main:
-        _write_adapters(state, fits, spaces, config, train, val, time.time() - started)
-        _report(state, fits, spaces, val, config, log_file)
-        resume_file.unlink(missing_ok=True)
-    return 0
+        while state.epoch < job.config.epochs:
+            started = time.perf_counter()
+            waited = _epoch(state, job, groups, interrupts)
+            _close_epoch(state, job, {"seconds": time.perf_counter() - started, "waited": waited})
+            _validate(state, job)
+            if job.processes.main:
+                _save(state, job)
+
+
+def _epoch(state: State, job: Job, groups: Groups, interrupts: BetweenSteps) -> float:
+    """The steps of an epoch that are not behind us, saved now and then; returns the seconds that it waited for data.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came in one of the processes; the state is saved.
+    """
+    config, processes = job.config, job.processes
+    steps = sum(math.ceil(len(group) / config.batch_size) for group in groups.values())
+    done = state.step - state.epoch * steps
+    label, hidden = f"epoch {state.epoch + 1}/{config.epochs}", None if processes.main else True
+    stream = ahead([_batches(job, groups, _sight(state), state.epoch, done)], 1, BATCHES_AHEAD)
+    waited, last_save = 0.0, time.time()
+    with closing(stream), tqdm(initial=done, total=steps, desc=label, leave=False, disable=hidden) as bar:
+        for _ in range(done, steps):
+            waiting_since = time.perf_counter()
+            batch = next(stream)
+            waited += time.perf_counter() - waiting_since
+            interrupted = _step(state, batch, job, steps * config.epochs, interrupts)
+            bar.update()
+            if processes.main and (interrupted or time.time() - last_save > SAVE_SECONDS):
+                _save(state, job)
+                last_save = time.time()
+            if interrupted:
+                raise KeyboardInterrupt
+    return waited
+
+
+def _close_epoch(state: State, job: Job, times: dict[str, float]) -> None:
+    """Say and log what the epoch's steps gave."""
+    h2k, k2h, clips = state.sums
+    state.epoch, state.sums = state.epoch + 1, (0.0, 0.0, 0)
+    label = f"Epoch {state.epoch}/{job.config.epochs}"
+    job.processes.say(f"  {label} - H→K MSE: {h2k / clips:.6f} | K→H MSE: {k2h / clips:.6f}")
+    _log(job, {"step": state.step, "train_h2k": h2k / clips, "train_k2h": k2h / clips} | times)
 
 
 def _check(config: TrainConfig) -> None:
@@ -191,32 +241,21 @@ def _sight(state: State) -> int | None:
     return max(network.radius for network in state.networks.values())
 
 
-def _check_channels(fits: dict[str, Ridge], spaces: tuple[LatentSpace, LatentSpace]) -> None:
-    found = fits["h2k"].in_channels, fits["h2k"].out_channels
-    if found != (spaces[0].channels, spaces[1].channels):
+def _check_channels(job: Job) -> None:
+    h, k = job.spaces
+    found = job.fits["h2k"].in_channels, job.fits["h2k"].out_channels
+    if found != (h.channels, k.channels):
         raise UserError(
-            f"the pairs have {found[0]} and {found[1]} channels; expected {spaces[0].channels} ({spaces[0].name}) and "
-            f"{spaces[1].channels} ({spaces[1].name})"
+            f"the pairs have {found[0]} and {found[1]} channels; expected {h.channels} ({h.name}) and "
+            f"{k.channels} ({k.name})"
         )
 
 
-def _start(config: TrainConfig, fits: dict[str, Ridge]) -> State:
+def _start(job: Job) -> State:
+    """The state before the first step."""
+    config, fits = job.config, job.fits
     torch.manual_seed(config.seed)
-    networks: dict[str, Network] = {}
-    for name in DIRECTIONS:
-        fit, back = fits[name], fits[DIRECTIONS[1 - DIRECTIONS.index(name)]]
-        network = build_network(config.network, in_channels=fit.in_channels, out_channels=fit.out_channels)
-        if isinstance(network, Affine | Residual):
-            try:
-                network.affine.load_state_dict(fit.solve().affine.state_dict())
-            except ValueError as error:
-                raise UserError(f"{config.latent_root}: {error}") from None
-        if isinstance(network, Residual):
-            mean, std = back.target_statistics()
-            network.source_mean.copy_(mean)
-            network.source_std.copy_(std)
-            network.target_std.copy_(fit.target_statistics()[1])
-        networks[name] = network.to(config.device)
+    networks = {"h2k": _network(config, fits["h2k"], fits["k2h"]), "k2h": _network(config, fits["k2h"], fits["h2k"])}
     averages = {name: _copy(network) for name, network in networks.items()}
     parameters = [p for name in DIRECTIONS for p in networks[name].parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
@@ -224,24 +263,40 @@ def _start(config: TrainConfig, fits: dict[str, Ridge]) -> State:
     return State(networks, averages, best, dict.fromkeys(DIRECTIONS, math.inf), optimiser)
 
 
+def _network(config: TrainConfig, fit: Ridge, back: Ridge) -> Network:
+    """A network of one direction on the device: where it can, it starts at the closed form.
+
+    Args:
+        back: the fit of the other direction, which knows the source's statistics.
+
+    Raises:
+        UserError: there are too few pairs for the closed form.
+    """
+    network = build_network(config.network, in_channels=fit.in_channels, out_channels=fit.out_channels)
+    if isinstance(network, Affine | Residual):
+        try:
+            network.affine.load_state_dict(fit.solve().affine.state_dict())
+        except ValueError as error:
+            raise UserError(f"{config.latent_root}: {error}") from None
+    if isinstance(network, Residual):
+        mean, std = back.target_statistics()
+        network.source_mean.copy_(mean)
+        network.source_std.copy_(std)
+        network.target_std.copy_(fit.target_statistics()[1])
+    return network.to(config.device)
+
+
 def _copy(network: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in network.state_dict().items()}
 
 
-def _batches(
-    train: Pairs,
-    groups: Groups,
-    radius: int | None,
-    config: TrainConfig,
-    epoch: int,
-    start: int,
-    processes: Processes,
-) -> Iterator[Batch]:
+def _batches(job: Job, groups: Groups, radius: int | None, epoch: int, start: int) -> Iterator[Batch]:
     """The batches of an epoch from its batch `start` on: this process' share of each, on the device."""
+    config, processes = job.config, job.processes
     for numbers in batches(groups, config.batch_size, config.seed, epoch, start):
         mine = numbers[processes.rank :: processes.count]
         parts = [part for part in np.array_split(mine, processes.accumulation) if len(part)]
-        crops = [train.crops(part, radius, config.seed, epoch, processes.device) for part in parts]
+        crops = [job.train.crops(part, radius, config.seed, epoch, processes.device) for part in parts]
         yield Batch(len(numbers), crops)
 
 
@@ -250,10 +305,9 @@ def _error(found: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return ((found - target).square().mean(1, keepdim=True) * weight).sum() / len(weight)
 
 
-def _step(
-    state: State, batch: Batch, config: TrainConfig, total: int, processes: Processes, interrupts: BetweenSteps
-) -> bool:
-    """One optimiser step on both adapters, the same in all processes; whether one of them was interrupted."""
+def _step(state: State, batch: Batch, job: Job, total: int, interrupts: BetweenSteps) -> bool:
+    """One of `total` steps on both adapters, the same in all processes; whether one of those was interrupted."""
+    config, processes = job.config, job.processes
     if config.network != "published":
         for group in state.optimiser.param_groups:
             group["lr"] = config.lr * min(1, (state.step + 1) / WARMUP_STEPS) * (1 - state.step / total)
@@ -290,15 +344,16 @@ def _over_processes(state: State, sums: Tensor, processes: Processes) -> Tensor:
 
 
 @torch.inference_mode()
-def _validate(state: State, val: Pairs, config: TrainConfig, log_file: Path, epoch: int, processes: Processes) -> None:
+def _validate(state: State, job: Job) -> None:
     """Validation MSE of the averaged weights; the best of each direction is kept."""
-    row: dict[str, float] = {"step": state.step, "epoch": epoch}
+    val, processes = job.val, job.processes
+    row: dict[str, float] = {"step": state.step, "epoch": state.epoch}
     for name, network in state.networks.items():
         live = _copy(network)
         network.load_state_dict(state.averages[name])
         error = torch.zeros((), dtype=torch.float64)
         for i in range(processes.rank, len(val), processes.count):
-            z_h, z_k = val.batch([i], torch.device(config.device))
+            z_h, z_k = val.batch([i], processes.device)
             source, target = (z_h, z_k) if name == "h2k" else (z_k, z_h)
             error += F.mse_loss(network(source), target).item()
         network.load_state_dict(live)
@@ -306,15 +361,15 @@ def _validate(state: State, val: Pairs, config: TrainConfig, log_file: Path, epo
         if row[f"val_{name}"] < state.best_mse[name]:
             state.best_mse[name] = row[f"val_{name}"]
             state.best[name] = {key: tensor.clone() for key, tensor in state.averages[name].items()}
-    _log(log_file, row, processes)
+    _log(job, row)
 
 
-def _log(path: Path, row: dict, processes: Processes) -> None:
-    if processes.main:
-        add_to_log(path, row)
+def _log(job: Job, row: dict[str, float]) -> None:
+    if job.processes.main:
+        add_to_log(job.log_file, row)
 
 
-def _save(state: State, path: Path, config: TrainConfig) -> None:
+def _save(state: State, job: Job) -> None:
     """The state as safetensors: nothing here is ever unpickled."""
     tensors: dict[str, Tensor] = {}
     for name in DIRECTIONS:
@@ -326,24 +381,25 @@ def _save(state: State, path: Path, config: TrainConfig) -> None:
             tensors |= {f"{kind}.{name}.{key}": tensor for key, tensor in weights.items()}
     tensors |= optimiser_tensors("optimiser", state.optimiser)
     metadata = {
-        "config": json.dumps(asdict(config)),
+        "config": json.dumps(asdict(job.config)),
         "progress": json.dumps(
             {"step": state.step, "epoch": state.epoch, "sums": state.sums, "best_mse": state.best_mse}
         ),
     }
-    save_weights(path, {key: tensor.clone() for key, tensor in tensors.items()}, metadata)
+    save_weights(job.resume_file, {key: tensor.clone() for key, tensor in tensors.items()}, metadata)
 
 
-def _resume(state: State, path: Path, config: TrainConfig) -> bool:
+def _resume(state: State, job: Job) -> bool:
     """Fill the state from the file, where there is one."""
-    saved = open_state(path, config)
+    saved = open_state(job.resume_file, job.config)
     if saved is None:
         return False
+    device = job.processes.device
     for name in DIRECTIONS:
         keys = state.networks[name].state_dict()
         state.networks[name].load_state_dict({key: saved[f"live.{name}.{key}"] for key in keys})
-        state.averages[name] = {key: saved[f"average.{name}.{key}"].to(config.device) for key in keys}
-        state.best[name] = {key: saved[f"best.{name}.{key}"].to(config.device) for key in keys}
+        state.averages[name] = {key: saved[f"average.{name}.{key}"].to(device) for key in keys}
+        state.best[name] = {key: saved[f"best.{name}.{key}"].to(device) for key in keys}
     restore_optimiser("optimiser", state.optimiser, saved)
     progress = json.loads(saved.metadata["progress"])
     state.step, state.epoch = progress["step"], progress["epoch"]
@@ -351,54 +407,39 @@ def _resume(state: State, path: Path, config: TrainConfig) -> bool:
     return True
 
 
-def _write_adapters(
-    state: State,
-    fits: dict[str, Ridge],
-    spaces: tuple[LatentSpace, LatentSpace],
-    config: TrainConfig,
-    train: Pairs,
-    val: Pairs,
-    seconds: float,
-) -> None:
-    for name, out, label in (
-        ("h2k", config.out_h2k, "Hunyuan→KVAE"),
-        ("k2h", config.out_k2h, "KVAE→Hunyuan"),
-    ):
-        network = state.networks[name]
+def _write_adapters(state: State, job: Job, seconds: float) -> dict[str, LatentAdapter]:
+    """The best weights of each direction, in files that say what they are."""
+    training = {
+        "pairs": len(job.train),
+        "pairs_sha256": job.train.digest(),
+        "steps": state.step,
+        "seconds": round(seconds),
+        "config": asdict(job.config),
+        "extraction": read_manifest(job.config.latent_root),
+    }
+    adapters = {}
+    for name, label in (("h2k", "Hunyuan→KVAE"), ("k2h", "KVAE→Hunyuan")):
+        network, mse = state.networks[name], state.best_mse[name]
         network.load_state_dict(state.best[name])
-        source, target = spaces if name == "h2k" else spaces[::-1]
-        training = {
-            "pairs": len(train),
-            "pairs_sha256": train.digest(),
-            "steps": state.step,
-            "seconds": round(seconds),
-            "config": asdict(config),
-            "extraction": read_manifest(config.latent_root),
-        }
         metrics = {
-            "val_mse": state.best_mse[name],
-            "val_mse_share_of_variance": state.best_mse[name] / fits[name].target_variance(),
-            "val_pairs": len(val),
+            "val_mse": mse,
+            "val_mse_share_of_variance": mse / job.fits[name].target_variance(),
+            "val_pairs": len(job.val),
         }
-        save_adapter(out, LatentAdapter(network, source, target, training, metrics))
-        print(f"Saved {label} adapter to: {out} (validation MSE {state.best_mse[name]:.6f})")
+        source, target = job.spaces if name == "h2k" else job.spaces[::-1]
+        adapters[name] = LatentAdapter(network, source, target, training, metrics)
+        save_adapter(job.adapter_files[name], adapters[name])
+        print(f"Saved {label} adapter to: {job.adapter_files[name]} (validation MSE {mse:.6f})")
+    return adapters
 
 
-def _report(
-    state: State,
-    fits: dict[str, Ridge],
-    spaces: tuple[LatentSpace, LatentSpace],
-    val: Pairs,
-    config: TrainConfig,
-    log_file: Path,
-) -> None:
+def _report(adapters: dict[str, LatentAdapter], job: Job) -> None:
     """What the latents of the validation pairs say of the adapters, beside the closed form; `evaluate` adds pixels."""
-    h2k = LatentAdapter(state.networks["h2k"], *spaces)
-    k2h = LatentAdapter(state.networks["k2h"], *spaces[::-1])
     try:
-        maps = {name: fit.solve().to(config.device) for name, fit in fits.items()}
+        maps = {name: fit.solve().to(job.config.device) for name, fit in job.fits.items()}
     except ValueError:  # too few positions for it, which the published network does not mind
         maps = {}
-    result = {"latent": latent_figures(val, h2k, k2h, (lambda i, name: maps[name]) if maps else None)}
-    write_report(log_file.parent, {"h2k": Path(config.out_h2k), "k2h": Path(config.out_k2h)}, result, log_file, {})
-    write_bytes(log_file.parent / "train.png", curves_png(read_log(log_file)))
+    affine = (lambda i, name: maps[name]) if maps else None
+    figures = latent_figures(job.val, adapters["h2k"], adapters["k2h"], affine)
+    write_report(job.folder, job.adapter_files, {"latent": figures}, job.log_file, {})
+    write_bytes(job.folder / "train.png", curves_png(read_log(job.log_file)))
