@@ -21,7 +21,7 @@ from ..adapters.files import load_adapter
 from . import evaluate, extract, train
 from .dataset import open_pairs, spread, video_of
 from .errors import UserError
-from .options import option, write_config
+from .options import DEVICE, option, write_config
 from .pairs import clip_name, find_pairs
 from .pictures import side_by_side
 from .vaes import load_hunyuan_vae, load_kandinsky_vae
@@ -37,7 +37,7 @@ class DemoConfig:
     output_root: str = option("demo", "folder for everything the demo makes")
     clips_per_video: int = option(12, "33-frame clips to cut from each video, at most")
     epochs: int = option(60, "passes over the pairs in training")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device to run on")
+    device: str = option(DEVICE, "device to run on")
 
 
 def run(config: DemoConfig) -> int:

@@ -31,7 +31,7 @@ from .closed_form import fit_both_ways
 from .dataset import Pairs, open_pairs, spread
 from .errors import UserError
 from .files import write_text
-from .options import option, write_config
+from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option, write_config
 from .pairs import Pair, Source, read_manifest, read_spaces
 from .pictures import contact_sheet
 from .report import write_report
@@ -51,15 +51,13 @@ class EvaluateConfig:
     videos_root: str = option("", "the videos they came from; without it there are no pixel figures")
     adapter_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "Hunyuan → KVAE adapter")
     adapter_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
-    hunyuan_vae: str = option(
-        "tiny", "VAE of HunyuanVideo or HunyuanVideo 1.5: folder, .safetensors file, hub id, or tiny"
-    )
-    kvae: str = option("tiny", "KVAE-3D of any kind: folder, .safetensors file, hub id, or tiny")
+    hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
+    kvae: str = option("tiny", KVAE_HELP)
     train_latent_root: str = option("", "pairs to fit the affine maps on; without it, the other half of these pairs")
     output_root: str = option("evaluation", "folder for the table, the JSON and the pictures")
     max_samples: int = option(2000, "pairs for the latent figures")
     num_pixel_samples: int = option(128, "pairs for the pixel figures")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device of VAEs and adapters")
+    device: str = option(DEVICE, "device of VAEs and adapters")
 
 
 def run(config: EvaluateConfig) -> int:

@@ -26,7 +26,7 @@ from ..kvae import padded_frames
 from .ahead import ahead
 from .errors import UserError
 from .files import write_text
-from .options import option
+from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option
 from .pairs import SUFFIX, Pair, Source, read_manifest, write_pair
 from .processes import Processes
 from .vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kandinsky_vae
@@ -40,10 +40,8 @@ DECODERS = 4  # threads, one video each
 class ExtractConfig:
     videos_root: str = option(..., "folder of videos; UCF101 or any other")
     output_root: str = option(..., "folder for the pairs; it mirrors the videos' folders")
-    hunyuan_vae: str = option(
-        "tiny", "VAE of HunyuanVideo or HunyuanVideo 1.5: folder, .safetensors file, hub id, or tiny"
-    )
-    kvae: str = option("tiny", "KVAE-3D of any kind: folder, .safetensors file, hub id, or tiny")
+    hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
+    kvae: str = option("tiny", KVAE_HELP)
     split: str = option("all", "part of UCF101 to take", choices=("all", "train", "test"))
     max_clips: int = option(0, "stop after so many clips; 0 for all")
     clips_per_video: int = option(1, "windows to cut from each video, evenly spaced")
@@ -58,7 +56,7 @@ class ExtractConfig:
     posterior: str = option("mode", "latent to keep: the posterior's mode, or a sample", choices=("mode", "sample"))
     seed: int = option(0, "for --posterior sample")
     batch_size: int = option(4, "clips that go through a VAE at once")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device of both VAEs")
+    device: str = option(DEVICE, "device of both VAEs")
     dtype: str = option("float32", "precision of both VAEs", choices=tuple(DTYPES))
 
 

@@ -1,6 +1,6 @@
 """Download a KVAE or an adapter from the Hugging Face hub into a folder; nothing else here downloads unasked.
 
-python -m training fetch --model KVAE-3D-1.0 --output ComfyUI/models/vae
+    python -m training fetch --model KVAE-3D-1.0 --output ComfyUI/models/vae
 
 Says the size first. An interrupted download goes on where it was. HF_HOME (its cache and token), HF_ENDPOINT and
 HF_HUB_OFFLINE are respected.

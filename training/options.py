@@ -8,7 +8,14 @@ from dataclasses import MISSING, Field, asdict, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .files import write_text
+
+# of options that several commands have
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HUNYUAN_HELP = "VAE of HunyuanVideo or HunyuanVideo 1.5: folder, .safetensors file, hub id, or tiny"
+KVAE_HELP = "KVAE-3D of any kind: folder, .safetensors file, hub id, or tiny"
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:

@@ -8,11 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .errors import UserError
 from .evaluate import flicker, psnr
-from .options import option, write_config
+from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option, write_config
 from .pictures import side_by_side
 from .vaes import load_hunyuan_vae, load_kandinsky_vae
 from .videos import Clip, frame_rate, read_clip, write_video
@@ -22,15 +20,13 @@ from .videos import Clip, frame_rate, read_clip, write_video
 class ReconstructConfig:
     video_path: str = option(..., "the video")
     vae: str = option("kvae", "which VAE", choices=("kvae", "hunyuan"))
-    hunyuan_vae: str = option(
-        "tiny", "VAE of HunyuanVideo or HunyuanVideo 1.5: folder, .safetensors file, hub id, or tiny"
-    )
-    kvae: str = option("tiny", "KVAE-3D of any kind: folder, .safetensors file, hub id, or tiny")
+    hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
+    kvae: str = option("tiny", KVAE_HELP)
     output: str = option("reconstruction.mp4", "side-by-side video to write")
     num_frames: int = option(33, "frames to take, from the start")
     height: int = option(240, "pixels, a multiple of 8 or 16, as the VAE needs")
     width: int = option(320, "pixels, a multiple of 8 or 16, as the VAE needs")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device of the VAE")
+    device: str = option(DEVICE, "device of the VAE")
 
 
 def run(config: ReconstructConfig) -> int:

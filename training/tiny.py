@@ -41,7 +41,7 @@ from .errors import UserError
 from .interrupts import BetweenSteps
 from .log import add_to_log
 from .muon import Muon
-from .options import option
+from .options import DEVICE, option
 from .vaes import load_hunyuan_vae
 from .videos import Clip, find_videos, read_clip, resize
 
@@ -70,7 +70,7 @@ class TinyConfig:
     lr: float = option(1.5e-3, "peak learning rate; falls linearly to zero over all stages")
     seed: int = option(0, "of the weights and the crops")
     threads: int = option(0, "CPU threads; 0 for PyTorch's choice")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device to train on")
+    device: str = option(DEVICE, "device to train on")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from .evaluate import latent_figures
 from .files import write_bytes
 from .interrupts import BetweenSteps
 from .log import add_to_log, read_log, rewind_log
-from .options import option, write_config
+from .options import DEVICE, option, write_config
 from .pairs import read_manifest, read_spaces
 from .processes import Processes
 from .report import curves_png, write_report
@@ -64,7 +64,7 @@ class TrainConfig:
     weight_decay: float = option(1e-4, "weight decay of AdamW")
     ema: float = option(0.99, "decay of the weights' moving average, which is what is saved; 0 for none")
     seed: int = option(0, "of the first weights and of the order")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "device to train on")
+    device: str = option(DEVICE, "device to train on")
 
 
 @dataclass(frozen=True)
