@@ -11,13 +11,15 @@ video = vae.decode(z)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from ..kvae import KVAE, Method, WeightsError
+from ..kvae.model import Progress
 from ..kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
+from ..kvae.tiles import Part
 from .files import LatentAdapter
 from .spaces import native_space
 
@@ -31,24 +33,18 @@ class NativeVAE(nn.Module):
         super().__init__()
         self.kvae = kvae
 
-    def encode(
-        self, x_B3THW: Tensor, method: Method = DEFAULT, on_segment: Callable[[int], None] = lambda t: None
-    ) -> Tensor:
+    def encode(self, x_B3THW: Tensor, method: Method = DEFAULT, progress: Progress | None = None) -> Tensor:
         """[B, 3, T, H, W] in −1..1, any T, H, W → raw latents [B, c, t, h, w]; see `KVAE.encode_stream`.
 
         Args:
-            method: how to compute (see `kvae.plan_encode`); the result is the same.
-            on_segment: called after each segment with its number of latent frames.
+            method: how to compute (see `kvae.plan_encode`).
+            progress: called with the number of frames done so far; may raise, to cancel.
 
         Raises:
             WeightsError: there is no adapter to encode with.
         """
         self.check_encodes()
-        means = []
-        for posterior in self.kvae.encode_stream(to_kvae_pixels(x_B3THW), method):
-            means.append(posterior.mean)
-            on_segment(posterior.mean.shape[2])
-        return self.from_kvae(torch.cat(means, dim=2))
+        return self.from_kvae(self.kvae.encode(to_kvae_pixels(x_B3THW), method, progress))
 
     def decode(self, z_Bcthw: Tensor, method: Method = DEFAULT) -> Tensor:
         """Raw latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W], about −1..1, not clipped.
@@ -56,12 +52,17 @@ class NativeVAE(nn.Module):
         Raises:
             WeightsError: there is no adapter to decode with.
         """
-        return torch.cat(list(self.decode_stream(z_Bcthw, method)), dim=2)
+        return from_kvae_pixels(self.kvae.decode(self.to_kvae(z_Bcthw), method))
 
     def decode_stream(self, z_Bcthw: Tensor, method: Method = DEFAULT) -> Iterator[Tensor]:
         """The same, segment by segment. An adapter sees the whole clip first: latents are small, frames are not."""
         for frames in self.kvae.decode_stream(self.to_kvae(z_Bcthw), method):
             yield from_kvae_pixels(frames)
+
+    def decode_parts(self, z_Bcthw: Tensor, method: Method, progress: Progress | None = None) -> Iterator[Part]:
+        """The same by segments of tiles, float32; see `KVAE.decode_parts`."""
+        for part in self.kvae.decode_parts(self.to_kvae(z_Bcthw), method, progress):
+            yield replace(part, x=from_kvae_pixels(part.x))
 
     def to_kvae(self, z_Bcthw: Tensor) -> Tensor:
         """Raw latents → KVAE's, both [B, c, t, h, w]."""

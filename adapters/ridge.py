@@ -81,11 +81,3 @@ class Ridge:
             z_Bcthw = F.pad(z_Bcthw, (k // 2,) * 4 + (k - 1, 0), mode="replicate")
         windows = z_Bcthw.unfold(2, k, 1).unfold(3, k, 1).unfold(4, k, 1)
         return windows.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(0, 3)
-
-
-def add_both_ways(fits: dict[str, Ridge], z_h: Tensor, z_k: Tensor) -> None:
-    """Take a pair, [B, c, t, h, w] each, into the 3x3x3 fits "h2k" and "k2h", which the first pair starts."""
-    for name, source, target in (("h2k", z_h, z_k), ("k2h", z_k, z_h)):
-        if name not in fits:
-            fits[name] = Ridge(source.shape[1], target.shape[1], kernel=3)
-        fits[name].add(source, target)

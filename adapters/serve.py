@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from ..kvae import KVAE, BudgetError, Method, Plan, plan_decode, plan_encode
+from ..kvae.model import Progress
 from .files import LatentAdapter
 from .hybrid import HybridVAE, NativeVAE
 from .inspect import check_latent, check_shape
@@ -34,9 +36,10 @@ class ServedVAE(nn.Module):
     Args:
         decode_adapter, encode_adapter: between the space to serve and KVAE's; with neither, KVAE's own is served.
         on_progress: called with (done, total) after each segment, in latent frames.
-        free_memory: tells how many bytes there are for activations; None where there is no limit. The fastest exact way
+        free_memory: tells how many bytes there are for activations; None where there is no limit. The fastest way
             within them is taken, else the one that takes least.
-        budget: bytes to stay within instead, without fail: a BudgetError where nothing exact does.
+        budget: bytes to stay within instead, without fail: a BudgetError where nothing does.
+        approximate: whether blended tiles will do where nothing exact fits; not in streams.
 
     Raises:
         WeightsError: the adapters do not fit the KVAE or each other.
@@ -58,6 +61,7 @@ class ServedVAE(nn.Module):
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         self.free_memory: Callable[[], int | None] = lambda: None
         self.budget: int | None = None
+        self.approximate = False
         self.output_device = torch.device("cpu")
 
     @property
@@ -75,9 +79,7 @@ class ServedVAE(nn.Module):
             BudgetError: see `budget`.
         """
         x = self._whole(x_B3THW)
-        report = self._progress(len(x) * ((x.shape[2] - 1) // self.space.time + 1))
-        method = self._method(plan_encode, x.shape)
-        return torch.cat([self.vae.encode(self._place(clip, device), method, report) for clip in x.split(1)])
+        return self._encode(x, self._method(plan_encode, x.shape), device)
 
     def decode(self, z_Bcthw: Tensor, output_buffer: Tensor | None = None) -> Tensor:
         """Raw latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W] on `output_device`, or in the buffer given.
@@ -90,12 +92,13 @@ class ServedVAE(nn.Module):
         """
         x = self._frames(z_Bcthw.shape) if output_buffer is None else output_buffer
         check_latent(z_Bcthw, self.space)
-        report = self._progress(len(z_Bcthw) * z_Bcthw.shape[2])
-        for clip, z in zip(x.split(1), z_Bcthw.split(1), strict=True):
-            start = 0
-            for frames in self._decode_clip(z, report):
-                clip[:, :, start : start + frames.shape[2]] = frames
-                start += frames.shape[2]
+        reports = self._progress(len(z_Bcthw), z_Bcthw.shape[2])
+        for clip, z, report in zip(x.split(1), z_Bcthw.split(1), reports, strict=True):
+            try:
+                self._fill(clip, z, self._method(plan_decode, z.shape), report)
+            except torch.OutOfMemoryError:
+                logger.warning("Out of memory; once more in the way that takes least")
+                self._fill(clip, z, self._least(plan_decode, z.shape), report)
         return x
 
     def decode_stream(self, z_Bcthw: Tensor) -> Iterator[Tensor]:
@@ -105,8 +108,8 @@ class ServedVAE(nn.Module):
             ValueError, WeightsError, BudgetError: as `decode`.
         """
         check_latent(z_Bcthw, self.space)
-        report = self._progress(len(z_Bcthw) * z_Bcthw.shape[2])
-        for z in z_Bcthw.split(1):
+        reports = self._progress(len(z_Bcthw), z_Bcthw.shape[2])
+        for z, report in zip(z_Bcthw.split(1), reports, strict=True):
             for frames in self._decode_clip(z, report):
                 yield frames.to(self.output_device)
 
@@ -155,11 +158,24 @@ class ServedVAE(nn.Module):
         """What the plan, which counts in the dtype of the weights, takes in another."""
         return WORKSPACE * plan.peak * dtype.itemsize / next(self.kvae.parameters()).dtype.itemsize
 
-    def _decode_clip(self, z_1cthw: Tensor, report: Callable[[int], None]) -> Iterator[Tensor]:
+    def _encode(self, x_B3THW: Tensor, method: Method, device: torch.device | None = None) -> Tensor:
+        clips = x_B3THW.split(1)
+        reports = self._progress(len(clips), (x_B3THW.shape[2] - 1) // self.space.time + 1)
+        z = [self.vae.encode(self._place(c, device), method, report) for c, report in zip(clips, reports, strict=True)]
+        return torch.cat(z)
+
+    def _fill(self, x_13THW: Tensor, z_1cthw: Tensor, method: Method, report: Progress) -> None:
+        """Decode one clip into the frames given."""
+        if method.overlap is not None:
+            x_13THW.zero_()
+        for part in self.vae.decode_parts(self._place(z_1cthw), method, report):
+            part.put(x_13THW)
+
+    def _decode_clip(self, z_1cthw: Tensor, report: Progress) -> Iterator[Tensor]:
         """The frames of one clip. Where memory runs out, what is left is decoded in the way that takes least."""
         sent = 0
         for last in (False, True):
-            method = (self._least if last else self._method)(plan_decode, z_1cthw.shape)
+            method = (self._least if last else self._method)(plan_decode, z_1cthw.shape, stream=True)
             done = 0
             try:
                 for frames in self.vae.decode_stream(self._place(z_1cthw), method):
@@ -167,30 +183,31 @@ class ServedVAE(nn.Module):
                     if done > sent:  # else from the first try, which had to begin at the first frame as well
                         frames, sent = frames[:, :, sent - done :], done
                         yield frames
-                        report(-(-frames.shape[2] // self.space.time))
+                        report(done)
                 return
             except torch.OutOfMemoryError:
                 if last:
                     raise
                 logger.warning("Out of memory after %d frames; going on in the way that takes least", sent)
 
-    def _method(self, plan: Callable[..., Plan], shape: Sequence[int]) -> Method:
+    def _method(self, plan: Callable[..., Plan], shape: Sequence[int], stream: bool = False) -> Method:
         if self.budget is not None:
-            return self._plan(plan, shape, self.budget).method
-        return self._nearest(plan, shape, self.free_memory())
+            return self._plan(plan, shape, self.budget, stream).method
+        return self._nearest(plan, shape, self.free_memory(), stream)
 
-    def _least(self, plan: Callable[..., Plan], shape: Sequence[int]) -> Method:
-        return self._nearest(plan, shape, 0)
+    def _least(self, plan: Callable[..., Plan], shape: Sequence[int], stream: bool = False) -> Method:
+        return self._nearest(plan, shape, 0, stream)
 
-    def _nearest(self, plan: Callable[..., Plan], shape: Sequence[int], budget: int | None) -> Method:
+    def _nearest(self, plan: Callable[..., Plan], shape: Sequence[int], budget: int | None, stream: bool) -> Method:
         try:
-            return self._plan(plan, shape, budget).method
+            return self._plan(plan, shape, budget, stream).method
         except BudgetError as error:
             return error.least.method  # the count is cautious; a host that runs out all the same falls back to tiles
 
-    def _plan(self, plan: Callable[..., Plan], shape: Sequence[int], budget: int | None) -> Plan:
+    def _plan(self, plan: Callable[..., Plan], shape: Sequence[int], budget: int | None, stream: bool = False) -> Plan:
+        within = None if budget is None else int(budget / WORKSPACE)
         try:
-            return plan(self.kvae, _one(shape), None if budget is None else int(budget / WORKSPACE), stream=True)
+            return plan(self.kvae, _one(shape), within, stream=stream, approximate=self.approximate)
         except BudgetError as error:
             least = Plan(error.least.method, int(WORKSPACE * error.least.peak) + 1)
             raise BudgetError(budget, least) from None  # type: ignore[arg-type]
@@ -202,15 +219,18 @@ class ServedVAE(nn.Module):
             self.to(x.device)
         return x
 
-    def _progress(self, total: int) -> Callable[[int], None]:
-        done = 0
+    def _progress(self, clips: int, latent_frames: int) -> list[Progress]:
+        """For each clip: takes how many of its frames are done."""
+        told = 0
 
-        def report(latent_frames: int) -> None:
-            nonlocal done
-            done += latent_frames
-            self.on_progress(done, total)
+        def report(frames: int, clip: int) -> None:
+            nonlocal told
+            done = clip * latent_frames + -(-frames // self.space.time)
+            if done > told:  # less, where memory ran out and a clip is begun again
+                told = done
+                self.on_progress(done, clips * latent_frames)
 
-        return report
+        return [partial(report, clip=clip) for clip in range(clips)]
 
 
 def _one(shape: Sequence[int]) -> tuple[int, ...]:

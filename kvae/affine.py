@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import copy
 
 import torch
@@ -23,12 +24,19 @@ class Affine:
     """A norm of `source` as scale and shift: GroupNorm's from its statistics, and the latent's on top.
 
     Args:
+        strips: bounds of the rows to compute at a time, where the source is not held.
         first: whether the segment starts the stream, so that its first latent is one frame.
         known: GroupNorm's scale and shift, where they are not to be those of `source`.
     """
 
     def __init__(
-        self, norm: nn.Module, source: Rows, z_Bcthw: Tensor | None, first: bool, known: ScaleShift | None = None
+        self,
+        norm: nn.Module,
+        source: Rows,
+        strips: Iterable[tuple[int, int]],
+        z_Bcthw: Tensor | None,
+        first: bool,
+        known: ScaleShift | None = None,
     ):
         self.height = source.shape[3]
         self.z, self.first = z_Bcthw, first
@@ -38,7 +46,7 @@ class Affine:
         if isinstance(inner, RMSNorm):
             self.scale, self.shift = inner.gamma[None].float() * len(inner.gamma) ** 0.5, None
         else:
-            self.scale, self.shift = known or group_affine(inner, source)  # type: ignore[arg-type]
+            self.scale, self.shift = known or group_affine(inner, source, strips)  # type: ignore[arg-type]
 
     def tail(self, frames: int, T: int) -> Affine:
         """The same for the last frames alone, of T."""
@@ -46,8 +54,9 @@ class Affine:
         if self.z is not None:
             t, first = self.z.shape[2], int(self.first)
             rate = (T - first) // (t - first)
-            latents = (frames + rate - 1) // rate
-            part.z, part.first = self.z[:, :, t - latents :], False
+            latents = -(-frames // rate)
+            part.z = self.z[:, :, t - latents :].repeat_interleave(rate, 2)[:, :, -frames:]  # one for each frame
+            part.first = False
         return part
 
     def write(self, x_BCTHW: Tensor, lo: int, hi: int, out: Tensor) -> None:
@@ -76,12 +85,13 @@ class Affine:
             torch.addcmul(shift.to(x_BCTHW.dtype), x_BCTHW, scale.to(x_BCTHW.dtype), out=out)
 
 
-def group_affine(norm: nn.GroupNorm, source: Rows) -> tuple[Tensor, Tensor]:
+def group_affine(norm: nn.GroupNorm, source: Rows, strips: Iterable[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """GroupNorm over a whole feature map, as scale and shift [B, C, 1, 1, 1] in float32."""
     B, C, T, H, W = source.shape
-    bounds = list(even_strips(H, STATISTICS_BYTES // (B * C * T * W * 4)))
-    if isinstance(source, Held) and source.x.device.type in BATCH_NORM_DEVICES:
-        bounds = [(0, H)]  # nothing is copied
+    bounds = list(strips)
+    if isinstance(source, Held):
+        copied = source.x.device.type not in BATCH_NORM_DEVICES
+        bounds = list(even_strips(H, STATISTICS_BYTES // (B * C * T * W * 4))) if copied else [(0, H)]
     moments = [channel_moments(source(lo, hi)) for lo, hi in bounds]
     # [strips, B, groups, channels of a group]; a group's variance is that within its parts plus that between them
     means, variances = (torch.stack(m).unflatten(2, (norm.num_groups, -1)) for m in zip(*moments, strict=True))

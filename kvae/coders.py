@@ -49,6 +49,10 @@ class Coder(nn.Module):
         """Blocks and resamplers in the order they run."""
         raise NotImplementedError
 
+    def full_resolution(self) -> tuple[ResnetBlock, ...]:
+        """The blocks that run at the resolution of the pixels."""
+        raise NotImplementedError
+
     def run(self, h_BCTHW: Tensor, cache: Cache, *z: Tensor) -> Tensor:
         """All stages; the blocks are conditioned on z where it is given."""
         for stage in self.stages():
@@ -87,6 +91,9 @@ class Encoder(Coder):
         yield self.mid.block_1
         yield self.mid.block_2
 
+    def full_resolution(self) -> tuple[ResnetBlock, ...]:
+        return tuple(self.down[0].block)  # type: ignore[arg-type]
+
     def forward(self, x_B3THW: Tensor, cache: Cache) -> Tensor:
         """[B, 3, T, H, W] → [B, 2c, t, h, w], means first."""
         h = self.run(self.conv_in(x_B3THW, cache), cache)
@@ -117,6 +124,9 @@ class Decoder(Coder):
             yield from level.block  # type: ignore[misc]
             if hasattr(level, "upsample"):
                 yield level.upsample  # type: ignore[misc]
+
+    def full_resolution(self) -> tuple[ResnetBlock, ...]:
+        return tuple(self.up[0].block)  # type: ignore[arg-type]
 
     def forward(self, z_Bcthw: Tensor, cache: Cache) -> Tensor:
         """[B, c, t, h, w] → [B, 3, T, H, W]; T is 4t − 3 at the start of a stream, 4t later on."""

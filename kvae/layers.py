@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import KVAEConfig
+from .convolution import conv3d
 
 Cache = dict[str, Tensor]
 
@@ -69,6 +70,36 @@ def remember(x_BCTHW: Tensor, cache: Cache, name: str, memory: int, stride: int 
 def pad_border(x_BCTHW: Tensor, padding: str) -> Tensor:
     """One row and column more on each side: [B, C, T, H, W] → [B, C, T, H + 2, W + 2]."""
     return F.pad(x_BCTHW, (1, 1, 1, 1, 0, 0), mode="replicate" if padding == "replicate" else "constant")
+
+
+def framed(x_BCTHW: Tensor, padding: str, sides: tuple[bool, bool, bool, bool], inside: int = 1) -> Tensor:
+    """x with a row or column more at these sides (left, right, top, bottom), in its own memory format."""
+    left, right, top, bottom = sides
+    B, C, T, H, W = x_BCTHW.shape
+    y = like(x_BCTHW, (B, C, T, H + top + bottom, W + left + right))
+    y[:, :, :, int(top) : int(top) + H, int(left) : int(left) + W] = x_BCTHW
+    fill_border(y, padding, sides, inside)
+    return y
+
+
+def fill_border(x_BCTHW: Tensor, padding: str, sides: tuple[bool, bool, bool, bool], inside: int = 1) -> None:
+    """Fill the outermost rows and columns at these sides (left, right, top, bottom).
+
+    Args:
+        padding: "replicate" takes what is `inside` by so many, or "zeros".
+    """
+    for needed, dim, edge, source in zip(sides, (4, 4, 3, 3), (0, -1, 0, -1), (inside, -1 - inside) * 2, strict=True):
+        if needed and padding == "replicate":
+            x_BCTHW.select(dim, edge).copy_(x_BCTHW.select(dim, source))
+        elif needed:
+            x_BCTHW.select(dim, edge).zero_()
+
+
+def like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor of x's type, device and memory format."""
+    nhwc = x.stride(1) == 1 and x.shape[1] > 1  # of a slice too, which is neither contiguous nor channels-last
+    memory_format = torch.channels_last_3d if nhwc else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 class RMSNorm(nn.Module):
@@ -145,7 +176,9 @@ class ResnetBlock(nn.Module):
 
     def shortcut(self, x_BCTHW: Tensor) -> Tensor:
         """What the residual branch is added to."""
-        return self.nin_shortcut(x_BCTHW) if hasattr(self, "nin_shortcut") else x_BCTHW
+        if not hasattr(self, "nin_shortcut"):
+            return x_BCTHW
+        return conv3d(x_BCTHW, self.nin_shortcut.weight, self.nin_shortcut.bias)
 
     def forward(self, x_BCTHW: Tensor, cache: Cache, z_Bcthw: Tensor | None = None) -> Tensor:
         """[B, C, T, H, W] → [B, C', T, H, W]."""

@@ -17,10 +17,12 @@ Source of the method: https://github.com/kandinskylab/kvae.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .coders import Decoder, Encoder
@@ -28,8 +30,8 @@ from .config import SEGMENT_FRAMES, KVAEConfig
 from .frames import pad_frames, pad_sides, padded_frames, regroup, with_last
 from .layers import name_streamed
 from .resample import Resampler
-from .strips import Memory, Method, Norms, compute_segment
-from .tiles import tiles
+from .strips import Memory, Method, Norms, compute_segment, tail_frames
+from .tiles import Part, Span, Tiling, blended_tiling, exact_tiling
 
 DEFAULT = Method()
 Progress = Callable[[int], None]  # called with the number of frames done so far; may raise, to cancel
@@ -144,61 +146,76 @@ class KVAE(nn.Module):
         """The latent of a video: its posterior's mean, [B, c, t, h, w], raw."""
         if method.tiles == (1, 1):
             return torch.cat([posterior.mean for posterior in self.encode_stream(x_B3THW, method, progress)], dim=2)
-
-        def latents(rows: slice, columns: slice, method: Method, progress: Progress) -> Iterator[Tensor]:
-            for posterior in self.encode_stream(x_B3THW[:, :, :, rows, columns], method, progress):
-                yield posterior.mean
-
         _checked(x_B3THW, 3, "video")
         B, _, T, H, W = x_B3THW.shape
-        side = self.config.spatial_factor
-        sides = (padded_frames(T, self._cadence) - 1) // self._cadence + 1, -(-H // side), -(-W // side)
-        z = torch.empty(B, self.config.z_channels, *sides, dtype=self._like.dtype, device=self._like.device)
-        return self._by_tiles(latents, z, sides[1:], (side, 1), T, method, progress)
+        side, t = self.config.spatial_factor, (padded_frames(T, self._cadence) - 1) // self._cadence + 1
+        z = self._like.new_zeros(B, self.config.z_channels, t, -(-H // side), -(-W // side))
+        for part in self.encode_parts(x_B3THW, method, progress):
+            part.put(z)
+        return z
 
     def decode(self, z_Bcthw: Tensor, method: Method = DEFAULT, progress: Progress | None = None) -> Tensor:
         """Raw latents [B, c, t, h, w] → video [B, 3, 4(t − 1) + 1, 8h, 8w], about −1..1, not clipped."""
         if method.tiles == (1, 1):
             return torch.cat(list(self.decode_stream(z_Bcthw, method, progress)), dim=2)
-
-        def frames(rows: slice, columns: slice, method: Method, progress: Progress) -> Iterator[Tensor]:
-            return self.decode_stream(z_Bcthw[:, :, :, rows, columns], method, progress)
-
         B, _, t, h, w = _checked(z_Bcthw, self.config.z_channels, "latent").shape
-        side, T = self.config.spatial_factor, self._cadence * (t - 1) + 1
-        x = torch.empty(B, 3, T, side * h, side * w, dtype=self._like.dtype, device=self._like.device)
-        return self._by_tiles(frames, x, (h, w), (1, side), T, method, progress)
+        side = self.config.spatial_factor
+        x = self._like.new_zeros(B, 3, self._cadence * (t - 1) + 1, side * h, side * w)
+        for part in self.decode_parts(z_Bcthw, method, progress):
+            part.put(x)
+        return x
 
-    def _by_tiles(
-        self,
-        stream: Callable[[slice, slice, Method, Progress], Iterator[Tensor]],
-        out: Tensor,
-        sides: tuple[int, int],
-        scales: tuple[int, int],
-        frames: int,
-        method: Method,
-        progress: Progress | None,
-    ) -> Tensor:
-        """Fill `out` tile by tile; `scales` are the source's and the result's rows per latent."""
-        source, result = scales
-        found = list(tiles(self.config, *sides, method.tiles, decode=scales[0] == 1))
-        for i, tile in enumerate(found):
+    def encode_parts(self, x_B3THW: Tensor, method: Method, progress: Progress | None = None) -> Iterator[Part]:
+        """What `encode` puts together, as it comes: the segments of each tile in turn."""
+        _, _, T, H, W = _checked(x_B3THW, 3, "video").shape
+        side = self.config.spatial_factor
+        tiling = self._tiling(method, -(-H // side), -(-W // side), decode=False)
+        each, norms = replace(method, tiles=(1, 1), overlap=None), None
+        report = _over_tiles(progress, len(tiling), T)
+        if shrink := self._shrink(tiling):
+            norms = Norms()
+            chunks = (shrink(chunk, side) for chunk in x_B3THW.split(SEGMENT_FRAMES, dim=2))
+            deque(self.encode_stream(chunks, each, norms=norms), maxlen=0)
 
-            def report(done: int, i: int = i) -> None:
-                if progress:
-                    progress((i * frames + done) // len(found))
+        def latents(rows: Span, columns: Span) -> Iterator[Tensor]:
+            (top, bottom), (left, right) = ((lo * side, hi * side) for lo, hi in (rows, columns))
+            x = x_B3THW[..., top:bottom, left:right]
+            return (posterior.mean for posterior in self.encode_stream(x, each, report, norms))
 
-            start = 0
-            outer = [slice(lo * source, hi * source) for lo, hi in tile.outer]
-            inner = [slice(lo * result, hi * result) for lo, hi in tile.inner]
-            within = [
-                slice((lo - first) * result, (hi - first) * result)
-                for (lo, hi), (first, _) in zip(tile.inner, tile.outer, strict=True)
-            ]
-            for part in stream(outer[0], outer[1], replace(method, tiles=(1, 1)), report):
-                out[:, :, start : start + part.shape[2], *inner] = part[:, :, :, *within]
-                start += part.shape[2]
-        return out
+        return tiling.parts(latents, scale=1)
+
+    def decode_parts(self, z_Bcthw: Tensor, method: Method, progress: Progress | None = None) -> Iterator[Part]:
+        """What `decode` puts together, as it comes: the segments of each tile in turn."""
+        _, _, t, h, w = _checked(z_Bcthw, self.config.z_channels, "latent").shape
+        tiling = self._tiling(method, h, w, decode=True)
+        each, norms = replace(method, tiles=(1, 1), overlap=None), None
+        report = _over_tiles(progress, len(tiling), self._cadence * (t - 1) + 1)
+        if shrink := self._shrink(tiling):
+            norms = Norms()
+            deque(self.decode_stream(shrink(z_Bcthw, 1), each, norms=norms), maxlen=0)
+
+        def frames(rows: Span, columns: Span) -> Iterator[Tensor]:
+            return self.decode_stream(z_Bcthw[..., slice(*rows), slice(*columns)], each, report, norms)
+
+        return tiling.parts(frames, scale=self.config.spatial_factor)
+
+    def _tiling(self, method: Method, h: int, w: int, decode: bool) -> Tiling:
+        if method.overlap is None:
+            return exact_tiling(self.config, h, w, method.tiles, decode)
+        return blended_tiling(h, w, method.tiles, method.overlap)
+
+    def _shrink(self, tiling: Tiling) -> Callable[[Tensor, int], Tensor] | None:
+        """For GroupNorm's statistics: how to make a picture, of so many rows a latent, no larger than a tile."""
+        if self.config.per_position or len(tiling) == 1:
+            return None
+        sides = [axis.outer[-1][1] for axis in (tiling.rows, tiling.columns)]
+        factor = max(n / tile for n, tile in zip(sides, tiling.largest, strict=True))
+        small = [max(1, int(n / factor)) for n in sides]
+
+        def shrink(x: Tensor, side: int) -> Tensor:
+            return F.interpolate(x.float(), (x.shape[2], *(n * side for n in small)), mode="area").to(x.dtype)
+
+        return shrink
 
     def _compute(
         self, coder: Encoder | Decoder, x: Tensor, memory: Memory, first: bool, last: bool, method: Method
@@ -227,6 +244,21 @@ class KVAE(nn.Module):
             )
         if frames < 1 or frames % self._cadence:
             raise ValueError(f"segments of {frames} frames; expected a multiple of {self._cadence}")
+        if method.recompute > 2 and frames < tail_frames(len(self.decoder.full_resolution())):
+            raise ValueError(f"segments of {frames} frames are too short to compute again what they remember")
+
+
+def _over_tiles(progress: Progress | None, tiles: int, frames: int) -> Progress:
+    """For the streams of the tiles in turn: what is done of the whole."""
+    before = 0
+
+    def report(done: int) -> None:
+        nonlocal before
+        if progress:
+            progress((before + done) // tiles)
+        before += frames if done == frames else 0
+
+    return report
 
 
 def _checked(x: Tensor, channels: int, name: str) -> Tensor:

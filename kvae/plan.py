@@ -1,37 +1,29 @@
 """Choose how to compute a clip within a memory budget, by adding up beforehand what `kvae.strips` will hold.
 
-    plan = plan_decode(kvae, z.shape, budget=6_000_000_000)
-    print(plan)                                # segments of 16 frames, strips of 64 MB, …: 5.8 GB
-    video = kvae.decode(z, plan.method)
-
-Counted are the tensors that a segment makes: activations, what the stream remembers, and on a CPU the working memory of
-`kvae.winograd`; not the weights, the latents, the clip, or what a convolution's kernel takes for itself.
+plan = plan_decode(kvae, z.shape, budget=6_000_000_000)
+print(plan)                                # segments of 16 frames, strips of 64 MB, …: 5.8 GB
+video = kvae.decode(z, plan.method)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import prod
 
-from torch import nn
-
-from . import winograd
-from .affine import STATISTICS_BYTES
 from .coders import Coder
 from .config import SEGMENT_FRAMES
+from .count import Count
 from .frames import padded_frames
-from .layers import CausalConv3d, ResnetBlock
 from .model import KVAE
-from .resample import Downsample, Upsample
-from .rows import even_strips
-from .strips import Method
-from .tiles import tiles
+from .strips import Method, tail_frames
+from .tiles import Tiling, blended_tiling, exact_tiling
 
 STRIP_BYTES = (256 << 20, 64 << 20, 16 << 20)  # smaller ones keep the hardware less busy
-RECOMPUTE_COST = (1.0, 1.1, 1.6)  # of `Method.recompute`, in operations, about
+RECOMPUTE_COST = {"group": (1.0, 1.1, 1.6, 3.0), "rms": (1.0, 1.05, 1.1, 1.5)}  # of `Method.recompute`, about
 MOST_TILES = 4  # along an axis
+MOST_BLENDED = 8
+OVERLAP = 8  # latents; see docs/kvae.md for the error that is left
 MARGIN = 1.05  # small tensors that are not counted; measured on small and published widths, see docs/kvae.md
 
 
@@ -43,9 +35,10 @@ class Plan:
     peak: int
 
     def __str__(self) -> str:
-        again = ("", ", upsampled maps computed again", ", upsampled and inner maps computed again")
+        again = ("", ", upsampled maps again", ", upsampled and inner maps again", ", all of full resolution again")
         rows, columns = self.method.tiles
-        tiled = f"{rows}x{columns} tiles, " if rows * columns > 1 else ""
+        blended = "" if self.method.overlap is None else f" that blend over {self.method.overlap} latents (not exact)"
+        tiled = f"{rows}x{columns} tiles{blended}, " if rows * columns > 1 else ""
         return (
             f"{tiled}segments of {self.method.segment} frames, strips of {self.method.strip_bytes >> 20} MB"
             f"{again[self.method.recompute]}: {self.peak / 1e9:.2f} GB"
@@ -63,23 +56,29 @@ class BudgetError(ValueError):
         self.least = least
 
 
-def plan_decode(kvae: KVAE, z_shape: Sequence[int], budget: int | None = None, stream: bool = False) -> Plan:
-    """The fastest exact way to decode latents of shape [B, c, t, h, w] within `budget` bytes.
+def plan_decode(
+    kvae: KVAE, z_shape: Sequence[int], budget: int | None = None, stream: bool = False, approximate: bool = False
+) -> Plan:
+    """The fastest way to decode latents of shape [B, c, t, h, w] within `budget` bytes; exact, where one fits.
 
     Args:
         stream: for `decode_stream`, which does not take tiles.
+        approximate: whether blended tiles will do where nothing exact fits.
 
     Raises:
         BudgetError: there is none.
     """
-    return _plan(kvae, kvae.decoder, z_shape, 1, budget, stream)
+    return _plan(kvae, kvae.decoder, z_shape, 1, budget, stream, approximate)
 
 
-def plan_encode(kvae: KVAE, x_shape: Sequence[int], budget: int | None = None, stream: bool = False) -> Plan:
-    """The fastest exact way to encode pixels of shape [B, 3, T, H, W] within `budget` bytes.
+def plan_encode(
+    kvae: KVAE, x_shape: Sequence[int], budget: int | None = None, stream: bool = False, approximate: bool = False
+) -> Plan:
+    """The fastest way to encode pixels of shape [B, 3, T, H, W] within `budget` bytes; exact, where one fits.
 
     Args:
         stream: for `encode_stream`, which does not take tiles.
+        approximate: whether blended tiles will do where nothing exact fits.
 
     Raises:
         BudgetError: there is none.
@@ -87,61 +86,66 @@ def plan_encode(kvae: KVAE, x_shape: Sequence[int], budget: int | None = None, s
     side, cadence = kvae.config.spatial_factor, kvae.config.temporal_compress_times
     B, C, T, H, W = x_shape
     shape = B, C, padded_frames(T, cadence), side * -(-H // side), side * -(-W // side)
-    return _plan(kvae, kvae.encoder, shape, side, budget, stream)
+    return _plan(kvae, kvae.encoder, shape, side, budget, stream, approximate)
 
 
-def _plan(kvae: KVAE, coder: Coder, shape: Sequence[int], side: int, budget: int | None, stream: bool) -> Plan:
+def _plan(
+    kvae: KVAE, coder: Coder, shape: Sequence[int], side: int, budget: int | None, stream: bool, approximate: bool
+) -> Plan:
     """For a source [B, C, T, H, W] of so many rows and columns per latent."""
     B, _, T, H, W = shape
     decode = coder is kvae.decoder
-    tilings = {count: Tiling(kvae, (H // side, W // side), count, decode) for count in _tile_counts(kvae, stream)}
+    h, w = H // side, W // side
 
-    def peak(method: Method) -> int:
+    def peak(method: Method, tiling: Tiling) -> int:
         count = Count(kvae, coder, method, B)
-        rows, columns = (n * side for n in tilings[method.tiles].largest)
+        rows, columns = (n * side for n in tiling.largest)
         length = method.segment // (kvae.config.temporal_compress_times if decode else 1)
         kinds = _lengths(T, length)
         return int(MARGIN * max(count.segment(n, rows, columns, *ends, latent=decode) for n, ends in kinds))
 
     plans = []
-    for method in _methods(kvae, tilings):
-        plans.append(Plan(method, peak(method)))
-        if budget is None or plans[-1].peak <= budget:
-            return plans[-1]
+    for overlap in (None, OVERLAP) if approximate and not stream else (None,):
+        tilings = _tilings(kvae, h, w, decode, stream, overlap)
+        for method in _methods(kvae, coder, tilings, overlap):
+            plans.append(Plan(method, peak(method, tilings[method.tiles])))
+            if budget is None or plans[-1].peak <= budget:
+                return plans[-1]
     raise BudgetError(budget, min(plans, key=lambda plan: plan.peak))  # type: ignore[arg-type]
 
 
-def _tile_counts(kvae: KVAE, stream: bool) -> list[tuple[int, int]]:
+def _tilings(
+    kvae: KVAE, h: int, w: int, decode: bool, stream: bool, overlap: int | None
+) -> dict[tuple[int, int], Tiling]:
+    """The tiles to choose from, by how many rows and columns of them there are."""
+    if overlap is not None:  # about square ones: nothing is gained by others
+        counts = {(-(-n * h // max(h, w)), -(-n * w // max(h, w))) for n in range(2, MOST_BLENDED + 1)}
+        return {count: blended_tiling(h, w, count, overlap) for count in sorted(counts)}
     most = MOST_TILES if kvae.config.per_position and not stream else 1
-    return list(product(range(1, most + 1), range(1, most + 1)))
+    pairs = product(range(1, most + 1), range(1, most + 1))
+    return {count: exact_tiling(kvae.config, h, w, count, decode) for count in pairs}
 
 
-class Tiling:
-    """The tiles of a picture of h x w latents, as far as plans need them.
-
-    Attributes:
-        largest: rows and columns, in latents, of the largest tile with its halo.
-        work: what is computed in all, halos included, in pictures.
-    """
-
-    def __init__(self, kvae: KVAE, sides: tuple[int, int], counts: tuple[int, int], decode: bool):
-        outer = [[hi - lo for lo, hi in tile.outer] for tile in tiles(kvae.config, *sides, counts, decode)]
-        self.largest = [max(lengths) for lengths in zip(*outer, strict=True)]
-        self.work = sum(map(prod, outer)) / prod(sides)
-
-
-def _methods(kvae: KVAE, tilings: dict[tuple[int, int], Tiling]) -> list[Method]:
-    """All there are, from the fastest on."""
-    cadence = kvae.config.temporal_compress_times
-    segments = (SEGMENT_FRAMES, 2 * cadence, cadence) if kvae.config.per_position else (SEGMENT_FRAMES,)
-    choices = product(segments, STRIP_BYTES, range(3))
-    methods = [Method(*choice, tiles=count) for choice in choices for count in tilings]
+def _methods(kvae: KVAE, coder: Coder, tilings: dict[tuple[int, int], Tiling], overlap: int | None) -> list[Method]:
+    """All there are for these tiles, from the fastest on."""
+    config, blocks = kvae.config, len(coder.full_resolution())
+    cadence = config.temporal_compress_times
+    segments = (SEGMENT_FRAMES, 2 * cadence, cadence) if config.per_position else (SEGMENT_FRAMES,)
+    choices = product(segments, STRIP_BYTES, range(4))
+    methods = [Method(*choice, count, overlap) for choice in choices for count in tilings]
+    reach = tail_frames(len(kvae.decoder.full_resolution()))
+    row = 3 * config.decoder_widths[0] * kvae.decoder.conv_out.conv.weight.element_size() * config.spatial_factor
 
     def cost(method: Method) -> float:
+        tiling = tilings[method.tiles]
         short = 1 + 0.02 * segments.index(method.segment) + 0.01 * STRIP_BYTES.index(method.strip_bytes)
-        return RECOMPUTE_COST[method.recompute] * short * tilings[method.tiles].work
+        again = RECOMPUTE_COST[config.norm][method.recompute]
+        if method.recompute > 2:  # a strip is computed with a halo of all of the blocks
+            rows = method.strip_bytes / (row * tiling.largest[1] * method.segment)
+            again *= 1 + 2 * blocks / rows
+        return again * short * tiling.work
 
-    return sorted(methods, key=cost)
+    return sorted((m for m in methods if m.recompute < 3 or m.segment >= reach), key=cost)
 
 
 def _lengths(total: int, rest: int) -> set[tuple[int, tuple[bool, bool]]]:
@@ -150,180 +154,3 @@ def _lengths(total: int, rest: int) -> set[tuple[int, tuple[bool, bool]]]:
     while sum(lengths) < total:
         lengths.append(min(rest, total - sum(lengths)))
     return {(n, (i == 0, i == len(lengths) - 1)) for i, n in enumerate(lengths)}
-
-
-class Count:
-    """Adds up, along the stages of a coder, what the functions of `kvae.strips` hold at one time."""
-
-    def __init__(self, kvae: KVAE, coder: Coder, method: Method, batch: int):
-        self.coder, self.method = coder, method
-        self.group = not kvae.config.per_position
-        self.item = kvae.decoder.conv_out.conv.weight.element_size()
-        self.unit = batch * self.item  # bytes of one value for all clips
-
-    def segment(self, T: int, H: int, W: int, first: bool, last: bool, latent: bool) -> int:
-        """The peak of one segment that enters the coder with these sides; `latent`: as what conditions the norms."""
-        self.T, self.H, self.W, self.first, self.last = T, H, W, first, last
-        self.latent = (T, W) if latent else None
-        self.peak = 0
-        self.now = 0 if first else sum(self._memory(*layer) for layer in self._remembering())
-        self.lazy = 0  # bytes of a row's worth of what is computed on demand before the current layer reads it
-        self.held = 0  # bytes of the map that the current layer reads, where it is held
-        self.shrunk = 1  # 4 where the next past is remembered at half the rows and columns, and computed again
-        self._convolution(self.coder.conv_in, held_output=latent)
-        for stage in self.coder.stages():
-            if isinstance(stage, ResnetBlock):
-                self._resnet(stage)
-            elif isinstance(stage, Downsample):
-                self._downsample(stage)
-            elif isinstance(stage, Upsample):
-                self._upsample(stage)
-        self._convolution(self.coder.conv_out, held_output=True, normed=True)
-        return self.peak
-
-    def _remembering(self) -> Iterator[tuple[int, int, int, int]]:
-        """(channels, frames, rows, columns) of all that the stream remembers."""
-        H, W = self.H, self.W
-        small = H, W  # of what the next convolution's past is computed from
-        yield self.coder.conv_in.conv.in_channels, 2, H, W
-        for stage in self.coder.stages():
-            if isinstance(stage, ResnetBlock):
-                yield stage.conv1.conv.in_channels, 2, *small
-                small = H, W
-                yield stage.conv2.conv.in_channels, 2, H, W
-            elif isinstance(stage, Downsample):
-                H, W = H // 2, W // 2
-                if hasattr(stage, "temporal_conv"):
-                    yield stage.linear.in_channels, 1, H, W
-            elif isinstance(stage, Upsample):
-                if hasattr(stage, "temporal_conv"):
-                    yield stage.linear.in_channels, 1, H, W
-                small = (H, W) if self.method.recompute else (2 * H, 2 * W)
-                H, W = 2 * H, 2 * W
-                continue
-            small = H, W
-        yield self.coder.conv_out.conv.in_channels, 2, H, W
-
-    def _memory(self, channels: int, frames: int, H: int, W: int) -> int:
-        return self.unit * channels * frames * H * W
-
-    def _map(self, channels: int) -> int:
-        return self.unit * channels * self.T * self.H * self.W
-
-    def _touch(self, extra: int) -> None:
-        self.peak = max(self.peak, self.now + extra)
-
-    def _rows(self, row_bytes: int, most: int) -> int:
-        return max(hi - lo for lo, hi in even_strips(self.H, most // max(1, row_bytes)))
-
-    def _row(self, conv: nn.Conv3d) -> int:
-        return self.unit * (conv.in_channels + conv.out_channels) * (self.T + 2) * (self.W + 2)
-
-    def _strip(self, conv: nn.Conv3d, lazy: int, add: bool) -> int:
-        """What one strip of a convolution holds, the strip before it included."""
-        cin, cout = conv.in_channels, conv.out_channels
-        rows = self._rows(lazy + self._row(conv), self.method.strip_bytes)
-        padded = self.unit * cin * (self.T + 2) * (rows + 2) * (self.W + 2)
-        out = self.unit * cout * self.T * rows * self.W
-        pending = 0 if rows == self.H else out
-        affine = 0
-        if self.latent:
-            t, w = self.latent
-            affine = (2 * self.item + 16) * (self.unit // self.item) * cin * t * w * (rows + 2)
-        sides = self.T, rows, self.W
-        work = winograd.workspace(conv, *sides) if winograd.pays(conv, *sides) else 0
-        return pending + lazy * (rows + 2) + max(padded + max(out + work, affine), (2 if add else 1) * out)
-
-    def _statistics(self, channels: int, lazy: int) -> None:
-        if self.group:
-            row = self.unit // self.item * channels * self.T * self.W * 4
-            rows = self._rows(row, STATISTICS_BYTES)
-            self._touch(rows * (2 * row + lazy))
-
-    def _keep(self, channels: int, frames: int = 2) -> int:
-        """What a layer will remember; nothing after the last segment."""
-        return 0 if self.last else self._memory(channels, frames, self.H, self.W)
-
-    def _forget(self, channels: int, frames: int = 2, shrunk: int = 1) -> None:
-        if not self.first:
-            self.now -= self._memory(channels, frames, self.H, self.W) // shrunk
-
-    def _convolution(self, layer: CausalConv3d, held_output: bool, normed: bool = False) -> None:
-        cin, cout = layer.conv.in_channels, layer.conv.out_channels
-        if normed:
-            self._statistics(cin, self.lazy)
-        self.now += self._keep(cin)
-        if held_output:
-            self._touch(self._output(layer.conv, self.lazy))
-            self._forget(cin)
-            self.now += self._map(cout) - self.held
-            self.held, self.lazy = self._map(cout), 0
-        else:
-            self._forget(cin)
-            self.held, self.lazy = 0, self._row(layer.conv)
-
-    def _output(self, conv: nn.Conv3d, lazy: int, add: bool = False, new: bool = True) -> int:
-        """A held map in the making: its strips, and the map itself unless one strip is all of it."""
-        whole = self._rows(lazy + self._row(conv), self.method.strip_bytes) == self.H
-        return self._strip(conv, lazy, add) + (self._map(conv.out_channels) if new and not whole else 0)
-
-    def _resnet(self, block: ResnetBlock) -> None:
-        cin, cout = block.conv1.conv.in_channels, block.conv1.conv.out_channels
-        lazy, shrunk = self.lazy, self.shrunk
-        self._statistics(cin, lazy)
-        if self.method.recompute < 2:
-            self.now += self._keep(cin) // shrunk
-            self._touch(self._output(block.conv1.conv, lazy))
-            self.now += self._map(cout)
-            self._statistics(cout, 0)
-            self.now += self._keep(cout)
-            self._touch(self._output(block.conv2.conv, 0, add=True, new=False) + lazy)
-        else:
-            inner = lazy + self._row(block.conv1.conv)
-            self._statistics(cout, inner)
-            self.now += self._keep(cin) // shrunk + self._keep(cout)
-            in_place = self.held == self._map(cout)
-            self._touch(self._output(block.conv2.conv, inner, add=True, new=not in_place))
-            self.now += 0 if in_place else self._map(cout)
-            self.held = 0 if in_place else self.held
-        self._forget(cin, shrunk=shrunk)
-        self._forget(cout)
-        self.now -= self.held
-        self.held, self.lazy, self.shrunk = self._map(cout), 0, 1
-
-    def _downsample(self, layer: Downsample) -> None:
-        cout = layer.linear.in_channels
-        self.H, self.W = self.H // 2, self.W // 2
-        small = self._map(cout)
-        rows = self._rows(self.held // self.H, self.method.strip_bytes)
-        self._touch(small + (self.held + small) * rows // self.H)
-        self.now += small - self.held
-        if hasattr(layer, "temporal_conv"):
-            self.T = (self.T + 1) // 2
-            self.now += self._keep(cout, frames=1)
-            self._touch(small * 3 // 2 + self.unit * cout * 2 * self.H * self.W)
-            self._forget(cout, frames=1)
-            self.now += self._map(cout) - small
-        self.held = self._map(cout)
-
-    def _upsample(self, layer: Upsample) -> None:
-        channels = layer.linear.in_channels
-        if hasattr(layer, "temporal_conv"):
-            before = self.held
-            self.now += self._keep(channels, frames=1)
-            self.T = 2 * self.T - self.first
-            self._touch(before + self._map(channels) + before)
-            self._forget(channels, frames=1)
-            self.now += self._map(channels) - before
-            self.held = self._map(channels)
-        small = self.held
-        self.H, self.W = 2 * self.H, 2 * self.W
-        row = 2 * self.unit * channels * self.T * self.W
-        if self.method.recompute:
-            self.lazy, self.shrunk = row, 4
-            return
-        rows = self._rows(row, self.method.strip_bytes)
-        out = self._map(channels)
-        self._touch(out + row * rows)
-        self.now += out - small
-        self.held = out

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import KVAEConfig
-from .layers import Cache, Streamed, remember
+from .convolution import conv3d
+from .layers import Cache, Streamed, framed, like, remember
 
 PARITIES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
@@ -118,14 +119,13 @@ class Downsample(Resampler):
     def halve_space(self, x_BCTHW: Tensor, w: dict[str, Tensor], border: bool = True) -> Tensor:
         """[B, C, T, 2h, 2w] → [B, C', T, h, w]; without `border`, x has the row above already."""
         # rows and columns are even, so the last window ends on the last pixel: only before the first ones is padding
-        mode = "reflect" if self.padding == "replicate" else "constant"
-        x = F.pad(x_BCTHW, (1, 0, int(border), 0, 0, 0), mode=mode)
-        return F.conv3d(x, w["space"], w["space_bias"], stride=(1, 2, 2))
+        x = framed(x_BCTHW, self.padding, (True, False, border, False), inside=2)  # reflected
+        return conv3d(x, w["space"], w["space_bias"], stride=(1, 2, 2))
 
     def halve_time(self, x_BCTHW: Tensor, cache: Cache, w: dict[str, Tensor]) -> Tensor:
         """[B, C', T, h, w] → [B, C', T', h, w]."""
         x = remember(x_BCTHW, cache, self.name, memory=2, stride=2)
-        return F.conv3d(x, w["time"], w["time_bias"], stride=(2, 1, 1))
+        return conv3d(x, w["time"], w["time_bias"], stride=(2, 1, 1))
 
 
 class Upsample(Resampler):
@@ -169,14 +169,12 @@ class Upsample(Resampler):
 
     def double_space(self, x_BCTHW: Tensor, w: dict[str, Tensor], border: tuple[bool, bool] = (True, True)) -> Tensor:
         """[B, C, T, H, W] → [B, C, T, 2H, 2W]; where there is no border, x has the row above, or below, already."""
-        top, bottom = border
-        mode = "replicate" if self.padding == "replicate" else "constant"
-        x = F.pad(x_BCTHW, (1, 1, int(top), int(bottom), 0, 0), mode=mode)
+        x = framed(x_BCTHW, self.padding, (True, True, *border))
         B, C, T, H, W = x.shape
         y = like(x_BCTHW, (B, C, T, 2 * (H - 2), 2 * (W - 2)))
         for row, column in PARITIES:
             window = x[:, :, :, row : row + H - 1, column : column + W - 1]
-            y[:, :, :, row::2, column::2] = F.conv3d(window, w[f"space_{row}{column}"], w["bias"])
+            y[:, :, :, row::2, column::2] = conv3d(window, w[f"space_{row}{column}"], w["bias"])
         return y
 
     def double_time(self, x_BCTHW: Tensor, cache: Cache, w: dict[str, Tensor]) -> Tensor:
@@ -185,9 +183,9 @@ class Upsample(Resampler):
         B, C, T, H, W = x_BCTHW.shape
         x = remember(x_BCTHW, cache, self.name, memory=1)
         y = like(x_BCTHW, (B, C, 2 * T - start, H, W))
-        y[:, :, 1 - start :: 2] = F.conv3d(x, w["time_1"], w["time_bias"])
+        y[:, :, 1 - start :: 2] = conv3d(x, w["time_1"], w["time_bias"])
         if start < T:
-            y[:, :, start::2] = F.conv3d(x[:, :, start:], w["time_0"], w["time_bias"])
+            y[:, :, start::2] = conv3d(x[:, :, start:], w["time_0"], w["time_bias"])
         return y
 
 
@@ -207,10 +205,3 @@ def matrix(conv: nn.Conv3d) -> tuple[Tensor, Tensor]:
 def after(linear_oi: Tensor, weight: Tensor) -> Tensor:
     """The kernel of a convolution followed by a 1x1x1 one."""
     return (linear_oi @ weight.flatten(1)).view(len(linear_oi), *weight.shape[1:])
-
-
-def like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An empty tensor of x's type, device and memory format."""
-    nhwc = x.stride(1) == 1 and x.shape[1] > 1  # of a slice too, which is neither contiguous nor channels-last
-    memory_format = torch.channels_last_3d if nhwc else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)

@@ -24,6 +24,9 @@ class Rows(Protocol):
     def __call__(self, lo: int, hi: int) -> Tensor:
         """[B, C, T, hi − lo, W]."""
 
+    def tail(self, frames: int) -> Rows:
+        """The last frames alone, for the next segment."""
+
 
 class Held:
     """A feature map in memory."""
@@ -33,6 +36,10 @@ class Held:
 
     def __call__(self, lo: int, hi: int) -> Tensor:
         return self.x[:, :, :, lo:hi]
+
+    def tail(self, frames: int) -> Held:
+        """In the same memory."""
+        return Held(self.x[:, :, -frames:])
 
 
 def even_strips(height: int, most: int) -> Iterator[tuple[int, int]]:

@@ -14,37 +14,42 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import winograd
 from .affine import Affine
 from .coders import Decoder, Encoder
 from .config import SEGMENT_FRAMES
-from .layers import Cache, CausalConv3d, ResnetBlock
-from .resample import Downsample, Upsample, like
+from .convolution import conv3d
+from .layers import Cache, CausalConv3d, ResnetBlock, fill_border, like
+from .resample import Downsample, Upsample
 from .rows import Held, Rows, even_strips
 
 
 @dataclass(frozen=True)
 class Method:
-    """How to compute a clip; the result is the same.
+    """How to compute a clip; the result is the same, unless tiles overlap.
 
     Attributes:
         segment: frames in a segment, after the first one. Models with GroupNorm are defined by 16.
         strip_bytes: about the size of a convolution's input and output, per strip.
         recompute: 0 holds every feature map; 1 computes upsampled ones again wherever they are read; 2 also the inner
-            ones of the blocks.
-        tiles: rows and columns of tiles, each computed for the whole clip before the next (see `kvae.tiles`). Only
-            where no norm runs over the picture, and not in streams.
+            ones of the blocks; 3 also all of the blocks at full resolution, and what they remember.
+        tiles: rows and columns of tiles, each computed for the whole clip before the next (see `kvae.tiles`). Not in
+            streams.
+        overlap: latents that neighbouring tiles have in common, where they are blended: not exact. GroupNorm then takes
+            its statistics from a version of the picture that is no larger than a tile. None: tiles with all that makes
+            them exact, only where no norm runs over the picture.
     """
 
     segment: int = SEGMENT_FRAMES
     strip_bytes: int = 256 << 20
     recompute: int = 0
     tiles: tuple[int, int] = (1, 1)
+    overlap: int | None = None
 
 
 class Norms(dict[tuple[int, str], tuple[Tensor, Tensor]]):
@@ -60,7 +65,7 @@ class Memory:
     """What a stream remembers from segment to segment: `pasts`, the two frames before the next one that each
     convolution reads, and `cache`, that of the resamplers, or of all layers where they run by themselves."""
 
-    pasts: dict[str, Rows] = field(default_factory=dict)
+    pasts: dict[str, Callable[[int, int], Tensor]] = field(default_factory=dict)
     cache: Cache = field(default_factory=dict)
     norms: Norms | None = None
     segments: int = 0  # done
@@ -116,56 +121,100 @@ class Segment:
 
 
 class Convolved:
-    """A causal convolution of the activations of another feature map (or of the map itself, without a norm)."""
+    """A causal convolution of the activations of another feature map (or of the map itself, without a norm).
 
-    def __init__(self, segment: Segment, source: Rows, conv: CausalConv3d, norm: nn.Module | None):
+    Args:
+        again: whether the last two frames of what it reads, its past in the next segment, are computed again there.
+            Else they are kept, strip by strip.
+    """
+
+    def __init__(self, segment: Segment, source: Rows, conv: CausalConv3d, norm: nn.Module | None, again: bool = False):
         B, _, T, H, W = source.shape
         self.shape = torch.Size((B, conv.conv.out_channels, T, H, W))
         self.segment, self.source, self.conv = segment, source, conv
         self.affine = self._affine(norm) if norm else None
         element = segment.element_size
         self.row_bytes = source.row_bytes + B * (source.shape[1] + self.shape[1]) * (T + 2) * (W + 2) * element
-        self.past: Rows | None = segment.memory.pasts.pop(conv.name, None)
-        # the last two frames of what the convolution reads: filled strip by strip, or computed again
-        self.future: Held | Activated | None = None
-        if isinstance(source, Upsampled) and self.affine and T > 1 and not segment.last:
-            self.future = Activated(source.tail(2), self.affine.tail(2, T))
+        self.lead = 0  # frames of the source before those of the output
+        self.past: Callable[[int, int], Tensor] | None = segment.memory.pasts.pop(conv.name, None)
+        self.future: Held | None = None
+        self.keeps = not (again or segment.last)
+        if again and self.affine and not segment.last:
+            segment.memory.pasts[conv.name] = Activated(source.tail(2), self.affine.tail(2, T))
 
     def _affine(self, norm: nn.Module) -> Affine:
         norms, key = self.segment.memory.norms, (self.segment.memory.segments, self.conv.name)
         known = norms.get(key) if norms else None
-        affine = Affine(norm, self.source, self.segment.z_Bcthw, self.segment.first, known)
+        strips = self.segment.strips(self.source)
+        affine = Affine(norm, self.source, strips, self.segment.z_Bcthw, self.segment.first, known)
         if norms is not None and affine.shift is not None:
             norms[key] = affine.scale, affine.shift
         return affine
 
+    def tail(self, frames: int) -> Convolved:
+        """The last frames alone: the two before them are in the source, and no past is needed."""
+        part = copy(self)
+        part.source = self.source.tail(frames + 2)
+        part.affine = self.affine and self.affine.tail(frames + 2, self.shape[2])
+        part.lead, part.past, part.keeps = 2, None, False
+        part.shape = torch.Size((*self.shape[:2], frames, *self.shape[3:]))
+        return part
+
     def __call__(self, lo: int, hi: int) -> Tensor:
-        B, C, T, H, W = self.source.shape
+        return self.of(self.source, lo, hi)
+
+    def of(self, source: Callable[[int, int], Tensor], lo: int, hi: int) -> Tensor:
+        """The rows, computed from those of a source that holds the same."""
+        B, C, _, H, W = self.source.shape
+        T = self.shape[2]
         above, below = min(lo, 1), min(H - hi, 1)  # rows of the source beyond the strip; at its edges a border
-        x = self.source(lo - above, hi + below)
+        x = source(lo - above, hi + below)
         padded = like(x, (B, C, T + 2, hi - lo + 2, W + 2))
         inner = padded[:, :, :, 1 - above : padded.shape[3] - 1 + below, 1:-1]
-        now = inner[:, :, 2:]
+        now = inner[:, :, 2 - self.lead :]
         if self.affine:
             self.affine.write(x, lo - above, hi + below, out=now)
             F.silu(now, inplace=True)
         else:
             now.copy_(x)
-        inner[:, :, :2] = now[:, :, :1] if self.past is None else self.past(lo - above, hi + below)
-        if not (self.segment.last or isinstance(self.future, Activated)):
+        if not self.lead:
+            inner[:, :, :2] = now[:, :, :1] if self.past is None else self.past(lo - above, hi + below)
+        if self.keeps:
             self.future = self.future or Held(like(padded, (B, C, 2, H, W)))
             self.future.x[:, :, :, lo:hi] = padded[:, :, T:, 1:-1, 1:-1]
-        fill_border(padded, self.conv.padding, top=not above, bottom=not below)
-        conv = self.conv.conv
-        if winograd.pays(conv, T, hi - lo, W):
-            assert conv.bias is not None
-            return winograd.conv3d(padded, conv.weight, conv.bias)
-        return conv(padded)
+        fill_border(padded, self.conv.padding, (True, True, not above, not below))
+        return conv3d(padded, self.conv.conv.weight, self.conv.conv.bias)
 
     def close(self) -> None:
-        """All rows have been computed: what must be seen again goes to the cache."""
+        """All rows have been computed: what must be seen again goes to the memory."""
         if self.future is not None:
             self.segment.memory.pasts[self.conv.name] = self.future
+
+
+class Summed:
+    """A block's output on demand, from its second convolution; what both branches read is computed once for both."""
+
+    def __init__(self, outer: Convolved, block: ResnetBlock):
+        assert isinstance(outer.source, Convolved)
+        self.outer, self.inner, self.source = outer, outer.source, outer.source.source
+        self.block, self.shape = block, outer.shape
+        B, C, T, _, W = self.shape
+        self.row_bytes = B * C * T * W * outer.segment.element_size
+
+    def tail(self, frames: int) -> Summed:
+        """The last frames alone."""
+        return Summed(self.outer.tail(frames), self.block)
+
+    def __call__(self, lo: int, hi: int) -> Tensor:
+        top, bottom = max(lo - 2, 0), min(hi + 2, self.shape[3])
+        x = self.source(top, bottom)
+
+        def source(lo: int, hi: int) -> Tensor:
+            return x[:, :, :, lo - top : hi - top]
+
+        y = self.outer.of(partial(self.inner.of, source), lo, hi)
+        y += self.block.shortcut(source(lo, hi)[:, :, -y.shape[2] :])
+        return y
 
 
 class Activated:
@@ -173,7 +222,6 @@ class Activated:
 
     def __init__(self, source: Rows, affine: Affine):
         self.source, self.affine = source, affine
-        self.shape, self.row_bytes = source.shape, source.row_bytes
 
     def __call__(self, lo: int, hi: int) -> Tensor:
         x = self.source(lo, hi)
@@ -182,34 +230,32 @@ class Activated:
         return F.silu(y, inplace=True)
 
 
-def fill_border(x_BCTHW: Tensor, padding: str, top: bool, bottom: bool) -> None:
-    """Columns at both sides, and rows where they are the image's own."""
-    for dim, edge, inside, needed in ((4, 0, 1, True), (4, -1, -2, True), (3, 0, 1, top), (3, -1, -2, bottom)):
-        if needed and padding == "replicate":
-            x_BCTHW.select(dim, edge).copy_(x_BCTHW.select(dim, inside))
-        elif needed:
-            x_BCTHW.select(dim, edge).zero_()
-
-
 class Upsampled:
-    """An upsampler's output, rows and columns doubled on demand; frames are doubled at once, where images are small."""
+    """An upsampler's output, rows and columns doubled on demand; frames are doubled at once, where images are small.
 
-    def __init__(self, segment: Segment, source: Rows, upsample: Upsample):
-        self.upsample, self.weights = upsample, upsample.folded()
+    Args:
+        reach: the most frames that a tail of it has.
+    """
+
+    def __init__(self, segment: Segment, source: Rows, upsample: Upsample, reach: int):
+        self.upsample, self.weights, self.reach = upsample, upsample.folded(), reach
         x = source(0, source.shape[3])
         if "time_0" in self.weights:
             x = upsample.double_time(x, segment.memory.cache, self.weights)
             if segment.last:
                 segment.memory.cache.pop(upsample.name)
         self.x = x
+        self.last: Tensor | None = None
         B, C, T, H, W = x.shape
         self.shape = torch.Size((B, C, T, 2 * H, 2 * W))
-        self.row_bytes = 2 * B * C * T * 2 * W * segment.element_size
+        self.row_bytes = 3 * B * C * T * W * segment.element_size  # the row itself, and half of it on the way
 
     def tail(self, frames: int) -> Upsampled:
-        """The last frames alone, in memory of their own."""
+        """The last frames alone, in memory that all tails share."""
+        if self.last is None:
+            self.last = self.x[:, :, -self.reach :].clone()
         part = copy(self)
-        part.x = self.x[:, :, -frames:].clone()
+        part.x = self.last[:, :, -frames:]
         B, C, _, H, W = self.shape
         part.shape = torch.Size((B, C, frames, H, W))
         return part
@@ -226,7 +272,7 @@ def resnet(segment: Segment, source: Rows, block: ResnetBlock) -> Held:
     """A block's output, in the place of its inner feature map."""
     method = segment.method
     inner: Rows
-    inner = first = Convolved(segment, source, block.conv1, block.norm1)
+    inner = first = Convolved(segment, source, block.conv1, block.norm1, again=isinstance(source, Upsampled))
     if method.recompute < 2:
         inner = segment.hold(inner)
     outer = Convolved(segment, inner, block.conv2, block.norm2)
@@ -242,11 +288,13 @@ def halve_space(segment: Segment, source: Rows, layer: Downsample) -> Held:
     w = layer.folded()
     B, _, T, H, W = source.shape
     y = None
-    for lo, hi in even_strips(H // 2, segment.method.strip_bytes // (2 * source(0, 1).nbytes)):
+    row_bytes = max(source.row_bytes, B * source.shape[1] * T * W * segment.element_size)
+    for lo, hi in even_strips(H // 2, segment.method.strip_bytes // (2 * row_bytes)):
         above = min(lo, 1)
         part = layer.halve_space(source(2 * lo - above, 2 * hi), w, border=not above)
         y = like(part, (B, part.shape[1], T, H // 2, W // 2)) if y is None else y
         y[:, :, :, lo:hi] = part
+        del part  # before the next one is made
     assert y is not None
     return Held(y)
 
@@ -277,21 +325,31 @@ def compute_segment(
 
 def run(segment: Segment, h: Rows, coder: Encoder | Decoder) -> Rows:
     """All stages of a coder."""
-    for stage in coder.stages():
-        if isinstance(stage, ResnetBlock):
+    lazy = coder.full_resolution() if segment.method.recompute > 2 else ()
+    stages = list(coder.stages())
+    for i, stage in enumerate(stages):
+        if stage in lazy:
+            inner = Convolved(segment, h, stage.conv1, stage.norm1, again=True)
+            h = Summed(Convolved(segment, inner, stage.conv2, stage.norm2, again=True), stage)
+        elif isinstance(stage, ResnetBlock):
             h = resnet(segment, h, stage)
         elif isinstance(stage, Downsample):
             h = halve_space(segment, h, stage)  # what it was computed from ends here, before more is made
             h = halve_time(segment, h, stage) if hasattr(stage, "temporal_conv") else h
         elif isinstance(stage, Upsample):
-            h = Upsampled(segment, h, stage)
+            h = Upsampled(segment, h, stage, reach=tail_frames(len(lazy)) if stages[i + 1] in lazy else 2)
             h = h if segment.method.recompute else segment.hold(h)
     return h
 
 
+def tail_frames(blocks: int) -> int:
+    """How many frames the next segment must see again, to compute so many blocks and the past of one convolution."""
+    return 2 + 4 * blocks
+
+
 def finish(segment: Segment, h: Rows, coder: Encoder | Decoder) -> Tensor:
     """The last norm and convolution."""
-    out = Convolved(segment, h, coder.conv_out, coder.norm_out)
+    out = Convolved(segment, h, coder.conv_out, coder.norm_out, again=isinstance(h, Summed | Upsampled))
     x = segment.hold(out).x
     out.close()
     return x

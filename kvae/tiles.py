@@ -1,16 +1,20 @@
-"""Exact tiles for the models whose norm is per position (2.0): a tile is computed with all that its values depend on.
+"""Tiles of a picture: exact ones, where no norm runs over the picture, or ones that are blended where they overlap.
 
-What a stage reads beyond what it writes is known, so the halo of a tile is counted, not guessed: 18 latents to decode
-and 14 to encode with the published models. At the picture's own edges there is none, and the border is the model's.
+An exact tile is computed with all that its values depend on, and that halo is then dropped: 18 latents to decode, 14 to
+encode, with two blocks a level. Blended tiles have a few latents in common, where each counts less towards its edge.
 
     # lo:hi along one axis, in latents, pixels, or whatever the stage at hand counts in
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
+from math import prod
+
+import torch
+from torch import Tensor
 
 from .config import KVAEConfig
 
@@ -18,18 +22,98 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A tile of a picture of h x w latents: `inner` is what it answers for, `outer` what must be computed with it.
+class Part:
+    """A piece of a result: `x`, [B, C, T, H, W], belongs at `where`, or is added there times `weights`, [H, W]."""
 
-    Both are (rows, columns) in latents.
+    x: Tensor
+    where: tuple[slice, ...]
+    weights: Tensor | None = None
+
+    def put(self, out: Tensor) -> None:
+        """Into the whole result, which must start as zeros where there are weights."""
+        if self.weights is None:
+            out[self.where] = self.x
+        else:
+            out[self.where] += (self.x * self.weights.to(self.x.device)).to(out)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A tile along an axis: the latents it is computed from; which of its values are kept, and where; their weights."""
+
+    outer: Span
+    crop: slice
+    where: slice
+    weights: Tensor | None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How latents are cut: what is computed together, and what of that is the result; None where tiles are blended."""
+
+    outer: list[Span]
+    inner: list[Span] | None = None
+
+    def cuts(self, scale: int) -> Iterator[Cut]:
+        """The tiles, for results of `scale` values a latent."""
+        weights = self.weights(scale) if self.inner is None else [None] * len(self.outer)
+        for outer, inner, weight in zip(self.outer, self.inner or self.outer, weights, strict=True):
+            lo, hi, start = (side * scale for side in (*inner, outer[0]))
+            yield Cut(outer, slice(lo - start, hi - start), slice(lo, hi), weight)
+
+    def weights(self, scale: int) -> list[Tensor]:
+        """What each value of blended tiles counts for: ramps where they overlap, and 1 in all; float32."""
+        ramps, total = [], torch.zeros(self.outer[-1][1] * scale)
+        for i, (lo, hi) in enumerate(self.outer):
+            ramp = torch.ones((hi - lo) * scale)
+            before = (self.outer[i - 1][1] - lo) * scale if i else 0
+            after = (hi - self.outer[i + 1][0]) * scale if i + 1 < len(self.outer) else 0
+            ramp[:before] = torch.arange(1, before + 1) / (before + 1)
+            ramp[len(ramp) - after :] *= torch.arange(after, 0, -1) / (after + 1)
+            ramps.append(ramp)
+            total[lo * scale : hi * scale] += ramp
+        return [ramp / total[lo * scale : hi * scale] for ramp, (lo, hi) in zip(ramps, self.outer, strict=True)]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Rows and columns of tiles.
+
+    Attributes:
+        largest: rows and columns, in latents, of the largest tile.
+        work: what is computed in all, in pictures.
     """
 
-    inner: tuple[Span, Span]
-    outer: tuple[Span, Span]
+    rows: Axis
+    columns: Axis
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        rows, columns = (max(hi - lo for lo, hi in axis.outer) for axis in (self.rows, self.columns))
+        return rows, columns
+
+    @property
+    def work(self) -> float:
+        return prod(sum(hi - lo for lo, hi in axis.outer) / axis.outer[-1][1] for axis in (self.rows, self.columns))
+
+    def __len__(self) -> int:
+        return len(self.rows.outer) * len(self.columns.outer)
+
+    def parts(self, stream: Callable[[Span, Span], Iterator[Tensor]], scale: int) -> Iterator[Part]:
+        """What `stream` gives of each tile, segment by segment, as parts of a result with `scale` values a latent."""
+        rows, columns = (list(axis.cuts(scale)) for axis in (self.rows, self.columns))
+        for row, column in product(rows, columns):
+            weights = None if row.weights is None or column.weights is None else row.weights[:, None] * column.weights
+            start = 0
+            for x in stream(row.outer, column.outer):
+                time = slice(start, start + x.shape[2])
+                where = slice(None), slice(None), time, row.where, column.where
+                yield Part(x[..., row.crop, column.crop], where, weights)
+                start = time.stop
 
 
-def tiles(config: KVAEConfig, h: int, w: int, counts: tuple[int, int], decode: bool) -> Iterator[Tile]:
-    """Tiles of nearly equal size, counts[0] rows of counts[1] each.
+def exact_tiling(config: KVAEConfig, h: int, w: int, counts: tuple[int, int], decode: bool) -> Tiling:
+    """Tiles of nearly equal size, counts[0] rows of counts[1] each, with the halo that makes them exact.
 
     Raises:
         ValueError: GroupNorm runs over the whole picture, so no tile is exact.
@@ -37,10 +121,25 @@ def tiles(config: KVAEConfig, h: int, w: int, counts: tuple[int, int], decode: b
     if counts != (1, 1) and not config.per_position:
         raise ValueError("tiles cannot be exact where GroupNorm runs over the whole picture; this model has it")
     needs = needed_to_decode if decode else needed_to_encode
-    for rows in spans(h, counts[0]):
-        for columns in spans(w, counts[1]):
-            outer = within(needs(config, rows), h), within(needs(config, columns), w)
-            yield Tile((rows, columns), outer)
+
+    def axis(n: int, count: int) -> Axis:
+        inner = spans(n, count)
+        return Axis([within(needs(config, span), n) for span in inner], inner)
+
+    return Tiling(axis(h, counts[0]), axis(w, counts[1]))
+
+
+def blended_tiling(h: int, w: int, counts: tuple[int, int], overlap: int) -> Tiling:
+    """Tiles of equal size, counts[0] rows of counts[1] each, that have at least `overlap` latents in common."""
+    return Tiling(*(Axis(overlapping(n, count, overlap)) for n, count in zip((h, w), counts, strict=True)))
+
+
+def overlapping(n: int, count: int, overlap: int) -> list[Span]:
+    """So many spans of one size that cover 0:n, evenly spread; fewer where they would not get ahead."""
+    count = max(1, min(count, n - overlap))
+    size = -(-(n + (count - 1) * overlap) // count)
+    starts = [round(i * (n - size) / max(1, count - 1)) for i in range(count)]
+    return [(start, start + size) for start in starts]
 
 
 def within(span: Span, size: int) -> Span:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 CHUNK_BYTES = 24 << 20  # of tiles and products held at a time: what a cache holds
 LEAST_CHANNELS = 128  # with fewer, the transforms take longer than what they save
@@ -22,23 +22,25 @@ WEIGHTS = 16 * 3  # transformed, of a pair of channels
 WEIGHT_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
-def pays(conv: nn.Conv3d, T: int, H: int, W: int) -> bool:
+def pays(weight: Tensor, T: int, H: int, W: int) -> bool:
     """Whether this takes less time than `F.conv3d`, for an output of these sides."""
-    weight = conv.weight
     return (
         weight.device.type == "cpu"
-        and conv.kernel_size == (3, 3, 3)
+        and weight.shape[2:] == (3, 3, 3)
         and min(weight.shape[:2]) >= LEAST_CHANNELS
         and T * (H // 2) * (W // 2) >= LEAST_TILES
         and not (weight.dtype.itemsize < 4 and multiplies_half())
     )
 
 
-def workspace(conv: nn.Conv3d, T: int, H: int, W: int) -> int:
-    """Bytes in use beside input and output, for an output of these sides."""
-    weights = (WEIGHTS + (9 * 3 if conv.weight.dtype.itemsize < 4 else 0)) * conv.in_channels * conv.out_channels
-    count = min(((H + 1) // 2) * ((W + 1) // 2), tiles_in_a_chunk(conv.weight, T))
-    tiles, products = (16 * 4 * count * n for n in (conv.in_channels * (T + 2), conv.out_channels * T))
+def workspace(weight: Tensor, T: int, H: int, W: int) -> int:
+    """Bytes in use beside input and output, for an output of these sides; 0 where it does not pay."""
+    if not pays(weight, T, H, W):
+        return 0
+    o, i = weight.shape[:2]
+    weights = (WEIGHTS + (9 * 3 if weight.dtype.itemsize < 4 else 0)) * i * o
+    count = min(((H + 1) // 2) * ((W + 1) // 2), tiles_in_a_chunk(weight, T))
+    tiles, products = (16 * 4 * count * n for n in (i * (T + 2), o * T))
     # three quarters of either come on top: tiles half-way transformed, products half-way summed
     return 4 * weights + tiles + products + 3 * max(tiles, products) // 4
 

@@ -23,14 +23,25 @@ class KVAEDecode(io.ComfyNode):
             description="Decodes a video latent with a VAE from Load KVAE. Beyond VAE Decode: checks that the latent "
             "is of the VAE's space, takes latents of wrapper packs, decodes the video part of a latent with audio, and "
             "gives back just the frames that KVAE Encode was given.",
-            inputs=latent_inputs(),
+            inputs=[
+                *latent_inputs(),
+                io.Boolean.Input(
+                    "approximate",
+                    default=False,
+                    tooltip="Where nothing exact fits the memory: off, use the way that takes least, or say that the "
+                    "budget is too small; on, decode tiles that blend where they overlap, which takes far less and is "
+                    "faster, and differs a little from the exact result.",
+                ),
+            ],
             outputs=[io.Image.Output(tooltip="The frames; the clips of a batch one after the other.")],
         )
 
     @classmethod
-    def execute(cls, samples: dict, vae: KVAEVae, scaling: str, memory_gb: float) -> io.NodeOutput:
+    def execute(
+        cls, samples: dict, vae: KVAEVae, scaling: str, memory_gb: float, approximate: bool = False
+    ) -> io.NodeOutput:
         z = latent_for(vae, samples, scaling)
-        frames = within(vae, memory_gb).decode(z)
+        frames = within(vae, memory_gb, approximate).decode(z)
         return io.NodeOutput(frames[:, : kept_frames(frames.shape[1], samples.get(FRAMES))].flatten(0, 1))
 
 
@@ -85,9 +96,9 @@ def memory_input() -> io.Input:
     )
 
 
-def within(vae: KVAEVae, memory_gb: float) -> KVAEVae:
-    """The VAE with that budget; as it is for 0."""
-    return vae.within(round(memory_gb * 1e9)) if memory_gb else vae
+def within(vae: KVAEVae, memory_gb: float, approximate: bool = False) -> KVAEVae:
+    """The VAE with that budget (0: its own), exact or not."""
+    return vae.within(round(memory_gb * 1e9) or vae.first_stage_model.budget, approximate)
 
 
 def latent_for(vae: KVAEVae, latent: dict, scaling: str) -> torch.Tensor:

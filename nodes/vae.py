@@ -69,10 +69,14 @@ class KVAEVae(comfy.sd.VAE):
         served.on_progress = show_progress
         served.free_memory = lambda: int(comfy.model_management.get_free_memory(self.device))
 
-    def within(self, budget: int) -> KVAEVae:
-        """This VAE, to stay within so many bytes beside the weights instead of within what is free."""
+    def within(self, budget: int | None, approximate: bool = False) -> KVAEVae:
+        """This VAE, to stay within so many bytes beside the weights instead of within what is free (None).
+
+        Args:
+            approximate: see `ServedVAE`.
+        """
         vae, served = copy(self), copy(self.first_stage_model)
-        served.budget = budget
+        served.budget, served.approximate = budget, approximate
         vae.first_stage_model = served
         vae.memory_used_decode, vae.memory_used_encode = served.memory_used_decode, served.memory_used_encode
         return vae

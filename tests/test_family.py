@@ -25,7 +25,7 @@ SMALL = {
     ),
 }
 TWO = ["2.0-t4s8", "2.0-t4s16"]
-STRIPS = [Method(strip_bytes=1, recompute=recompute) for recompute in (0, 1, 2)]  # two rows at a time
+STRIPS = [Method(strip_bytes=1, recompute=recompute) for recompute in range(4)]  # two rows at a time
 
 
 def small(name: str) -> KVAE:
@@ -94,6 +94,8 @@ def test_one_is_defined_by_its_segments():
         small("1.0").decode(torch.randn(1, 16, 2, 2, 2), Method(segment=4))
     with pytest.raises(ValueError, match="segments of 6 frames; expected a multiple of 4"):
         small("2.0-t4s8").decode(torch.randn(1, 16, 2, 2, 2), Method(segment=6))
+    with pytest.raises(ValueError, match="segments of 4 frames are too short to compute again what they remember"):
+        small("2.0-t4s8").decode(torch.randn(1, 16, 2, 2, 2), Method(segment=4, recompute=3))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -107,6 +109,15 @@ def test_strips_equal_the_modules_themselves(name, method, batch):
         by_modules = joined(kvae.encode_stream(x.clone().requires_grad_())), kvae.decode(z.clone().requires_grad_())
     assert_same(kvae.encode(x, method), by_modules[0])
     assert_same(kvae.decode(z, method), by_modules[1])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_is_remembered_may_be_computed_again(name):
+    """In three segments, the one in the middle from one past and for another."""
+    kvae, method = small(name), Method(strip_bytes=1, recompute=3)
+    x, z = clip(kvae, 37), latent(kvae, 10)
+    assert_same(kvae.encode(x, method), kvae.encode(x))
+    assert_same(kvae.decode(z, method), kvae.decode(z))
 
 
 def test_with_the_statistics_of_the_whole_picture_tiles_of_one_are_exact():
@@ -302,6 +313,22 @@ def test_tiles_of_two_are_exact(name):
     assert_same(kvae.encode(x, Method(tiles=(2, 1))), kvae.encode(x))
     with pytest.raises(ValueError, match="a stream gives whole pictures"):
         next(kvae.decode_stream(z, Method(tiles=(2, 1))))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_blended_tiles_with_all_that_is_needed_in_common_are_exact_but_for_statistics(name):
+    """Where no norm runs over the picture, an overlap of twice the halo leaves nothing to blend but the same."""
+    kvae = small(name)
+    x, z = clip(kvae, 6, 46, 2), latent(kvae, 2, 46, 2)
+    told = []
+    for run, source, halo in ((kvae.decode, z, 18), (kvae.encode, x, 14)):
+        whole, few, many = run(source), *(run(source, Method(tiles=(2, 1), overlap=n)) for n in (2, 2 * halo))
+        assert 0 < (few - whole).norm() < 0.5 * whole.norm()
+        if kvae.config.per_position:
+            middle = whole.shape[3] // 2
+            assert_same(many[:, :, :, middle], whole[:, :, :, middle])
+    kvae.decode(z, Method(tiles=(2, 1), overlap=4), told.append)
+    assert told[-1] == 5 and told == sorted(told)
 
 
 def test_one_has_no_exact_tiles():

@@ -20,8 +20,10 @@ from kvae_comfyui.adapters.latent_files import load_latent, save_latent
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.adapters.sample_clip import sample_clip
 from kvae_comfyui.adapters.serve import ServedVAE, to_image
-from kvae_comfyui.adapters.tiled import TiledVAE, feathers, tile_spans
+from kvae_comfyui.adapters.tiled import TiledVAE, tile_count
+from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.kvae import KVAE, BudgetError, Norms, WeightsError, load_kvae, plan_decode
+from kvae_comfyui.kvae.tiles import blended_tiling
 from kvae_comfyui.training.vaes import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,7 +136,7 @@ def test_memory_is_told_and_kept_to():
     for free in (None, 12 << 30, 1):
         real.free_memory = lambda free=free: free
         list(real._decode_clip(torch.empty(shape, device="meta"), lambda t: None))
-    assert [method.recompute for method in asked] == [0, 2, 2]
+    assert [method.recompute for method in asked] == [0, 2, 3]
 
 
 def test_a_budget_is_kept_to_or_refused_in_its_own_words(small_kvae):
@@ -152,28 +154,29 @@ def test_a_budget_is_kept_to_or_refused_in_its_own_words(small_kvae):
 
 def test_out_of_memory_goes_on_with_less_and_loses_nothing(small_kvae, caplog):
     served, z = ServedVAE(small_kvae), torch.randn(1, 16, 10, 4, 4)
-    decode_stream, methods, seen = served.vae.decode_stream, [], []
+    decode_stream, methods, seen = small_kvae.decode_stream, [], []
     served.on_progress = lambda done, total: seen.append((done, total))
 
-    def small_card(z, method):
+    def small_card(z, method, *progress_and_norms):
         methods.append(method)
-        for i, frames in enumerate(decode_stream(z, method)):
+        for i, frames in enumerate(decode_stream(z, method, *progress_and_norms)):
             if len(methods) == 1 and i == 1:
                 raise torch.OutOfMemoryError("small card")
             yield frames
 
     with torch.no_grad():
         whole = served.decode(z)
-        seen.clear()
-        served.vae.decode_stream = small_card
-        torch.testing.assert_close(served.decode(z), whole, rtol=0, atol=1e-4)
-        assert seen == [(5, 10), (9, 10), (10, 10)]
         with pytest.raises(BudgetError) as caught:
             plan_decode(small_kvae, z.shape, 0, stream=True)
-        assert methods[1] == caught.value.least.method
-        assert [record.levelname for record in caplog.records] == ["WARNING"]
-        methods.clear()
-        served.vae.decode_stream = lambda z, method: exec("raise torch.OutOfMemoryError", {"torch": torch})
+        small_kvae.decode_stream = small_card
+        for decode in (served.decode, lambda z: torch.cat(list(served.decode_stream(z)), dim=2)):
+            for each in (methods, seen, caplog.records):
+                each.clear()
+            torch.testing.assert_close(decode(z), whole, rtol=0, atol=1e-4)
+            assert seen == [(5, 10), (9, 10), (10, 10)]
+            assert methods[1] == caught.value.least.method
+            assert [record.levelname for record in caplog.records] == ["WARNING"]
+        small_kvae.decode_stream = lambda *_: exec("raise torch.OutOfMemoryError", {"torch": torch})
         with pytest.raises(torch.OutOfMemoryError):  # for the host, which goes on with tiles
             served.decode(z)
 
@@ -201,7 +204,7 @@ def test_a_tile_alone_is_itself_and_time_is_not_cut(small_kvae):
     tiled.on_progress = lambda done, total: seen.append((done, total))
     with torch.no_grad():
         x = tiled.decode_tiled(z, tile_x=5, tile_y=4, overlap=2, tile_t=2, overlap_t=1)
-        assert seen == [(5, 12), (6, 12), (11, 12), (12, 12)]
+        assert seen == [(2, 6), (3, 6), (5, 6), (6, 6)]
         assert x.shape == (1, 3, 21, 32, 64)
         norms = Norms()
         list(small_kvae.decode_stream(F.interpolate(z, (6, 2, 5), mode="area"), norms=norms))
@@ -227,16 +230,36 @@ def test_tiles_share_their_statistics():
 
 def test_tiles_cover_and_their_weights_are_one():
     for n, tile, overlap in ((8, 5, 2), (7, 3, 1), (30, 16, 4), (3, 8, 2), (33, 32, 8)):
-        spans = tile_spans(n, tile, overlap)
+        axis = blended_tiling(n, n, (tile_count(n, tile, overlap), 1), overlap).rows
         total = torch.zeros(2 * n)
-        for (lo, hi), weights in zip(spans, feathers(spans, 2), strict=True):
-            assert hi - lo == min(n, tile)
+        for (lo, hi), weights in zip(axis.outer, axis.weights(2), strict=True):
+            assert hi - lo <= min(n, tile)
             assert weights.min() > 0
             total[2 * lo : 2 * hi] += weights
         torch.testing.assert_close(total, torch.ones(2 * n))
-        assert all(one[1] - two[0] >= overlap for one, two in pairwise(spans))
+        assert all(one[1] - two[0] >= overlap for one, two in pairwise(axis.outer))
     with pytest.raises(ValueError, match="tiles of 4 latents with 4 in common"):
-        tile_spans(8, 4, 4)
+        tile_count(8, 4, 4)
+
+
+def test_where_nothing_exact_fits_an_approximation_is_asked_for(small_kvae):
+    """Blended tiles take what the budget says, and give nearly what is exact."""
+    served, z = ServedVAE(small_kvae), torch.randn(1, 16, 6, 24, 24)
+    with torch.no_grad():
+        whole = served.decode(z)
+        served.budget = 1
+        with pytest.raises(BudgetError) as caught:
+            served.decode(z)
+        served.budget = caught.value.least.peak * 2 // 3
+        with pytest.raises(BudgetError):
+            served.decode(z)
+        served.approximate = True
+        with PeakMemory() as memory:
+            x = served.decode(z)
+        assert memory.peak - x.nbytes <= served.budget
+        assert 0 < (x - whole).norm() < 0.2 * whole.norm()
+        with pytest.raises(BudgetError):  # frames that must come whole, segment by segment
+            list(served.decode_stream(z))
 
 
 def test_the_preferred_tile_fits_half_of_what_is_free():

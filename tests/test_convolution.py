@@ -1,4 +1,4 @@
-"""The fast convolution gives what PyTorch's gives, whatever the sides, and the models that are wide enough use it."""
+"""The fast convolutions give what PyTorch's gives, whatever the sides, and wide models use Winograd's."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.kvae import KVAE, KVAEConfig, plan_decode, plan_encode, winograd
+from kvae_comfyui.kvae.convolution import conv3d
 
 
 @pytest.mark.parametrize("sides", [(1, 2, 2), (3, 5, 4), (2, 9, 7), (4, 1, 1)], ids=str)
@@ -22,6 +23,26 @@ def test_equals_the_convolution(sides, chunk, monkeypatch):
     half = winograd.conv3d(x.half(), weight.half(), bias.half())
     expected = F.conv3d(x.half().double(), weight.half().double(), bias.half().double())
     assert ((half - expected).norm() / expected.norm()).item() < 5e-4  # one rounding, at the end
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 2, 2), (3, 1, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 1, 1)], ids=str)
+def test_every_way_on_a_cpu_gives_the_same(kernel, stride):
+    """Of pictures of few rows and of slices too, which PyTorch and oneDNN treat in ways of their own."""
+    weight, bias = torch.randn(9, 6, *kernel), torch.randn(9)
+    whole = torch.randn(1, 6, 7, 40, 30)
+    for x in (
+        whole,
+        whole.contiguous(memory_format=torch.channels_last_3d),
+        whole[:, :, 1:, 3:9, 1:],
+        whole.bfloat16(),
+    ):
+        w, b = weight.to(x.dtype), bias.to(x.dtype)
+        expected = F.conv3d(x.double(), w.double(), b.double(), stride)
+        with torch.no_grad():
+            y = conv3d(x, w, b, stride)
+        assert y.dtype == x.dtype
+        assert ((y - expected).norm() / expected.norm()).item() < (1e-6 if x.dtype == torch.float32 else 5e-3)
 
 
 @pytest.fixture(scope="module")
