@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.adapters.networks import Network
+from kvae_comfyui.benchmarks.tables import publish
 from kvae_comfyui.training import extract, train
 from kvae_comfyui.training.closed_form import fit_both_ways
 from kvae_comfyui.training.dataset import open_pairs, spread
@@ -66,12 +67,7 @@ def main() -> None:
         folder = str(options.work / name)
         extract.run(extract.ExtractConfig(options.videos_root, folder, split=split, height=SIDE, width=SIDE))
     rows = closed_forms(options.work) | train_all(options.work, options.epochs, options.seeds)
-    lines = []
-    for line in report(options.work, options.videos_root, rows, options.clips):
-        print(line, flush=True)
-        lines.append(line)
-    if options.write:
-        options.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    publish(report(options.work, options.videos_root, rows, options.clips), options.write)
 
 
 @dataclass

@@ -46,7 +46,7 @@ class Method:
     """
 
     segment: int = SEGMENT_FRAMES
-    strip_bytes: int = 256 << 20
+    strip_bytes: int = 64 << 20
     recompute: int = 0
     tiles: tuple[int, int] = (1, 1)
     overlap: int | None = None
