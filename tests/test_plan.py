@@ -85,7 +85,6 @@ def test_blended_tiles_are_planned_only_where_they_will_do_and_nothing_exact_fit
 
 HARD_LIMIT = """
 import resource, sys, torch
-from kvae_comfyui.adapters.serve import WORKSPACE
 from kvae_comfyui.kvae import KVAE, BudgetError, KVAEConfig, plan_decode, plan_encode
 torch.set_num_threads(1)
 kvae = KVAE(KVAEConfig((32, 64, 64, 64), (32,) * 4, num_res_blocks=1)).requires_grad_(False).fold()
@@ -98,7 +97,7 @@ with torch.no_grad():
     most = plan(kvae, x.shape, stream=True)
     found = plan(kvae, x.shape, int(float(sys.argv[2]) * most.peak), stream=True)
     taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    limit = taken + int(WORKSPACE * found.peak)
+    limit = taken + int(1.15 * found.peak)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     list(stream(x, found.method))
     try:
