@@ -46,6 +46,7 @@ class VideoWriter:
         for picture in (frames_THW3 * 255).round().to("cpu", torch.uint8).numpy():
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=_BT709)
+            frame.pts, frame.time_base = self.written, 1 / self.fps
             self.container.mux(self.video.encode(frame))
             self.written += 1
 
