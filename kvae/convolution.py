@@ -11,12 +11,17 @@ from . import winograd
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch, "mkldnn_convolution")
 
 
+def recorded() -> bool:
+    """Whether what runs may be wanted for gradients, or as a graph: then PyTorch's own operators are best."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 def conv3d(x_BiTHW: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int] = (1, 1, 1)) -> Tensor:
     """What `F.conv3d(x, weight, bias, stride)` gives: [B, i, T, H, W] → [B, o, T', H', W'].
 
     With gradients, and in a graph that is being captured, it is that function.
     """
-    if x_BiTHW.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x_BiTHW.device.type != "cpu" or recorded():
         return F.conv3d(x_BiTHW, weight, bias, stride)
     sides = [n - k + 1 for n, k in zip(x_BiTHW.shape[2:], weight.shape[2:], strict=True)]
     if bias is not None and stride == (1, 1, 1) and winograd.pays(weight, *sides):

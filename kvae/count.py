@@ -260,8 +260,7 @@ class Count:
             self.now += self._map(channels) - before
             self.held = self._map(channels)
         small = self.held
-        ends = self._ends_held(layer)
-        if ends and not self.last:
+        if self._ends_held(layer) and not self.last:
             self.now += self._memory(channels, tail_frames(len(self.on_demand)), self.H, self.W)
         self.H, self.W = 2 * self.H, 2 * self.W
         row = 3 * self.unit * channels * self.T * self.W // 2

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import KVAEConfig
-from .convolution import conv3d
+from .convolution import conv3d, recorded
 
 Cache = dict[str, Tensor]
+Sides = tuple[bool, bool, bool, bool]  # left, right, top, bottom
 
 
 class Streamed(nn.Module):
@@ -52,7 +53,7 @@ class CausalConv3d(Streamed):
         """[B, C, T, H, W] → [B, C', T, H, W]."""
         kernel = self.conv.kernel_size[0]
         x = remember(x_BCTHW, cache, self.name, memory=kernel - 1)
-        return self.conv(pad_border(x, self.padding) if kernel == 3 else x)
+        return self.conv(framed(x, self.padding) if kernel == 3 else x)
 
 
 def remember(x_BCTHW: Tensor, cache: Cache, name: str, memory: int, stride: int = 1) -> Tensor:
@@ -67,23 +68,21 @@ def remember(x_BCTHW: Tensor, cache: Cache, name: str, memory: int, stride: int 
     return x
 
 
-def pad_border(x_BCTHW: Tensor, padding: str) -> Tensor:
-    """One row and column more on each side: [B, C, T, H, W] → [B, C, T, H + 2, W + 2]."""
-    return F.pad(x_BCTHW, (1, 1, 1, 1, 0, 0), mode="replicate" if padding == "replicate" else "constant")
-
-
-def framed(x_BCTHW: Tensor, padding: str, sides: tuple[bool, bool, bool, bool], inside: int = 1) -> Tensor:
-    """x with a row or column more at these sides (left, right, top, bottom), in its own memory format."""
+def framed(x_BCTHW: Tensor, padding: str, sides: Sides = (True, True, True, True), inside: int = 1) -> Tensor:
+    """x with a row or column more at these sides, filled as `fill_border` does, in its own memory format."""
     left, right, top, bottom = sides
+    if recorded():  # filled in place, each side would copy the whole gradient
+        mode = {1: "replicate", 2: "reflect"}[inside] if padding == "replicate" else "constant"
+        return F.pad(x_BCTHW, (*map(int, sides), 0, 0), mode=mode)
     B, C, T, H, W = x_BCTHW.shape
     y = like(x_BCTHW, (B, C, T, H + top + bottom, W + left + right))
-    y[:, :, :, int(top) : int(top) + H, int(left) : int(left) + W] = x_BCTHW
+    y[:, :, :, top : top + H, left : left + W] = x_BCTHW
     fill_border(y, padding, sides, inside)
     return y
 
 
-def fill_border(x_BCTHW: Tensor, padding: str, sides: tuple[bool, bool, bool, bool], inside: int = 1) -> None:
-    """Fill the outermost rows and columns at these sides (left, right, top, bottom).
+def fill_border(x_BCTHW: Tensor, padding: str, sides: Sides, inside: int = 1) -> None:
+    """Fill the outermost rows and columns at these sides.
 
     Args:
         padding: "replicate" takes what is `inside` by so many, or "zeros".
