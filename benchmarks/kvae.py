@@ -3,8 +3,9 @@
     python -m benchmarks.kvae                          # prints the tables
     python -m benchmarks.kvae --write docs/performance.md
 
-Memory is counted on the meta device (see `benchmarks.storages`), so any size can be asked for on any machine. Times are
-medians of interleaved runs of models of full size with the same random weights, same threads, same allocator.
+Memory is counted on the meta device (see `benchmarks.storages`), so any size can be asked for on any machine, and
+measured here for one (see `benchmarks.peak`). Times are medians of interleaved runs of models of full size with the same
+random weights, same threads, same allocator.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from diffusers import AutoencoderKLKVAEVideo
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from kvae_comfyui.benchmarks.peak import peaks
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.benchmarks.tables import publish
 from kvae_comfyui.kvae import FAMILY, KVAE, BudgetError, Plan, plan_decode, plan_encode
@@ -37,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each side (default 3)")
     parser.add_argument("--size", default="17x128x128", help="FRAMESxHEIGHTxWIDTH of the timed clip")
-    parser.add_argument("--only", choices=("seconds", "memory"), help="one of the two tables")
+    parser.add_argument("--only", choices=("seconds", "memory", "peak"), help="one of the tables")
     parser.add_argument("--write", type=Path, help="Markdown file to write the tables to")
     options = parser.parse_args()
     publish(report(options.only, options.rounds, *map(int, options.size.split("x"))), options.write)
@@ -48,7 +50,7 @@ def report(only: str | None, rounds: int, frames: int, height: int, width: int) 
     yield "# Performance of kvae/"
     yield ""
     yield f"Printed by `python -m benchmarks.kvae --rounds {rounds}`; what the columns mean is said in that file."
-    if only != "memory":
+    if only in (None, "seconds"):
         yield ""
         yield f"## Seconds, {frames} frames of {height}x{width}"
         yield ""
@@ -59,7 +61,14 @@ def report(only: str | None, rounds: int, frames: int, height: int, width: int) 
         yield "| | diffusers | kvae/ | ratio | floor |"
         yield "|---|---|---|---|---|"
         yield from seconds(rounds, frames, height, width)
-    if only != "seconds":
+    if only in (None, "peak"):
+        yield ""
+        yield "## Measured peak on a CPU, 17 frames of 256x256, float32"
+        yield ""
+        yield "How far a process grows, beyond what it held before the run (`python -m benchmarks.peak`)."
+        yield ""
+        yield from peaks(17, 256, 256)
+    if only in (None, "memory"):
         yield ""
         yield "## Activations, GB, bf16"
         yield ""

@@ -81,8 +81,12 @@ class Affine:
     def _apply(x_BCTHW: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor) -> None:
         if shift is None:
             torch.mul(x_BCTHW, scale.to(x_BCTHW.dtype), out=out)
-        else:
-            torch.addcmul(shift.to(x_BCTHW.dtype), x_BCTHW, scale.to(x_BCTHW.dtype), out=out)
+        elif x_BCTHW.dtype.itemsize > 2 or x_BCTHW.is_cuda:
+            torch.addcmul(shift, x_BCTHW, scale, out=out)
+        else:  # rounded once, at the end; a CPU given all of it at once would convert all before it starts
+            for x, y in zip(x_BCTHW.unbind(2), out.unbind(2), strict=True):
+                x = x.float()
+                y.copy_(torch.addcmul(shift[:, :, 0], x, scale[:, :, 0], out=x))
 
 
 def group_affine(norm: nn.GroupNorm, source: Rows, strips: Iterable[tuple[int, int]]) -> tuple[Tensor, Tensor]:

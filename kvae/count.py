@@ -231,22 +231,22 @@ class Count:
         self.held, self.lazy, self.shrunk = self._map(cout), 0, 1
 
     def _downsample(self, layer: Downsample) -> None:
-        cout = layer.linear.in_channels
+        cout, timed = layer.linear.in_channels, hasattr(layer, "temporal_conv")
         source = self._map(layer.spatial_conv.in_channels)
         rows = max(hi - lo for lo, hi in even_strips(self.H // 2, self.method.strip_bytes * self.H // (2 * source)))
         pulled = self.chain.pulled(self.T, 2 * rows + 1) if self.chain else 0
         self.H, self.W = self.H // 2, self.W // 2
-        small = self._map(cout)
-        strip = (source + small) * rows // self.H
-        self._touch(max(small + strip, pulled + (small if rows < self.H else 0)))
-        self.chain = None
-        self.now += small - self.held
-        if hasattr(layer, "temporal_conv"):
-            self.T = (self.T + 1) // 2
+        frame = self._memory(cout, 1, rows, self.W)
+        framed = source * rows // self.H
+        strip = max(pulled, framed * (2 if self.chain else 1) + self.T * frame)
+        if timed:
             self.now += self._keep(cout, frames=1)
-            self._touch(small * 3 // 2 + self.unit * cout * 2 * self.H * self.W)
-            self._forget(cout, frames=1)
-            self.now += self._map(cout) - small
+            strip = max(strip, (self.T + self.T + 2 + (self.T + 1) // 2) * frame)
+            self.T = (self.T + 1) // 2
+        self._touch(self._map(cout) + max(strip, self.T * frame))
+        self._forget(cout, frames=1 if timed else 0)
+        self.chain = None
+        self.now += self._map(cout) - self.held
         self.held = self._map(cout)
 
     def _upsample(self, layer: Upsample) -> None:

@@ -19,8 +19,14 @@ from .model import KVAE
 from .strips import Method, tail_frames
 from .tiles import Tiling, blended_tiling, exact_tiling
 
-STRIP_BYTES = (256 << 20, 64 << 20, 16 << 20)  # smaller ones keep the hardware less busy
-RECOMPUTE_COST = {"group": (1.0, 1.1, 1.6, 3.0), "rms": (1.0, 1.05, 1.1, 1.5)}  # of `Method.recompute`, about
+STRIP_BYTES = (256 << 20, 64 << 20, 16 << 20)
+# The time of each `Method.recompute`, decoding and encoding: of the published widths, 17 frames of 128x128, two threads
+RECOMPUTE_COST = {
+    ("group", True): (1.0, 1.3, 2.1, 3.0),
+    ("group", False): (1.0, 1.05, 1.6, 1.9),
+    ("rms", True): (1.0, 1.1, 1.3, 1.35),
+    ("rms", False): (1.0, 1.01, 1.05, 1.1),
+}
 MOST_TILES = 4  # along an axis
 MOST_BLENDED = 8
 OVERLAP = 8  # latents; see docs/kvae.md for the error that is left
@@ -138,12 +144,11 @@ def _methods(kvae: KVAE, coder: Coder, tilings: dict[tuple[int, int], Tiling], o
 
     def cost(method: Method) -> float:
         tiling = tilings[method.tiles]
-        short = 1 + 0.02 * segments.index(method.segment) + 0.01 * STRIP_BYTES.index(method.strip_bytes)
-        again = RECOMPUTE_COST[config.norm][method.recompute]
-        if method.recompute > 2:  # a strip is computed with a halo of all of the blocks
-            rows = method.strip_bytes / (row * tiling.largest[1] * method.segment)
-            again *= 1 + 2 * blocks / rows
-        return again * short * tiling.work
+        rows = method.strip_bytes / (row * tiling.largest[1] * method.segment)
+        halo = 1 + 2 * blocks * (method.recompute > 2)  # those of all blocks, where they are computed at once
+        again = RECOMPUTE_COST[config.norm, coder is kvae.decoder][method.recompute]
+        short = 1 + 0.05 * segments.index(method.segment)
+        return again * (1 + halo / rows) * short * tiling.work
 
     return sorted((m for m in methods if m.recompute < 3 or m.segment >= reach), key=cost)
 

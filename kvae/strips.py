@@ -283,27 +283,27 @@ def resnet(segment: Segment, source: Rows, block: ResnetBlock) -> Held:
     return y
 
 
-def halve_space(segment: Segment, source: Rows, layer: Downsample) -> Held:
-    """Half the rows and columns, by strips."""
-    w = layer.folded()
+def halve(segment: Segment, source: Rows, layer: Downsample) -> Held:
+    """Half the rows and columns, and the frames where the layer says so, by strips."""
+    w, cache = layer.folded(), segment.memory.cache
     B, _, T, H, W = source.shape
+    past = cache.pop(layer.name, None)
+    future: list[Tensor] = []
     y = None
     row_bytes = max(source.row_bytes, B * source.shape[1] * T * W * segment.element_size)
     for lo, hi in even_strips(H // 2, segment.method.strip_bytes // (2 * row_bytes)):
         above = min(lo, 1)
         part = layer.halve_space(source(2 * lo - above, 2 * hi), w, border=not above)
-        y = like(part, (B, part.shape[1], T, H // 2, W // 2)) if y is None else y
+        if hasattr(layer, "temporal_conv"):
+            strip = {} if past is None else {layer.name: past[:, :, :, lo:hi]}
+            part = layer.halve_time(part, strip, w)
+            future.append(strip.pop(layer.name))
+        y = like(part, (*part.shape[:3], H // 2, W // 2)) if y is None else y
         y[:, :, :, lo:hi] = part
         del part  # before the next one is made
+    if future and not segment.last:
+        cache[layer.name] = torch.cat(future, dim=3)
     assert y is not None
-    return Held(y)
-
-
-def halve_time(segment: Segment, source: Rows, layer: Downsample) -> Held:
-    """Half the frames at once, where images are small."""
-    y = layer.halve_time(source(0, source.shape[3]), segment.memory.cache, layer.folded())
-    if segment.last:
-        segment.memory.cache.pop(layer.name)
     return Held(y)
 
 
@@ -334,8 +334,7 @@ def run(segment: Segment, h: Rows, coder: Encoder | Decoder) -> Rows:
         elif isinstance(stage, ResnetBlock):
             h = resnet(segment, h, stage)
         elif isinstance(stage, Downsample):
-            h = halve_space(segment, h, stage)  # what it was computed from ends here, before more is made
-            h = halve_time(segment, h, stage) if hasattr(stage, "temporal_conv") else h
+            h = halve(segment, h, stage)
         elif isinstance(stage, Upsample):
             h = Upsampled(segment, h, stage, reach=tail_frames(len(lazy)) if stages[i + 1] in lazy else 2)
             h = h if segment.method.recompute else segment.hold(h)
