@@ -4,8 +4,8 @@
     python -m benchmarks.kvae --write docs/performance.md
 
 Memory is counted on the meta device (see `benchmarks.storages`), so any size can be asked for on any machine, and
-measured here for one (see `benchmarks.peak`). Times are medians of interleaved runs of models of full size with the same
-random weights, same threads, same allocator.
+measured here for one (see `benchmarks.peak`). Times are medians of interleaved runs of models of full size with the
+same random weights, same threads, same allocator.
 """
 
 from __future__ import annotations
