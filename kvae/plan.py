@@ -20,7 +20,7 @@ from .strips import Method, tail_frames
 from .tiles import Tiling, blended_tiling, exact_tiling
 
 STRIP_BYTES = (256 << 20, 64 << 20, 16 << 20)
-# The time of each `Method.recompute`, decoding and encoding: of the published widths, 17 frames of 128x128, two threads
+# Of `Method.recompute`, decoding and encoding, as benchmarks/methods.py measures it, less what strips cost
 RECOMPUTE_COST = {
     ("group", True): (1.0, 1.3, 2.1, 3.0),
     ("group", False): (1.0, 1.05, 1.6, 1.9),

@@ -1,0 +1,64 @@
+"""What the methods of computing a clip take, the source of the costs that `kvae.plan` orders them by.
+
+    python -m benchmarks.methods           # prints the table
+
+Models of full size with random weights, float32, 17 frames of 128x128: seconds, the medians of interleaved runs, and
+the peak of the storages that were made meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+
+from kvae_comfyui.benchmarks.storages import PeakMemory
+from kvae_comfyui.benchmarks.tables import publish
+from kvae_comfyui.kvae import FAMILY, KVAE, Method
+
+MODELS = ("1.0", "2.0-t4s8")
+METHODS = [Method(recompute=level) for level in range(4)] + [Method(strip_bytes=16 << 20)]
+SHORT = [Method(segment=8), Method(segment=4)]  # of 2.0 alone
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each method (default 3)")
+    publish(table(parser.parse_args().rounds), None)
+
+
+@torch.no_grad()
+def table(rounds: int) -> Iterator[str]:
+    """Its rows."""
+    yield "| | segment | strips, MB | recompute | seconds | of the first | GB |"
+    yield "|---|---|---|---|---|---|---|"
+    for model in MODELS:
+        kvae = KVAE(FAMILY[model]).eval().requires_grad_(False).fold()
+        sources = {"decode": torch.randn(1, 16, 5, 16, 16), "encode": torch.rand(1, 3, 17, 128, 128) * 2 - 1}
+        for direction, source in sources.items():
+            methods = METHODS + (SHORT if kvae.config.per_position else [])
+            runs = [[run(kvae, direction, source, method) for method in methods] for _ in range(rounds)]
+            first = 0.0
+            for method, results in zip(methods, zip(*runs, strict=True), strict=True):
+                seconds = statistics.median(result[0] for result in results)
+                first = first or seconds
+                row = [method.segment, method.strip_bytes >> 20, method.recompute]
+                figures = f"{seconds:.1f} | {seconds / first:.2f} | {results[0][1] / 1e9:.2f}"
+                yield f"| {model} {direction} | {' | '.join(map(str, row))} | {figures} |"
+
+
+def run(kvae: KVAE, direction: str, source: torch.Tensor, method: Method) -> tuple[float, int]:
+    """Seconds, and bytes at the peak."""
+    start = time.perf_counter()
+    with PeakMemory() as memory:
+        for _ in getattr(kvae, f"{direction}_stream")(source, method):
+            pass
+    return time.perf_counter() - start, memory.peak
+
+
+if __name__ == "__main__":
+    main()
