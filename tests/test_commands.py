@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae import KVAE, KVAEConfig
 from kvae_comfyui.training import train as training
 from kvae_comfyui.training.cli import main
+from kvae_comfyui.training.evaluate import EvaluateConfig, original_frames
 from kvae_comfyui.training.pairs import Pair, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.report import write_report
+from kvae_comfyui.training.vaes import load_hunyuan_vae
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = ["--num-frames", "9", "--height", "48", "--width", "64", "--device", "cpu"]
@@ -77,6 +80,21 @@ def test_extract_mirrors_the_videos_and_resumes(job, capsys):
     torch.testing.assert_close(again.z_k, pairs[2].z_k, rtol=2e-3, atol=2e-3)
     assert again.source == pairs[2].source
     assert [p.read_bytes() for p in paths if p != paths[2]] == before
+
+
+def test_extract_takes_windows_from_left_to_right_too(tmp_path):
+    make_videos(tmp_path / "videos", 1, frames=18)
+    assert main(["extract", *roots(tmp_path), *SIZE, "--mirror", "yes", "--clips-per-video", "2"]) == 0
+    pairs = {path.name.split(".", 1)[1]: read_pair(path) for path in find_pairs(tmp_path / "latents")}
+    assert set(pairs) == {f"{n}{end}.safetensors.zst" for n in ("000", "001") for end in ("", ".mirrored")}
+    plain, mirrored = pairs["001.safetensors.zst"], pairs["001.mirrored.safetensors.zst"]
+    assert mirrored.source == replace(plain.source, mirrored=True)
+    config = EvaluateConfig("", str(tmp_path / "videos"))
+    frames = original_frames("", mirrored, config)
+    assert torch.equal(frames, original_frames("", plain, config).flip(-1))
+    z_h = load_hunyuan_vae("tiny", "cpu").encode(frames[None])[0]
+    torch.testing.assert_close(mirrored.z_h.float(), z_h, rtol=2e-3, atol=2e-3)
+    assert not torch.allclose(mirrored.z_h, plain.z_h, rtol=0.1, atol=0.1)
 
 
 def test_extract_refuses_to_mix_settings(job, capsys):

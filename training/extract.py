@@ -45,6 +45,7 @@ class ExtractConfig:
     split: str = option("all", "part of UCF101 to take", choices=("all", "train", "test"))
     max_clips: int = option(0, "stop after so many clips; 0 for all")
     clips_per_video: int = option(1, "windows to cut from each video, evenly spaced")
+    mirror: str = option("no", "every window mirrored as well, left to right: twice the pairs", choices=("no", "yes"))
     num_frames: int = option(33, "frames of a clip")
     height: int = option(240, "pixels, a multiple of 8 or 16, as the VAEs need")
     width: int = option(320, "pixels, a multiple of 8 or 16, as the VAEs need")
@@ -66,6 +67,7 @@ class Job:
 
     path: Path
     clip: Clip
+    mirrored: bool = False
     frames: Tensor | None = None  # uint8 [3, T, H, W]
     failure: str = ""
 
@@ -85,7 +87,7 @@ def run(config: ExtractConfig) -> int:
     made, present = 0, 0
     failed: dict[str, str] = {}
     streams = (_jobs(video, clips, root, out, config) for video, clips in shares)
-    total = sum(clips for _, clips in shares)
+    total = sum(clips for _, clips in shares) * len(_sides(config))
     with (
         tqdm(total=total, desc="extract", unit="clip", disable=None if processes.main else True) as bar,
         ThreadPoolExecutor(1) as writer,
@@ -186,23 +188,30 @@ def _shares(videos: list[Path], config: ExtractConfig) -> list[tuple[Path, int]]
     return shares
 
 
+def _sides(config: ExtractConfig) -> dict[str, bool]:
+    """What the names of pairs end in, and whether those are mirrored."""
+    return {"": False, ".mirrored": True} if config.mirror == "yes" else {"": False}
+
+
 def _jobs(video: Path, clips: int, root: Path, out: Path, config: ExtractConfig) -> Iterator[Job]:
     """The clips of one video, decoded once; those that are there already without frames."""
     relative = video.relative_to(root)
-    missing = []
+    missing: dict[Clip, list[Job]] = {}
     try:
         for i, clip in enumerate(cut(video, config.num_frames, config.clips_per_video)[:clips]):
             stem = relative.stem if config.clips_per_video == 1 else f"{relative.stem}.{i:03d}"
             clip = replace(clip, first=None) if config.sampling == "uniform" else clip
-            job = Job(out / relative.parent / (stem + SUFFIX), clip)
-            if job.path.exists():
-                yield job
-            else:
-                missing.append(job)
+            for end, mirrored in _sides(config).items():
+                job = Job(out / relative.parent / (stem + end + SUFFIX), clip, mirrored)
+                if job.path.exists():
+                    yield job
+                else:
+                    missing.setdefault(clip, []).append(job)
         if missing:
-            frames = read_clips([job.clip for job in missing], config.height, config.width)
-            for job, clip_frames in zip(missing, frames, strict=True):
-                yield replace(job, frames=clip_frames)
+            read = read_clips(list(missing), config.height, config.width)
+            for jobs, frames in zip(missing.values(), read, strict=True):
+                for job in jobs:
+                    yield replace(job, frames=frames.flip(-1) if job.mirrored else frames)
     except UserError as error:
         yield Job(out / relative, Clip(video, 0, 0), failure=str(error))
 
@@ -247,4 +256,5 @@ def _source(job: Job, root: Path, config: ExtractConfig) -> Source:
         padded=padded_frames(count) - count,
         height=config.height,
         width=config.width,
+        mirrored=job.mirrored,
     )

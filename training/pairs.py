@@ -34,6 +34,7 @@ class Source:
     padded: int  # repeats of the last frame up to 4n + 1
     height: int
     width: int
+    mirrored: bool = False  # left to right
 
 
 class Shape(NamedTuple):
