@@ -13,6 +13,7 @@ from ..kvae import WeightsError
 KVAE, ADAPTERS = "kvae", "latent_adapters"
 TINY = "tiny KVAE (included)"
 PACK = Path(__file__).parents[1]
+ASSETS = PACK / "training" / "assets"
 
 ADDRESS = "https://huggingface.co/kandinskylab/KVAE-3D-1.0/resolve/main/model.safetensors"
 ADAPTER_NAMES = (
@@ -41,7 +42,7 @@ def kvae_path(name: str) -> str:
         WeightsError: there is none.
     """
     if name == TINY:
-        return str(PACK / "training" / "assets" / "tiny_kvae.safetensors")
+        return str(ASSETS / "tiny_kvae.safetensors")
     path = folder_paths.get_full_path(KVAE, name) or folder_paths.get_full_path("vae", name)
     if path is None:
         folders = folder_paths.get_folder_paths(KVAE) + folder_paths.get_folder_paths("vae")
@@ -70,18 +71,21 @@ def adapter_path(name: str) -> str:
     return path
 
 
-def find_adapter(source: str, target: str) -> str | None:
+def find_adapter(source: str, target: str, kvae_name: str) -> str | None:
     """The one adapter file that says of itself that it maps source → target; None if there is none.
+
+    For the tiny KVAE it is one of those that come with it: no other fits.
 
     Raises:
         WeightsError: there are several.
     """
-    names = [name for name in adapter_names() if _direction(name) == (source, target)]
-    if len(names) > 1:
-        raise WeightsError(
-            f"{len(names)} adapters map {source} → {target}: {', '.join(names)}; choose one by its name."
-        )
-    return adapter_path(names[0]) if names else None
+    included = [str(path) for path in ASSETS.glob("tiny_*_to_*.safetensors")]
+    paths = included if kvae_name == TINY else [adapter_path(name) for name in adapter_names()]
+    found = [path for path in paths if _direction(path) == (source, target)]
+    if len(found) > 1:
+        names = ", ".join(os.path.basename(path) for path in found)
+        raise WeightsError(f"{len(found)} adapters map {source} → {target}: {names}; choose one by its name.")
+    return found[0] if found else None
 
 
 def no_adapters(source: str, target: str) -> str:
@@ -94,9 +98,9 @@ def stamp(*paths: str | None) -> list:
     return [path and (path, os.path.getmtime(path), os.path.getsize(path)) for path in paths]
 
 
-def _direction(name: str) -> tuple[str, str] | None:
+def _direction(path: str) -> tuple[str, str] | None:
     try:
-        return direction_of(adapter_path(name))
+        return direction_of(path)
     except WeightsError:
         return None  # a damaged file is reported when it is chosen, not when another one is looked for
 

@@ -89,7 +89,9 @@ class KVAELoad(io.ComfyNode):
     ) -> io.NodeOutput:
         patcher = load_patcher(*folders.stamp(folders.kvae_path(kvae_name)), DTYPES.get(dtype) or working_dtype())
         kvae = patcher.model
-        adapters = (None, None) if latents == NATIVE else hunyuan_adapters(kvae, decode_adapter, encode_adapter)
+        adapters = (
+            (None, None) if latents == NATIVE else hunyuan_adapters(kvae, kvae_name, decode_adapter, encode_adapter)
+        )
         vae = KVAEVae(TiledVAE(kvae, *adapters), patcher)
         return io.NodeOutput(within(vae, memory_gb))
 
@@ -107,7 +109,9 @@ def load_patcher(stamp: tuple[str, float, int], dtype: torch.dtype) -> ModelPatc
     return patcher_of(kvae)
 
 
-def hunyuan_adapters(kvae: KVAE, decode: str, encode: str) -> tuple[LatentAdapter | None, LatentAdapter | None]:
+def hunyuan_adapters(
+    kvae: KVAE, kvae_name: str, decode: str, encode: str
+) -> tuple[LatentAdapter | None, LatentAdapter | None]:
     """The two adapters between HunyuanVideo's latents and those of this KVAE, chosen by name or found.
 
     Raises:
@@ -115,14 +119,14 @@ def hunyuan_adapters(kvae: KVAE, decode: str, encode: str) -> tuple[LatentAdapte
     """
     native = native_space(kvae.config).name
     there, back = ("hunyuan_video", native), (native, "hunyuan_video")
-    decoder, encoder = _adapter(decode, there), _adapter(encode, back)
+    decoder, encoder = _adapter(decode, there, kvae_name), _adapter(encode, back, kvae_name)
     if decoder is None and encoder is None:
         raise WeightsError(folders.no_adapters(*there))
     return decoder, encoder
 
 
-def _adapter(choice: str, direction: tuple[str, str]) -> LatentAdapter | None:
+def _adapter(choice: str, direction: tuple[str, str], kvae_name: str) -> LatentAdapter | None:
     if choice == NONE:
         return None
-    path = folders.find_adapter(*direction) if choice == AUTO else folders.adapter_path(choice)
+    path = folders.find_adapter(*direction, kvae_name) if choice == AUTO else folders.adapter_path(choice)
     return load_adapter(path, direction) if path else None

@@ -9,12 +9,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conftest import make_videos, shared
+from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.adapters.ridge import Ridge
 from kvae_comfyui.training import tiny
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.evaluate import psnr
 from kvae_comfyui.training.muon import orthogonalise
-from kvae_comfyui.training.vaes import TINY, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
 from kvae_comfyui.training.videos import Clip, find_videos, read_clip
 
 
@@ -65,6 +66,23 @@ def test_the_two_spaces_differ():
         affine = fit.solve().requires_grad_(False)
         errors = [(affine(a if forth else b) - (b if forth else a)).square().mean().item() for a, b in pairs]
         assert sum(errors) / len(errors) > 0.02 * fit.target_variance()
+
+
+@torch.inference_mode()
+def test_the_embedded_adapters_fit_the_embedded_pair():
+    """On unseen clips as well as their files say, and both ways together."""
+    videos = find_videos(shared("clips/ucf101"), "test")[::6]
+    hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kandinsky_vae("tiny", "cpu")
+    adapters = [load_adapter(path) for path in TINY_ADAPTERS]
+    errors = torch.zeros(2)
+    for video in videos:
+        clip = read_clip(Clip(video, 9, 0), 128, 128)[None]
+        z = [vae.encode(clip) for vae in (hunyuan, kvae)]
+        for i, adapter in enumerate(adapters):
+            errors[i] += (adapter(z[i]) - z[1 - i]).square().mean() / len(videos)
+    for adapter, error in zip(adapters, errors.tolist(), strict=True):
+        assert error == pytest.approx(adapter.metrics["val_mse"], rel=0.3)
+        assert adapter.metrics["val_mse_share_of_variance"] < 0.07
 
 
 @pytest.mark.parametrize("model", ["kvae", "hunyuan"])

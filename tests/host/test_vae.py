@@ -183,6 +183,18 @@ def test_wrong_latents_are_named(run, load, samples, message):
             run(node, vae=vae, samples={"samples": samples}, **extra)
 
 
+def test_the_included_kvae_takes_the_adapters_that_came_with_it(run, load):
+    vae = load(kvae_name="tiny KVAE (included)")
+    clip = sample_clip(9, 64, 96)
+    (latent,) = run("KVAEEncode", pixels=clip, vae=vae)
+    (report,) = run("KVAEInspectLatent", samples=latent)
+    assert "a latent of hunyuan_video" in report
+    (frames,) = run("KVAEDecode", samples=latent, vae=vae, scaling="raw", memory_gb=0.0)
+    native = load(kvae_name="tiny KVAE (included)", latents="KVAE (native)")
+    (alone,) = run("VAEDecode", vae=native, samples=run("VAEEncode", vae=native, pixels=clip)[0])
+    assert (frames - clip).square().mean() < 1.2 * (alone - clip).square().mean()
+
+
 def test_wrong_files_are_named(run, load, base, comfy):
     with pytest.raises(ValueError, match="a HunyuanVideo VAE; expected a KVAE"):
         load(kvae_name="hunyuan.safetensors")
