@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -47,8 +46,8 @@ def main() -> None:
 
 def peaks(frames: int, height: int, width: int) -> Iterator[str]:
     """The table, line by line."""
-    yield "| | method | peak, GB | of diffusers' | seconds of this one run |"
-    yield "|---|---|---|---|---|"
+    yield "| | method | peak, GB | of diffusers' |"
+    yield "|---|---|---|---|"
     for direction in ("decode", "encode"):
         theirs = 0
         for model, share in RUNS:
@@ -58,13 +57,13 @@ def peaks(frames: int, height: int, width: int) -> Iterator[str]:
             found = json.loads(done.stdout)
             peak = found["peak"]
             theirs = theirs or peak
-            row = [found["method"], f"{peak / 1e9:.2f}", f"{peak / theirs:.2f}", f"{found['seconds']:.0f}"]
+            row = [found["method"], f"{peak / 1e9:.2f}", f"{peak / theirs:.2f}"]
             yield f"| {model} {direction} | {' | '.join(row)} |"
 
 
 @torch.no_grad()
 def measure(model: str, direction: str, budget: int, frames: int, height: int, width: int) -> dict[str, Any]:
-    """Bytes and seconds of one run, after a small one for what is loaded once.
+    """Method and bytes of one run, after a small one for what is loaded once.
 
     Args:
         model: of the family, or "diffusers".
@@ -82,9 +81,8 @@ def measure(model: str, direction: str, budget: int, frames: int, height: int, w
     run(source[..., : source.shape[3] // 4, : source.shape[4] // 4])
     before = in_use("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    start = time.perf_counter()
     run(source)
-    return {"method": name, "peak": in_use("VmHWM") - before, "seconds": time.perf_counter() - start}
+    return {"method": name, "peak": in_use("VmHWM") - before}
 
 
 def in_use(which: str) -> int:

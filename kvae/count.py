@@ -241,9 +241,10 @@ class Count:
         strip = max(pulled, framed * (2 if self.chain else 1) + self.T * frame)
         if timed:
             self.now += self._keep(cout, frames=1)
-            strip = max(strip, (self.T + self.T + 2 + (self.T + 1) // 2) * frame)
+            # the strip, the same behind its past, and half as many frames
+            strip = max(strip, (2 * self.T + 2 + (self.T + 1) // 2) * frame)
             self.T = (self.T + 1) // 2
-        self._touch(self._map(cout) + max(strip, self.T * frame))
+        self._touch(self._map(cout) + strip)
         self._forget(cout, frames=1 if timed else 0)
         self.chain = None
         self.now += self._map(cout) - self.held
