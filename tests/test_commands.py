@@ -82,9 +82,12 @@ def test_extract_mirrors_the_videos_and_resumes(job, capsys):
     assert [p.read_bytes() for p in paths if p != paths[2]] == before
 
 
-def test_extract_takes_windows_from_left_to_right_too(tmp_path):
+def test_extract_adds_mirror_images(tmp_path, capsys):
     make_videos(tmp_path / "videos", 1, frames=18)
-    assert main(["extract", *roots(tmp_path), *SIZE, "--mirror", "yes", "--clips-per-video", "2"]) == 0
+    options = [*roots(tmp_path), *SIZE, "--clips-per-video", "2"]
+    assert main(["extract", *options]) == 0
+    assert main(["extract", *options, "--mirror", "yes"]) == 0
+    assert "2 pairs extracted, 2 already there, 0 skipped" in capsys.readouterr().out
     pairs = {path.name.split(".", 1)[1]: read_pair(path) for path in find_pairs(tmp_path / "latents")}
     assert set(pairs) == {f"{n}{end}.safetensors.zst" for n in ("000", "001") for end in ("", ".mirrored")}
     plain, mirrored = pairs["001.safetensors.zst"], pairs["001.mirrored.safetensors.zst"]

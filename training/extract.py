@@ -148,7 +148,8 @@ def _check_size(config: ExtractConfig, multiple: int) -> None:
 def _open_manifest(out: Path, config: ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE, processes: Processes) -> dict:
     """What every pair in the folder shares. A folder keeps to one set of settings."""
     settings = asdict(config)
-    for name in ("videos_root", "output_root", "split", "max_clips", "batch_size", "device", "hunyuan_vae", "kvae"):
+    free = "videos_root", "output_root", "split", "max_clips", "mirror", "batch_size", "device", "hunyuan_vae", "kvae"
+    for name in free:
         del settings[name]
     manifest = {
         "command": "extract",
