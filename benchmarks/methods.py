@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
+from kvae_comfyui.benchmarks.kvae import exhaust
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.benchmarks.tables import publish
 from kvae_comfyui.kvae import FAMILY, KVAE, Method
@@ -55,8 +56,7 @@ def run(kvae: KVAE, direction: str, source: torch.Tensor, method: Method) -> tup
     """Seconds, and bytes at the peak."""
     start = time.perf_counter()
     with PeakMemory() as memory:
-        for _ in getattr(kvae, f"{direction}_stream")(source, method):
-            pass
+        exhaust(getattr(kvae, f"{direction}_stream"), source, method)
     return time.perf_counter() - start, memory.peak
 
 

@@ -15,7 +15,7 @@ from kvae_comfyui.training import tiny
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.evaluate import psnr
 from kvae_comfyui.training.muon import orthogonalise
-from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.vaes import ASSETS, TINY, load_hunyuan_vae, load_kandinsky_vae
 from kvae_comfyui.training.videos import Clip, find_videos, read_clip
 
 
@@ -73,7 +73,7 @@ def test_the_embedded_adapters_fit_the_embedded_pair():
     """On unseen clips as well as their files say, and both ways together."""
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
     hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kandinsky_vae("tiny", "cpu")
-    adapters = [load_adapter(path) for path in TINY_ADAPTERS]
+    adapters = [load_adapter(ASSETS / f"tiny_{way}.safetensors") for way in ("hunyuan_to_kvae", "kvae_to_hunyuan")]
     errors = torch.zeros(2)
     for video in videos:
         clip = read_clip(Clip(video, 9, 0), 128, 128)[None]

@@ -24,7 +24,6 @@ from .files import sha256_of
 
 ASSETS = Path(__file__).parent / "assets"
 TINY = {"hunyuan": ASSETS / "tiny_hunyuan.safetensors", "kvae": ASSETS / "tiny_kvae.safetensors"}
-TINY_ADAPTERS = ASSETS / "tiny_hunyuan_to_kvae.safetensors", ASSETS / "tiny_kvae_to_hunyuan.safetensors"
 
 
 class VideoVAE(Protocol):
