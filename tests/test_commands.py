@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -226,8 +227,9 @@ def check_report(folder, result):
     for text in (page, card, report["verdict"]):
         assert psnr in text
     assert h2k["sha256"] in page and h2k["sha256"] in card
-    assert page.count('src="data:image/png;base64,') == 4  # curves, two sheets, channels
-    assert "http" not in page and "<script" not in page  # it needs nothing but itself
+    words, pictures = re.subn(r'src="data:image/png;base64,[^"]+"', "", page)
+    assert pictures == 4  # curves, two sheets, channels
+    assert "http" not in words and "<script" not in words  # it needs nothing but itself
 
 
 def test_a_report_trusts_no_name(job, tmp_path):
