@@ -3,10 +3,11 @@
     python -m benchmarks.adapters --videos-root UCF101 --work bench
     python -m benchmarks.adapters --videos-root UCF101 --work bench --write docs/adapters-table.md
 
-The embedded pair's latents are extracted once (groups g08 and up to train on, g01 to g07 to judge), and every row is
-trained once for each seed, row after row and seed by seed, so that a slow hour is everyone's. Both stay under --work:
-the same command goes on after an interruption. All rows have the same number of steps; "same time" rows have as many
-as fit in the time that the default took.
+The embedded pair's latents are extracted once (five windows of each video of groups g08 and up and their mirror images
+to train on; one of g01 to g07 to judge), and every row is trained once for each seed, row after row and seed by seed,
+so that a slow hour is everyone's. Both stay under --work: the same command goes on after an interruption. All rows have
+the same number of steps; the "same time" row has as many as fit in the time that the default took. `ingredients` takes
+the default apart, one seed each.
 
 Pixels are those of the first 17 frames of some clips, evenly spread. Each mean stands beside the mean of a difference
 clip by clip, ± its standard error: what a table of means hides.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -31,13 +33,14 @@ from tqdm import tqdm
 
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.adapters.networks import Network
+from kvae_comfyui.benchmarks.ingredients import ingredients
 from kvae_comfyui.benchmarks.tables import publish
 from kvae_comfyui.training import extract, train
 from kvae_comfyui.training.closed_form import fit_both_ways
 from kvae_comfyui.training.dataset import open_pairs, spread
 from kvae_comfyui.training.evaluate import flicker, original_frames, psnr
-from kvae_comfyui.training.train import DIRECTIONS
-from kvae_comfyui.training.vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.train import DIRECTIONS, Recipe
+from kvae_comfyui.training.vaes import ASSETS, VideoVAE, load_hunyuan_vae, load_kandinsky_vae
 
 # B batch, c channels, t latent frames, h/w latent rows and columns; T frames, H/W pixels
 # z_Bcthw raw latents, y_B3THW decoded pixels in 0..255
@@ -45,12 +48,15 @@ from kvae_comfyui.training.vaes import VideoVAE, load_hunyuan_vae, load_kandinsk
 Options = dict[str, Any]
 SIDE = 128
 LATENTS = 5  # of the pixel figures: 17 frames
+ROUNDS = 5  # of every timing
 NOISES = (0.03, 0.1)  # deviation of white noise in the latents, as a share of each channel's own
-RECIPES: dict[str, Options] = {  # what differs from the defaults of `python -m training train`
-    "default": {},
-    "published, lr 1e-4": {"network": "published", "lr": 1e-4, "ema": 0.0},
-    "published, lr 1e-3": {"network": "published", "lr": 1e-3, "ema": 0.0},
+DEFAULT = Recipe()
+RECIPES: dict[str, tuple[Options, Recipe]] = {  # what differs from the defaults of `python -m training train`
+    "published, lr 1e-4": ({"network": "published", "lr": 1e-4, "ema": 0.0}, DEFAULT),
+    "published, lr 1e-3": ({"network": "published", "lr": 1e-3, "ema": 0.0}, DEFAULT),
+    "default": ({}, DEFAULT),
 }
+EMBEDDED = {"h2k": ASSETS / "tiny_hunyuan_to_kvae.safetensors", "k2h": ASSETS / "tiny_kvae_to_hunyuan.safetensors"}
 
 
 def main() -> None:
@@ -58,25 +64,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos-root", required=True, help="UCF101, or part of it")
     parser.add_argument("--work", required=True, type=Path, help="folder for the pairs and the adapters")
-    parser.add_argument("--epochs", type=int, default=20, help="of every trained row (default 20)")
+    parser.add_argument("--epochs", type=int, default=10, help="of every trained row (default 10)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every row (default 3)")
     parser.add_argument("--clips", type=int, default=24, help="clips of the pixel figures (default 24)")
     parser.add_argument("--write", type=Path, help="Markdown file to write the tables to")
     options = parser.parse_args()
-    for split, name in (("train", "train"), ("test", "val")):
-        folder = str(options.work / name)
-        extract.run(extract.ExtractConfig(options.videos_root, folder, split=split, height=SIDE, width=SIDE))
-    rows = closed_forms(options.work) | train_all(options.work, options.epochs, options.seeds)
-    publish(report(options.work, options.videos_root, rows, options.clips), options.write)
+    work, videos, size = options.work, options.videos_root, {"height": SIDE, "width": SIDE}
+    windows = {"clips_per_video": 5, "mirror": "yes"}
+    extract.run(extract.ExtractConfig(videos, str(work / "train"), split="train", **size, **windows))  # type: ignore[arg-type]
+    extract.run(extract.ExtractConfig(videos, str(work / "val"), split="test", **size))  # type: ignore[arg-type]
+    rows = closed_forms(work) | train_all(work, options.epochs, options.seeds) | embedded()
+    parts = train_rows(work, options.epochs, ingredients(), seeds=1)
+    publish(report(work, videos, rows, parts, options.clips), options.write)
 
 
 @dataclass
 class Row:
-    """An adapter both ways: one pair of networks for each seed, and what a training took, s."""
+    """An adapter both ways: one pair of networks for each seed, what a training took, and what it came to."""
 
     networks: dict[str, list[Network]]
     seconds: float = 0.0
     steps: int = 0
+    error: float = math.nan  # on the validation pairs, share of the variance, mean of both directions and all seeds
 
 
 def closed_forms(work: Path) -> dict[str, Row]:
@@ -90,48 +99,56 @@ def closed_forms(work: Path) -> dict[str, Row]:
     return rows
 
 
+def embedded() -> dict[str, Row]:
+    """The adapters that come with the tiny pair."""
+    adapters = {name: load_adapter(file) for name, file in EMBEDDED.items()}
+    about = adapters["k2h"].training_info
+    networks = {name: [adapter.network] for name, adapter in adapters.items()}
+    return {"embedded": Row(networks, about["seconds"], about["steps"])}
+
+
 def train_all(work: Path, epochs: int, seeds: int) -> dict[str, Row]:
-    """Every recipe with equal steps; then those that were quicker than the default again, for as long as it took."""
-    rows = train_rows(work, {name: (epochs, options) for name, options in RECIPES.items()}, seeds)
-    longer = {}
-    for name, options in RECIPES.items():
-        fit = round(epochs * rows["default"].seconds / max(rows[name].seconds, 1))
-        if fit > 1.2 * epochs:
-            longer[f"{name}, same time"] = (fit, options)
-    return rows | train_rows(work, longer, seeds)
+    """Every recipe with equal steps; then the better of the published ones again, for as long as the default took."""
+    rows = train_rows(work, epochs, RECIPES, seeds)
+    best = min((name for name in rows if name.startswith("published")), key=lambda name: rows[name].error)
+    longer = round(epochs * rows["default"].seconds / max(rows[best].seconds, 1))
+    return rows | train_rows(work, longer, {f"{best}, same time": RECIPES[best]}, seeds)
 
 
-def train_rows(work: Path, recipes: dict[str, tuple[int, Options]], seeds: int) -> dict[str, Row]:
+def train_rows(work: Path, epochs: int, recipes: dict[str, tuple[Options, Recipe]], seeds: int) -> dict[str, Row]:
     """Train what is not there yet, seed by seed and row by row."""
     folders = {
-        name: [work / name.replace(" ", "_") / f"{epochs}_epochs_seed_{seed}" for seed in range(seeds)]
-        for name, (epochs, _) in recipes.items()
+        name: [work / re.sub(r"\W+", "_", name) / f"{epochs}_epochs_seed_{seed}" for seed in range(seeds)]
+        for name in recipes
     }
     for seed in range(seeds):
-        for name, (epochs, options) in recipes.items():
+        for name, (changes, recipe) in recipes.items():
             h2k, k2h = (str(folders[name][seed] / f"{direction}.safetensors") for direction in DIRECTIONS)
             if not Path(k2h).exists():
                 roots = str(work / "train"), str(work / "val")
-                changes: Options = {"epochs": epochs, "seed": seed} | options
-                train.run(train.TrainConfig(*roots, h2k, k2h, **changes))
+                options: Options = {"epochs": epochs, "seed": seed} | changes
+                train.run(train.TrainConfig(*roots, h2k, k2h, **options), recipe)
     rows = {}
     for name in recipes:
         adapters = {d: [load_adapter(folder / f"{d}.safetensors") for folder in folders[name]] for d in DIRECTIONS}
         infos = [adapter.training_info for adapter in adapters["k2h"]]
+        seconds = statistics.median(info["seconds"] for info in infos)
+        errors = [adapter.metrics["val_mse_share_of_variance"] for d in DIRECTIONS for adapter in adapters[d]]
         networks = {d: [adapter.network for adapter in adapters[d]] for d in DIRECTIONS}
-        rows[name] = Row(networks, statistics.median(info["seconds"] for info in infos), infos[0]["steps"])
+        rows[name] = Row(networks, seconds, infos[0]["steps"], statistics.mean(errors))
     return rows
 
 
 @torch.inference_mode()
-def report(work: Path, videos_root: str, rows: dict[str, Row], clips: int) -> Iterator[str]:
+def report(work: Path, videos_root: str, rows: dict[str, Row], parts: dict[str, Row], clips: int) -> Iterator[str]:
     """The tables, line by line, as Markdown."""
     bench = Bench(work, videos_root, clips)
-    seeds = len(next(reversed(rows.values())).networks["h2k"])
+    seeds = len(rows["default"].networks["h2k"])
     yield f"{len(bench.pairs)} pairs, pixels of {len(bench.clips)} clips of {4 * LATENTS - 3} frames of {SIDE}x{SIDE},"
     yield f"{seeds} seeds, {torch.get_num_threads()} threads."
     for direction in DIRECTIONS:
         yield from bench.tables(direction, rows)
+        yield from bench.ingredients(direction, rows["default"], parts)
 
 
 class Bench:
@@ -149,8 +166,7 @@ class Bench:
             self.originals[i] = original_frames(self.pairs.name(i), pair, roots)[:, : 4 * LATENTS - 3].float()
             for direction in DIRECTIONS:
                 self.direct[direction, i] = self.decode(direction, self.latents(direction, i)[1])
-        z = self.latents("h2k", 0)[1]
-        self.kvae_seconds = seconds(lambda: kvae.decode(z), rounds=3)
+        self.kvae = kvae
 
     def latents(self, direction: str, i: int) -> tuple[Tensor, Tensor]:
         """Source and target latents of pair i, [1, c, t, h, w]."""
@@ -194,19 +210,21 @@ class Bench:
 
     def tables(self, direction: str, rows: dict[str, Row]) -> Iterator[str]:
         """Both tables of a direction."""
-        name, vae = ("H→K", "KVAE") if direction == "h2k" else ("K→H", "Hunyuan")
+        name, *vaes = ("H→K", "Hunyuan", "KVAE") if direction == "h2k" else ("K→H", "KVAE", "Hunyuan")
+        source, target = (f"{vae} alone" for vae in vaes)
         path = [self.compare(direction, i, self.pixel_path(direction, i)) for i in self.clips]
-        direct = [self.compare(direction, i, self.direct[direction, i]) for i in self.clips]
-        figures = {f"{vae} alone": torch.tensor(direct), "pixel path": torch.tensor(path)}
+        figures = {"pixel path": torch.tensor(path)}
+        for vae, way in (source, DIRECTIONS[1 - DIRECTIONS.index(direction)]), (target, direction):
+            figures[vae] = torch.tensor([self.compare(direction, i, self.direct[way, i]) for i in self.clips])
         for row in tqdm(rows, desc=f"{name} decodes", leave=False, disable=None):
             figures[row] = self.pixels(direction, rows[row].networks[direction])
         best = max((row for row in rows if row.startswith("published")), key=lambda row: figures[row][:, 1].mean())
         yield ""
         yield f"## {name}"
         yield ""
-        yield "| | of variance | PSNR | − pixel path | PSNR source | − best published | flicker | − direct |"
+        yield f"| | of variance | PSNR | − pixel path | PSNR source | − best published | flicker | − {target} |"
         yield "|---|---|---|---|---|---|---|---|"
-        base = torch.stack([figures["pixel path"][:, 0], figures[best][:, 1], figures[f"{vae} alone"][:, 2]], 1)
+        base = torch.stack([figures["pixel path"][:, 0], figures[best][:, 1], figures[target][:, 2]], 1)
         for row, each in figures.items():
             share = f"{self.share(direction, rows[row].networks[direction]).mean():.2%}" if row in rows else ""
             cells = [f"{each[:, j].mean():.2f} | {paired(each[:, j] - base[:, j])}" for j in range(3)]
@@ -216,35 +234,52 @@ class Bench:
         yield f"| | steps | s | weights | ms | of a decode | frame 0 | tile | {noisy} |"
         yield "|" + "---|" * (8 + 2 * len(NOISES))
         z, _ = self.latents(direction, 0)
-        published = [self.pixels(direction, rows[best].networks[direction], noise)[:, 1] for noise in NOISES]
+        published = [self.pixels(direction, rows[best].networks[direction][:1], noise)[:, 1] for noise in NOISES]
         for row, trained in rows.items():
-            networks = trained.networks[direction]
-            network = networks[0]
+            network = trained.networks[direction][0]
             weights = sum(p.numel() for p in network.parameters())
-            ms = 1000 * seconds(partial(network, z), rounds=9)
-            cells = [f"{trained.steps}", f"{trained.seconds:.0f}", f"{weights:,}", f"{ms:.1f}"]
-            cells += [f"{ms / 1000 / self.kvae_seconds:.1%}", f"{frame_deviation(network, z):.1e}"]
+            own, decode = seconds(partial(network, z), partial(self.kvae.decode, z))
+            cells = [f"{trained.steps}", f"{trained.seconds:.0f}", f"{weights:,}", f"{1000 * own:.1f}"]
+            cells += [f"{own / decode:.1%}", f"{frame_deviation(network, z):.1e}"]
             cells += [f"{tile_deviation(network, z):.1e}"]
             for noise, theirs in zip(NOISES, published, strict=True):
-                ours = self.pixels(direction, networks, noise)[:, 1]
+                ours = self.pixels(direction, [network], noise)[:, 1]
                 cells += [f"{ours.mean():.2f}", paired(ours - theirs)]
             yield f"| {row} | {' | '.join(cells)} |"
+
+    def ingredients(self, direction: str, default: Row, parts: dict[str, Row]) -> Iterator[str]:
+        """What the default loses or wins by a change, the same seed on both sides."""
+
+        def judged(row: Row) -> tuple[Tensor, Tensor]:
+            networks = row.networks[direction][:1]
+            return self.share(direction, networks), self.pixels(direction, networks)
+
+        _, base = judged(default)
+        yield ""
+        yield "| | s | of variance | PSNR | − default | PSNR source | − default | flicker | − default |"
+        yield "|---|---|---|---|---|---|---|---|---|"
+        for name, row in ({"default": default} | parts).items():
+            share, figures = judged(row)
+            cells = [f"{row.seconds:.0f}", f"{share.mean():.2%}"]
+            cells += [f"{figures[:, j].mean():.2f} | {paired(figures[:, j] - base[:, j])}" for j in range(3)]
+            yield f"| {name} | {' | '.join(cells)} |"
 
 
 def paired(difference: Tensor) -> str:
     """Mean ± standard error of differences clip by clip."""
-    return f"{difference.mean():+.2f} ± {difference.std() / math.sqrt(len(difference)):.2f}"
+    return f"{difference.mean():+.3f} ± {difference.std() / math.sqrt(len(difference)):.3f}"
 
 
-def seconds(run: Callable[[], object], rounds: int) -> float:
-    """Median time of a call, after one that does not count."""
-    run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def seconds(*runs: Callable[[], object]) -> list[float]:
+    """Median times of these calls, in turns, after one that does not count."""
+    times: list[list[float]] = []
+    for _ in range(1 + ROUNDS):
+        times.append([])
+        for run in runs:
+            start = time.perf_counter()
+            run()
+            times[-1].append(time.perf_counter() - start)
+    return [statistics.median(each) for each in zip(*times[1:], strict=True)]
 
 
 def frame_deviation(network: nn.Module, z_Bcthw: Tensor) -> float:

@@ -2,8 +2,9 @@
 
     python -m training train --latent-root latents --out-h2k h2k.safetensors --out-k2h k2h.safetensors
 
-L = MSE(H→K(z_h), z_k) + MSE(K→H(z_k), z_h). A first pass over the pairs takes each channel's statistics and fits affine
-3x3x3 maps in closed form; the default network starts there, and what is saved is never worse on the validation pairs.
+L = MSE(H→K(z_h), z_k) + MSE(K→H(z_k), z_h), by Muon. A first pass over the pairs takes each channel's statistics and
+fits affine 3x3x3 maps in closed form; the default network starts there, and what is saved is never worse on the
+validation pairs.
 `--network published --epochs 250 --batch-size 512 --lr 1e-4` is the recipe of the published adapters.
 Ctrl-C or a crash costs at most the steps since the last save: the same command goes on from there, with any number of
 processes (`accelerate launch -m training train …`). A step is of --batch-size clips in all, however they are shared.
@@ -14,9 +15,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from .evaluate import latent_figures
 from .files import write_bytes
 from .interrupts import BetweenSteps
 from .log import add_to_log, read_log, rewind_log
+from .muon import Muon
 from .options import DEVICE, option, write_config
 from .pairs import read_manifest, read_spaces
 from .processes import Processes
@@ -58,13 +60,36 @@ class TrainConfig:
     out_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "file for the Hunyuan → KVAE adapter")
     out_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "file for the KVAE → Hunyuan adapter")
     network: str = option("residual", "adapter network", choices=tuple(NETWORKS))
-    epochs: int = option(60, "passes over the pairs")
+    epochs: int = option(20, "passes over the pairs")
     batch_size: int = option(8, "clips of a step, over all processes")
-    lr: float = option(2e-3, "learning rate of AdamW; falls linearly to zero, except with --network published")
+    lr: float = option(3e-3, "learning rate of Muon and AdamW; falls linearly to zero, except with --network published")
     weight_decay: float = option(1e-4, "weight decay of AdamW")
     ema: float = option(0.99, "decay of the weights' moving average, which is what is saved; 0 for none")
     seed: int = option(0, "of the first weights and of the order")
     device: str = option(DEVICE, "device to train on")
+
+
+def latent_errors(networks: dict[str, Network], z_h: Tensor, z_k: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """The loss of both adapters, as scalars; latents and weights as Pairs.crops gives them."""
+    return {
+        "h2k": latent_error(networks["h2k"](z_h), z_k, weight),
+        "k2h": latent_error(networks["k2h"](z_k), z_h, weight),
+    }
+
+
+def latent_error(found: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean squared error of the positions that count, averaged over the crops."""
+    return ((found.float() - target).square().mean(1, keepdim=True) * weight).sum() / len(weight)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the default network is trained by; the bench of the adapters takes it apart."""
+
+    network: dict[str, int] = field(default_factory=dict)  # settings other than the network's own
+    closed_form: bool = True  # start there
+    muon: bool = True  # for the convolutions of the residual branch
+    loss: Callable[[dict[str, Network], Tensor, Tensor, Tensor], dict[str, Tensor]] = latent_errors  # their sum
 
 
 @dataclass(frozen=True)
@@ -77,13 +102,13 @@ class Batch:
 
 @dataclass
 class State:
-    """All that a resumed run needs: the networks, their averages, the optimiser, the best so far, and where we are."""
+    """All that a resumed run needs: the networks, their averages, the optimisers, the best so far, and where we are."""
 
     networks: dict[str, Network]
     averages: dict[str, dict[str, Tensor]]
     best: dict[str, dict[str, Tensor]]
     best_mse: dict[str, float]
-    optimiser: torch.optim.AdamW
+    optimisers: list[torch.optim.Optimizer]
     step: int = 0
     epoch: int = 0  # finished, validation included
     sums: tuple[float, float, int] = (0.0, 0.0, 0)  # of the running epoch: squared errors both ways, clips
@@ -94,6 +119,7 @@ class Job:
     """What a training is of: settled before the first step, the same to the last."""
 
     config: TrainConfig
+    recipe: Recipe
     processes: Processes
     train: Pairs
     val: Pairs
@@ -117,10 +143,10 @@ class Job:
         return self.adapter_files["h2k"].with_suffix(".resume.safetensors")
 
 
-def run(config: TrainConfig) -> int:
+def run(config: TrainConfig, recipe: Recipe = Recipe()) -> int:
     """Train, or go on training; returns 0."""
     started = time.time()
-    job = _prepare(config)
+    job = _prepare(config, recipe)
     state = _start(job)
     _resume_or_begin(state, job)
     _train(state, job)
@@ -131,13 +157,13 @@ def run(config: TrainConfig) -> int:
     return 0
 
 
-def _prepare(config: TrainConfig) -> Job:
+def _prepare(config: TrainConfig, recipe: Recipe) -> Job:
     processes = Processes(config.device)
     config = replace(config, device=str(processes.device))
     _check(config)
     train, val = _split(config)
     fits = fit_both_ways(train, config.device)
-    job = Job(config, processes, train, val, read_spaces(config.latent_root), fits)
+    job = Job(config, recipe, processes, train, val, read_spaces(config.latent_root), fits)
     _check_channels(job)
     return job
 
@@ -253,17 +279,28 @@ def _check_channels(job: Job) -> None:
 
 def _start(job: Job) -> State:
     """The state before the first step."""
-    config, fits = job.config, job.fits
-    torch.manual_seed(config.seed)
-    networks = {"h2k": _network(config, fits["h2k"], fits["k2h"]), "k2h": _network(config, fits["k2h"], fits["h2k"])}
+    fits = job.fits
+    torch.manual_seed(job.config.seed)
+    networks = {"h2k": _network(job, fits["h2k"], fits["k2h"]), "k2h": _network(job, fits["k2h"], fits["h2k"])}
     averages = {name: _copy(network) for name, network in networks.items()}
-    parameters = [p for name in DIRECTIONS for p in networks[name].parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     best = {name: _copy(network) for name, network in networks.items()}
-    return State(networks, averages, best, dict.fromkeys(DIRECTIONS, math.inf), optimiser)
+    return State(networks, averages, best, dict.fromkeys(DIRECTIONS, math.inf), _optimisers(networks, job))
 
 
-def _network(config: TrainConfig, fit: Ridge, back: Ridge) -> Network:
+def _optimisers(networks: dict[str, Network], job: Job) -> list[torch.optim.Optimizer]:
+    """Muon for the convolutions of residual branches; AdamW for gains, and affine maps, which start at their best."""
+    config = job.config
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name in DIRECTIONS:
+        of_branch = job.recipe.muon and isinstance(networks[name], Residual)
+        for key, p in networks[name].named_parameters():
+            (matrices if of_branch and p.ndim == 5 and not key.startswith("affine.") else rest).append(p)
+    adamw = torch.optim.AdamW(rest, config.lr, weight_decay=config.weight_decay)
+    return [Muon(matrices, config.lr), adamw] if matrices else [adamw]
+
+
+def _network(job: Job, fit: Ridge, back: Ridge) -> Network:
     """A network of one direction on the device: where it can, it starts at the closed form.
 
     Args:
@@ -272,8 +309,9 @@ def _network(config: TrainConfig, fit: Ridge, back: Ridge) -> Network:
     Raises:
         UserError: there are too few pairs for the closed form.
     """
-    network = build_network(config.network, in_channels=fit.in_channels, out_channels=fit.out_channels)
-    if isinstance(network, Affine | Residual):
+    config, channels = job.config, {"in_channels": fit.in_channels, "out_channels": fit.out_channels}
+    network = build_network(config.network, **channels, **job.recipe.network)
+    if isinstance(network, Affine | Residual) and job.recipe.closed_form:
         try:
             network.affine.load_state_dict(fit.solve().affine.state_dict())
         except ValueError as error:
@@ -300,28 +338,24 @@ def _batches(job: Job, groups: Groups, radius: int | None, epoch: int, start: in
         yield Batch(len(numbers), crops)
 
 
-def _error(found: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Mean squared error of the positions that count, averaged over the crops."""
-    return ((found - target).square().mean(1, keepdim=True) * weight).sum() / len(weight)
-
-
 def _step(state: State, batch: Batch, job: Job, total: int, interrupts: BetweenSteps) -> bool:
     """One of `total` steps on both adapters, the same in all processes; whether one of those was interrupted."""
     config, processes = job.config, job.processes
-    if config.network != "published":
-        for group in state.optimiser.param_groups:
-            group["lr"] = config.lr * min(1, (state.step + 1) / WARMUP_STEPS) * (1 - state.step / total)
-    state.optimiser.zero_grad()
+    for optimiser in state.optimisers:
+        optimiser.zero_grad()
+        if config.network != "published":
+            for group in optimiser.param_groups:
+                group["lr"] = config.lr * min(1, (state.step + 1) / WARMUP_STEPS) * (1 - state.step / total)
     sums = torch.zeros(3, device=processes.device)
     for z_h, z_k, weight in batch.parts:
         with processes.autocast():
-            k_hat, h_hat = state.networks["h2k"](z_h), state.networks["k2h"](z_k)
-        h2k, k2h = _error(k_hat.float(), z_k, weight), _error(h_hat.float(), z_h, weight)
-        ((h2k + k2h) * len(z_h) / batch.clips).backward()
-        sums += torch.stack([h2k.detach(), k2h.detach(), torch.zeros_like(h2k.detach())]) * len(z_h)
+            errors = job.recipe.loss(state.networks, z_h, z_k, weight)
+        (torch.stack(list(errors.values())).sum() * len(z_h) / batch.clips).backward()
+        sums[:2] += torch.stack([errors["h2k"], errors["k2h"]]).detach() * len(z_h)
     sums[2] = interrupts.noted
     sum_h, sum_k, stop = _over_processes(state, sums, processes).tolist()
-    state.optimiser.step()
+    for optimiser in state.optimisers:
+        optimiser.step()
     state.step += 1
     decay = min(config.ema, state.step / (state.step + 10))
     for name, network in state.networks.items():
@@ -335,7 +369,7 @@ def _over_processes(state: State, sums: Tensor, processes: Processes) -> Tensor:
     """Gradients, and these sums, added up over all processes. The adapters are small: it is one message."""
     if processes.count == 1:
         return sums
-    parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
+    parameters = [p for name in DIRECTIONS for p in state.networks[name].parameters()]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     together = processes.add(torch.cat([*(gradient.flatten() for gradient in gradients), sums]))
     for p, part in zip(parameters, together.split([p.numel() for p in parameters] + [len(sums)]), strict=False):
@@ -379,7 +413,8 @@ def _save(state: State, job: Job) -> None:
             ("best", state.best[name]),
         ):
             tensors |= {f"{kind}.{name}.{key}": tensor for key, tensor in weights.items()}
-    tensors |= optimiser_tensors("optimiser", state.optimiser)
+    for i, optimiser in enumerate(state.optimisers):
+        tensors |= optimiser_tensors(f"optimiser{i}", optimiser)
     metadata = {
         "config": json.dumps(asdict(job.config)),
         "progress": json.dumps(
@@ -400,7 +435,8 @@ def _resume(state: State, job: Job) -> bool:
         state.networks[name].load_state_dict({key: saved[f"live.{name}.{key}"] for key in keys})
         state.averages[name] = {key: saved[f"average.{name}.{key}"].to(device) for key in keys}
         state.best[name] = {key: saved[f"best.{name}.{key}"].to(device) for key in keys}
-    restore_optimiser("optimiser", state.optimiser, saved)
+    for i, optimiser in enumerate(state.optimisers):
+        restore_optimiser(f"optimiser{i}", optimiser, saved)
     progress = json.loads(saved.metadata["progress"])
     state.step, state.epoch = progress["step"], progress["epoch"]
     state.sums, state.best_mse = tuple(progress["sums"]), progress["best_mse"]

@@ -1,0 +1,112 @@
+"""What the default recipe of the adapters was taken apart into, and what was tried beside it: recipes for the bench.
+
+# B batch, c channels, t latent frames, h/w latent rows and columns; z_h HunyuanVideo's latents, z_k KVAE's
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvae_comfyui.adapters.networks import Network
+from kvae_comfyui.training.train import Recipe, latent_error
+from kvae_comfyui.training.vaes import load_hunyuan_vae
+
+Networks = dict[str, Network]
+Errors = dict[str, Tensor]
+
+DECODED = (2, 3, 6, 6)  # clips, latent frames, rows and columns that a step decodes
+FLOOR = 1e-4  # added to squared errors of decodes: pixels 46 dB alike need not come nearer
+
+
+def ingredients() -> dict[str, tuple[dict[str, Any], Recipe]]:
+    """Names → what differs from the defaults: options of the command, and the recipe."""
+    return {
+        "not from the closed form": ({}, Recipe(closed_form=False)),
+        "AdamW, 2e-3": ({"lr": 2e-3}, Recipe(muon=False)),
+        "no moving average": ({"ema": 0.0}, Recipe()),
+        "width 32": ({}, Recipe({"width": 32})),
+        "one block": ({}, Recipe({"blocks": 1})),
+        "three blocks": ({}, Recipe({"blocks": 3})),
+        "+ noise of up to 10 %": ({}, Recipe(loss=partial(with_noise, share=0.1))),
+        "+ cycle, weight 0.1": ({}, Recipe(loss=partial(with_cycle, factor=0.1))),
+        "+ change in time": ({}, Recipe(loss=partial(with_change, axes=(2,)))),
+        "+ change in space": ({}, Recipe(loss=partial(with_change, axes=(3, 4)))),
+        "+ decodes, K→H": ({}, Recipe(loss=WithDecodes(0.1))),
+    }
+
+
+def with_noise(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, share: float) -> Errors:
+    """White noise in the sources, of up to this share of their deviation, one strength for each clip."""
+
+    def noisy(z: Tensor, network: Network) -> Tensor:
+        strength = share * torch.rand(len(z), 1, 1, 1, 1, device=z.device)
+        return z + strength * network.get_buffer("source_std") * torch.randn_like(z)
+
+    return {
+        "h2k": latent_error(networks["h2k"](noisy(z_h, networks["h2k"])), z_k, weight),
+        "k2h": latent_error(networks["k2h"](noisy(z_k, networks["k2h"])), z_h, weight),
+    }
+
+
+def with_cycle(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, factor: float) -> Errors:
+    """And there and back again must be where it was."""
+    k_hat, h_hat = networks["h2k"](z_h), networks["k2h"](z_k)
+    return {
+        "h2k": latent_error(k_hat, z_k, weight),
+        "k2h": latent_error(h_hat, z_h, weight),
+        "h2k2h": factor * latent_error(networks["k2h"](k_hat), z_h, weight),
+        "k2h2k": factor * latent_error(networks["h2k"](h_hat), z_k, weight),
+    }
+
+
+def with_change(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, axes: tuple[int, ...]) -> Errors:
+    """And the change from each latent to the next along these axes must be right: against shimmer, or blur."""
+    found = {"h2k": (networks["h2k"](z_h), z_k), "k2h": (networks["k2h"](z_k), z_h)}
+    errors = {name: latent_error(*pair, weight) for name, pair in found.items()}
+    for name, (y, target) in found.items():
+        for axis in axes:
+            inner = weight.narrow(axis, 1, weight.shape[axis] - 1)
+            errors[f"{name} {axis}"] = latent_error(y.diff(dim=axis), target.diff(dim=axis), inner) / len(axes)
+    return errors
+
+
+class WithDecodes:
+    """And HunyuanVideo's frozen decoder must make the same of K→H's crops as of the right ones.
+
+    The term is the mean logarithm of squared errors, one for each crop, which is PSNR.
+
+    Args:
+        factor: of that term.
+    """
+
+    def __init__(self, factor: float):
+        self.factor = factor
+        self.vae = load_hunyuan_vae("tiny", "cpu").vae
+
+    def __call__(self, networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor) -> Errors:
+        h_hat = networks["k2h"](z_k)
+        found, target = random_crops(h_hat, z_h)
+        with torch.no_grad():
+            x = self.vae.decode(target).sample
+        square = (self.vae.decode(found).sample - x).square().flatten(1).mean(1)
+        return {
+            "h2k": latent_error(networks["h2k"](z_h), z_k, weight),
+            "k2h": latent_error(h_hat, z_h, weight),
+            "decodes": self.factor * (square + FLOOR).log().mean(),
+        }
+
+
+def random_crops(*z_Bcthw: Tensor) -> list[Tensor]:
+    """The same `DECODED` at random places of random clips of each."""
+    crops = []
+    for b in torch.randperm(len(z_Bcthw[0]))[: DECODED[0]].tolist():
+        where = [slice(None)]
+        for n, size in zip(z_Bcthw[0].shape[2:], DECODED[1:], strict=True):
+            start = int(torch.randint(n - size + 1, ()))
+            where.append(slice(start, start + size))
+        crops.append([z[b][tuple(where)] for z in z_Bcthw])
+    return [torch.stack(each) for each in zip(*crops, strict=True)]

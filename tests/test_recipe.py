@@ -1,0 +1,84 @@
+"""What the adapters are trained by, and what the bench changes of it."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvae_comfyui.adapters.networks import build_network
+from kvae_comfyui.benchmarks.ingredients import WithDecodes, ingredients, with_change, with_cycle, with_noise
+from kvae_comfyui.training.muon import Muon
+from kvae_comfyui.training.train import DIRECTIONS, Recipe, TrainConfig, _optimisers, latent_errors
+
+
+@pytest.fixture
+def networks():
+    torch.manual_seed(0)
+    networks = {name: build_network("residual", in_channels=16, out_channels=16) for name in DIRECTIONS}
+    for network in networks.values():
+        torch.nn.init.normal_(network.conv_out.weight, std=0.1)
+    return networks
+
+
+@pytest.fixture
+def latents():
+    torch.manual_seed(1)
+    weight = torch.zeros(3, 1, 3, 8, 8)
+    weight[:, :, 1:, 2:, :6] = 1 / (2 * 6 * 6)
+    return torch.randn(3, 16, 3, 8, 8), torch.randn(3, 16, 3, 8, 8), weight
+
+
+def test_errors_are_those_of_the_positions_that_count(networks, latents):
+    z_h, z_k, weight = latents
+    counted = (slice(None), slice(None), slice(1, None), slice(2, None), slice(None, 6))
+    errors = latent_errors(networks, z_h, z_k, weight)
+    for name, source, target in (("h2k", z_h, z_k), ("k2h", z_k, z_h)):
+        mse = torch.nn.functional.mse_loss(networks[name](source)[counted], target[counted])
+        torch.testing.assert_close(errors[name], mse)
+
+
+@pytest.mark.parametrize("network", ["residual", "affine", "published"])
+def test_every_weight_has_one_optimiser(network):
+    networks = {name: build_network(network, in_channels=16, out_channels=16) for name in DIRECTIONS}
+    for recipe in (Recipe(), Recipe(muon=False)):
+        job = SimpleNamespace(config=TrainConfig("", network=network), recipe=recipe)
+        optimisers = _optimisers(networks, job)
+        held = [id(p) for each in optimisers for group in each.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(p) for each in networks.values() for p in each.parameters())
+        by_muon = [p for each in optimisers if isinstance(each, Muon) for p in each.param_groups[0]["params"]]
+        # both ways: one convolution in, two in each of two blocks, one out
+        assert len(by_muon) == (12 if network == "residual" and recipe.muon else 0)
+
+
+@pytest.mark.parametrize("loss", [partial(with_noise, share=0.0), partial(with_cycle, factor=0.0)])
+def test_ingredients_without_weight_change_nothing(networks, latents, loss):
+    expected, found = latent_errors(networks, *latents), loss(networks, *latents)
+    for name, error in found.items():
+        torch.testing.assert_close(error, expected.get(name, torch.zeros(())))
+
+
+def test_change_is_blind_to_a_constant_error(networks, latents):
+    z_h, _, weight = latents
+    for axes in ((2,), (3, 4)):
+        with torch.no_grad():
+            errors = with_change(networks, z_h, networks["h2k"](z_h) + 1, weight, axes)
+        for name, error in errors.items():
+            if name.startswith("h2k "):
+                assert error < 1e-10
+        assert errors["h2k"] == pytest.approx(1)
+
+
+def test_decodes_pull_one_adapter_only(networks, latents):
+    z_h, z_k, weight = latents
+    loss = WithDecodes(1.0)
+    loss(networks, z_h, z_k, weight)["decodes"].backward()
+    assert all(p.grad is None for p in networks["h2k"].parameters())
+    assert networks["k2h"].affine.conv.weight.grad.norm() > 0
+
+
+def test_every_ingredient_differs_from_the_default():
+    for name, (options, recipe) in ingredients().items():
+        assert options or recipe != Recipe(), name
+        TrainConfig("", **options)
+        build_network("residual", in_channels=16, out_channels=16, **recipe.network)
