@@ -132,10 +132,10 @@ def train_rows(work: Path, epochs: int, recipes: dict[str, tuple[Options, Recipe
     for name in recipes:
         adapters = {d: [load_adapter(folder / f"{d}.safetensors") for folder in folders[name]] for d in DIRECTIONS}
         infos = [adapter.training_info for adapter in adapters["k2h"]]
-        seconds = statistics.median(info["seconds"] for info in infos)
+        took = statistics.median(info["seconds"] for info in infos)
         errors = [adapter.metrics["val_mse_share_of_variance"] for d in DIRECTIONS for adapter in adapters[d]]
         networks = {d: [adapter.network for adapter in adapters[d]] for d in DIRECTIONS}
-        rows[name] = Row(networks, seconds, infos[0]["steps"], statistics.mean(errors))
+        rows[name] = Row(networks, took, infos[0]["steps"], statistics.mean(errors))
     return rows
 
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from kvae_comfyui.adapters.networks import Network
 from kvae_comfyui.training.train import Recipe, latent_error
-from kvae_comfyui.training.vaes import load_hunyuan_vae
+from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kandinsky_vae
 
 Networks = dict[str, Network]
 Errors = dict[str, Tensor]
 
 DECODED = (2, 3, 6, 6)  # clips, latent frames, rows and columns that a step decodes
+JACOBIANS = 16  # times as many crops
 FLOOR = 1e-4  # added to squared errors of decodes: pixels 46 dB alike need not come nearer
 
 
@@ -36,6 +37,7 @@ def ingredients() -> dict[str, tuple[dict[str, Any], Recipe]]:
         "+ change in time": ({}, Recipe(loss=partial(with_change, axes=(2,)))),
         "+ change in space": ({}, Recipe(loss=partial(with_change, axes=(3, 4)))),
         "+ decodes, K→H": ({}, Recipe(loss=WithDecodes(0.1))),
+        "by the decoders' Jacobians": ({}, Recipe(loss=ByJacobians())),
     }
 
 
@@ -98,6 +100,40 @@ class WithDecodes:
             "k2h": latent_error(h_hat, z_h, weight),
             "decodes": self.factor * (square + FLOOR).log().mean(),
         }
+
+
+class ByJacobians:
+    """Errors of latents weigh as much as they show: e'Me, where M is a frozen decoder's mean J'J, of mean eigenvalue 1.
+
+    Taken from the first batch, with random signs v of the pixels: J'J is the mean of J'v (J'v)'.
+    """
+
+    def __init__(self) -> None:
+        kvae, hunyuan = load_kandinsky_vae("tiny", "cpu").kvae, load_hunyuan_vae("tiny", "cpu").vae
+        self.decoders = {"h2k": kvae.decode, "k2h": lambda z: hunyuan.decode(z).sample}
+        self.roots: dict[str, Tensor] = {}
+
+    def __call__(self, networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor) -> Errors:
+        targets = {"h2k": z_k, "k2h": z_h}
+        self.roots = self.roots or {name: self.root(name, z) for name, z in targets.items()}
+        found = {"h2k": networks["h2k"](z_h), "k2h": networks["k2h"](z_k)}
+
+        def weighed(name: str, z_Bcthw: Tensor) -> Tensor:
+            return torch.einsum("dc,bcthw->bdthw", self.roots[name], z_Bcthw)
+
+        return {name: latent_error(weighed(name, y), weighed(name, targets[name]), weight) for name, y in found.items()}
+
+    def root(self, name: str, z_Bcthw: Tensor) -> Tensor:
+        """[c, c]: the square root of M."""
+        squares = []
+        for _ in range(JACOBIANS):
+            (z,) = random_crops(z_Bcthw)
+            y = self.decoders[name](z.requires_grad_())
+            (g,) = torch.autograd.grad((y * torch.randn_like(y).sign()).sum(), z)
+            squares.append(torch.einsum("bcthw,bdthw->cd", g, g))
+        M = torch.stack(squares).mean(0)
+        values, vectors = torch.linalg.eigh(M * len(M) / M.trace())
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
 def random_crops(*z_Bcthw: Tensor) -> list[Tensor]:

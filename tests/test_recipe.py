@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from kvae_comfyui.adapters.networks import build_network
-from kvae_comfyui.benchmarks.ingredients import WithDecodes, ingredients, with_change, with_cycle, with_noise
+from kvae_comfyui.benchmarks.ingredients import (
+    ByJacobians,
+    WithDecodes,
+    ingredients,
+    with_change,
+    with_cycle,
+    with_noise,
+)
 from kvae_comfyui.training.muon import Muon
 from kvae_comfyui.training.train import DIRECTIONS, Recipe, TrainConfig, _optimisers, latent_errors
 
@@ -75,6 +82,16 @@ def test_decodes_pull_one_adapter_only(networks, latents):
     loss(networks, z_h, z_k, weight)["decodes"].backward()
     assert all(p.grad is None for p in networks["h2k"].parameters())
     assert networks["k2h"].affine.conv.weight.grad.norm() > 0
+
+
+def test_jacobians_of_a_linear_decoder_are_known(latents):
+    """y = Az has J'J = A'A."""
+    loss = ByJacobians()
+    A = torch.diag(torch.arange(1.0, 17)) + torch.ones(16, 16) / 4
+    loss.decoders = {"h2k": lambda z: torch.einsum("dc,bcthw->bdthw", A, z)}
+    M = A.T @ A
+    root = loss.root("h2k", torch.randn(3, 16, 3, 8, 8))
+    torch.testing.assert_close(root @ root, 16 * M / M.trace(), rtol=0.2, atol=0.2)
 
 
 def test_every_ingredient_differs_from_the_default():
