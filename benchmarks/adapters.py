@@ -40,7 +40,7 @@ from kvae_comfyui.training.closed_form import fit_both_ways
 from kvae_comfyui.training.dataset import open_pairs, spread
 from kvae_comfyui.training.evaluate import flicker, original_frames, psnr
 from kvae_comfyui.training.train import DIRECTIONS, Recipe
-from kvae_comfyui.training.vaes import ASSETS, VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.vaes import TINY_ADAPTERS, VideoVAE, load_hunyuan_vae, load_kandinsky_vae
 
 # B batch, c channels, t latent frames, h/w latent rows and columns; T frames, H/W pixels
 # z_Bcthw raw latents, y_B3THW decoded pixels in 0..255
@@ -56,7 +56,6 @@ RECIPES: dict[str, tuple[Options, Recipe]] = {  # what differs from the defaults
     "published, lr 1e-3": ({"network": "published", "lr": 1e-3, "ema": 0.0}, DEFAULT),
     "default": ({}, DEFAULT),
 }
-EMBEDDED = {"h2k": ASSETS / "tiny_hunyuan_to_kvae.safetensors", "k2h": ASSETS / "tiny_kvae_to_hunyuan.safetensors"}
 
 
 def main() -> None:
@@ -101,7 +100,7 @@ def closed_forms(work: Path) -> dict[str, Row]:
 
 def embedded() -> dict[str, Row]:
     """The adapters that come with the tiny pair."""
-    adapters = {name: load_adapter(file) for name, file in EMBEDDED.items()}
+    adapters = {name: load_adapter(file) for name, file in TINY_ADAPTERS.items()}
     about = adapters["k2h"].training_info
     networks = {name: [adapter.network] for name, adapter in adapters.items()}
     return {"embedded": Row(networks, about["seconds"], about["steps"])}

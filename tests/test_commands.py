@@ -273,6 +273,8 @@ def test_demo(tmp_path, capsys):
     ):
         assert (out / name).stat().st_size > 0
         assert name in closing
+    embedded = json.loads((out / "embedded" / "report.json").read_text())["adapters"]["h2k"]
+    assert embedded["training"]["pairs"] > 200 and "embedded" in closing
 
 
 def refusal(argv, capsys):

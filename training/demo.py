@@ -3,16 +3,18 @@
     python -m training demo
 
 Cuts clips from videos, extracts latent pairs with the embedded tiny VAEs, trains both adapters on some of the clips,
-evaluates them on the others, and leaves everything to look at under one folder.
+evaluates them on the others, beside the adapters that come with the tiny VAEs, and leaves everything to look at under
+one folder.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from .errors import UserError
 from .options import DEVICE, option, write_config
 from .pairs import clip_name, find_pairs
 from .pictures import side_by_side
-from .vaes import load_hunyuan_vae, load_kandinsky_vae
+from .vaes import TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
 from .videos import find_videos, frame_rate, write_video
 
 MAX_CLIPS = 40  # what two CPU cores encode in a minute or two
@@ -83,7 +85,10 @@ def run(config: DemoConfig) -> int:
         device=config.device,
     )
     evaluate.run(settings)
-    _say(5, "side-by-side videos")
+    _say(5, "the same of the embedded adapters, which have seen more clips")
+    h2k, k2h = (str(TINY_ADAPTERS[direction]) for direction in train.DIRECTIONS)
+    evaluate.run(replace(settings, adapter_h2k=h2k, adapter_k2h=k2h, output_root=str(out / "embedded")))
+    _say(6, "side-by-side videos")
     made = side_by_sides(settings, out)
     write_config(out / "demo.json", "demo", config)
     print(_closing(out, made, time.time() - start))
@@ -91,7 +96,7 @@ def run(config: DemoConfig) -> int:
 
 
 def _say(number: int, what: str) -> None:
-    print(f"\n[{number}/5] {what}", flush=True)
+    print(f"\n[{number}/6] {what}", flush=True)
 
 
 def _sample_videos(folder: Path) -> Path:
@@ -153,6 +158,7 @@ Done in {seconds:.0f} s. In {out}:
   train.png, train.jsonl            the training curve
   contact_sheet.png                 {" | ".join(evaluate.COLUMNS)}
   {", ".join(path.name for path in made)}
+  embedded{os.sep}                         the same figures of the adapters that come with the tiny VAEs
 
 These adapters fit the tiny VAEs only. With the real weights:
   python -m training extract --videos-root VIDEOS --output-root latents \\

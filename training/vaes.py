@@ -24,6 +24,10 @@ from .files import sha256_of
 
 ASSETS = Path(__file__).parent / "assets"
 TINY = {"hunyuan": ASSETS / "tiny_hunyuan.safetensors", "kvae": ASSETS / "tiny_kvae.safetensors"}
+TINY_ADAPTERS = {
+    "h2k": ASSETS / "tiny_hunyuan_to_kvae.safetensors",
+    "k2h": ASSETS / "tiny_kvae_to_hunyuan.safetensors",
+}
 
 
 class VideoVAE(Protocol):
