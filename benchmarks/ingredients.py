@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 from kvae_comfyui.adapters.networks import Network
-from kvae_comfyui.training.train import Recipe, latent_error
+from kvae_comfyui.training.recipe import Errors, Networks, Recipe, latent_error
 from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kandinsky_vae
-
-Networks = dict[str, Network]
-Errors = dict[str, Tensor]
 
 DECODED = (2, 3, 6, 6)  # clips, latent frames, rows and columns that a step decodes
 JACOBIANS = 16  # times as many crops

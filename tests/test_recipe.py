@@ -1,7 +1,6 @@
 """What the adapters are trained by, and what the bench changes of it."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ from kvae_comfyui.benchmarks.ingredients import (
     with_noise,
 )
 from kvae_comfyui.training.muon import Muon
-from kvae_comfyui.training.train import DIRECTIONS, Recipe, TrainConfig, _optimisers, latent_errors
+from kvae_comfyui.training.recipe import Recipe, latent_errors
+from kvae_comfyui.training.train import DIRECTIONS, TrainConfig
 
 
 @pytest.fixture
@@ -49,8 +49,7 @@ def test_errors_are_those_of_the_positions_that_count(networks, latents):
 def test_every_weight_has_one_optimiser(network):
     networks = {name: build_network(network, in_channels=16, out_channels=16) for name in DIRECTIONS}
     for recipe in (Recipe(), Recipe(muon=False)):
-        job = SimpleNamespace(config=TrainConfig("", network=network), recipe=recipe)
-        optimisers = _optimisers(networks, job)
+        optimisers = recipe.optimisers(networks, 1e-3, 1e-4)
         held = [id(p) for each in optimisers for group in each.param_groups for p in group["params"]]
         assert sorted(held) == sorted(id(p) for each in networks.values() for p in each.parameters())
         by_muon = [p for each in optimisers if isinstance(each, Muon) for p in each.param_groups[0]["params"]]

@@ -15,9 +15,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +40,10 @@ from .evaluate import latent_figures
 from .files import write_bytes
 from .interrupts import BetweenSteps
 from .log import add_to_log, read_log, rewind_log
-from .muon import Muon
 from .options import DEVICE, option, write_config
 from .pairs import read_manifest, read_spaces
 from .processes import Processes
+from .recipe import DEFAULT, Recipe
 from .report import curves_png, write_report
 
 SAVE_SECONDS = 60
@@ -67,29 +67,6 @@ class TrainConfig:
     ema: float = option(0.99, "decay of the weights' moving average, which is what is saved; 0 for none")
     seed: int = option(0, "of the first weights and of the order")
     device: str = option(DEVICE, "device to train on")
-
-
-def latent_errors(networks: dict[str, Network], z_h: Tensor, z_k: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """The loss of both adapters, as scalars; latents and weights as Pairs.crops gives them."""
-    return {
-        "h2k": latent_error(networks["h2k"](z_h), z_k, weight),
-        "k2h": latent_error(networks["k2h"](z_k), z_h, weight),
-    }
-
-
-def latent_error(found: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Mean squared error of the positions that count, averaged over the crops."""
-    return ((found.float() - target).square().mean(1, keepdim=True) * weight).sum() / len(weight)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the default network is trained by; the bench of the adapters takes it apart."""
-
-    network: dict[str, int] = field(default_factory=dict)  # settings other than the network's own
-    closed_form: bool = True  # start there
-    muon: bool = True  # for the convolutions of the residual branch
-    loss: Callable[[dict[str, Network], Tensor, Tensor, Tensor], dict[str, Tensor]] = latent_errors  # their sum
 
 
 @dataclass(frozen=True)
@@ -143,7 +120,7 @@ class Job:
         return self.adapter_files["h2k"].with_suffix(".resume.safetensors")
 
 
-def run(config: TrainConfig, recipe: Recipe = Recipe()) -> int:
+def run(config: TrainConfig, recipe: Recipe = DEFAULT) -> int:
     """Train, or go on training; returns 0."""
     started = time.time()
     job = _prepare(config, recipe)
@@ -279,25 +256,13 @@ def _check_channels(job: Job) -> None:
 
 def _start(job: Job) -> State:
     """The state before the first step."""
-    fits = job.fits
-    torch.manual_seed(job.config.seed)
+    config, fits = job.config, job.fits
+    torch.manual_seed(config.seed)
     networks = {"h2k": _network(job, fits["h2k"], fits["k2h"]), "k2h": _network(job, fits["k2h"], fits["h2k"])}
     averages = {name: _copy(network) for name, network in networks.items()}
     best = {name: _copy(network) for name, network in networks.items()}
-    return State(networks, averages, best, dict.fromkeys(DIRECTIONS, math.inf), _optimisers(networks, job))
-
-
-def _optimisers(networks: dict[str, Network], job: Job) -> list[torch.optim.Optimizer]:
-    """Muon for the convolutions of residual branches; AdamW for gains, and affine maps, which start at their best."""
-    config = job.config
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name in DIRECTIONS:
-        of_branch = job.recipe.muon and isinstance(networks[name], Residual)
-        for key, p in networks[name].named_parameters():
-            (matrices if of_branch and p.ndim == 5 and not key.startswith("affine.") else rest).append(p)
-    adamw = torch.optim.AdamW(rest, config.lr, weight_decay=config.weight_decay)
-    return [Muon(matrices, config.lr), adamw] if matrices else [adamw]
+    optimisers = job.recipe.optimisers(networks, config.lr, config.weight_decay)
+    return State(networks, averages, best, dict.fromkeys(DIRECTIONS, math.inf), optimisers)
 
 
 def _network(job: Job, fit: Ridge, back: Ridge) -> Network:
