@@ -247,19 +247,16 @@ class Bench:
             yield f"| {row} | {' | '.join(cells)} |"
 
     def ingredients(self, direction: str, default: Row, parts: dict[str, Row]) -> Iterator[str]:
-        """What the default loses or wins by a change, the same seed on both sides."""
-
-        def judged(row: Row) -> tuple[Tensor, Tensor]:
-            networks = row.networks[direction][:1]
-            return self.share(direction, networks), self.pixels(direction, networks)
-
-        _, base = judged(default)
+        """What each change wins or loses, the same seed on both sides."""
+        base: Tensor | None = None
         yield ""
-        yield "| | s | of variance | PSNR | − default | PSNR source | − default | flicker | − default |"
+        yield f"| | s | of variance | PSNR | − {next(iter(parts))} | PSNR source | − | flicker | − |"
         yield "|---|---|---|---|---|---|---|---|---|"
-        for name, row in ({"default": default} | parts).items():
-            share, figures = judged(row)
-            cells = [f"{row.seconds:.0f}", f"{share.mean():.2%}"]
+        for name, row in (parts | {"default": default}).items():
+            networks = row.networks[direction][:1]
+            figures = self.pixels(direction, networks)
+            base = figures if base is None else base
+            cells = [f"{row.seconds:.0f}", f"{self.share(direction, networks).mean():.2%}"]
             cells += [f"{figures[:, j].mean():.2f} | {paired(figures[:, j] - base[:, j])}" for j in range(3)]
             yield f"| {name} | {' | '.join(cells)} |"
 

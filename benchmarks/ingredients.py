@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvae_comfyui.adapters.networks import Network
-from kvae_comfyui.training.recipe import Errors, Networks, Recipe, latent_error
+from kvae_comfyui.training.recipe import Errors, Networks, Recipe, latent_error, latent_errors, with_change
 from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kandinsky_vae
 
 DECODED = (2, 3, 6, 6)  # clips, latent frames, rows and columns that a step decodes
@@ -20,21 +21,24 @@ JACOBIANS = 16  # times as many crops
 FLOOR = 1e-4  # added to squared errors of decodes: pixels 46 dB alike need not come nearer
 
 
+PLAIN = Recipe(loss=latent_errors)
+
+
 def ingredients() -> dict[str, tuple[dict[str, Any], Recipe]]:
-    """Names → what differs from the defaults: options of the command, and the recipe."""
+    """Names → options that are not the command's defaults, and the recipe: PLAIN first, then one change of it each."""
     return {
-        "not from the closed form": ({}, Recipe(closed_form=False)),
-        "AdamW, 2e-3": ({"lr": 2e-3}, Recipe(muon=False)),
-        "no moving average": ({"ema": 0.0}, Recipe()),
-        "width 32": ({}, Recipe({"width": 32})),
-        "one block": ({}, Recipe({"blocks": 1})),
-        "three blocks": ({}, Recipe({"blocks": 3})),
-        "+ noise of up to 10 %": ({}, Recipe(loss=partial(with_noise, share=0.1))),
-        "+ cycle, weight 0.1": ({}, Recipe(loss=partial(with_cycle, factor=0.1))),
-        "+ change in time": ({}, Recipe(loss=partial(with_change, axes=(2,)))),
-        "+ change in space": ({}, Recipe(loss=partial(with_change, axes=(3, 4)))),
-        "+ decodes, K→H": ({}, Recipe(loss=WithDecodes(0.1))),
-        "by the decoders' Jacobians": ({}, Recipe(loss=ByJacobians())),
+        "squared errors alone": ({}, PLAIN),
+        "not from the closed form": ({}, replace(PLAIN, closed_form=False)),
+        "AdamW, 2e-3": ({"lr": 2e-3}, replace(PLAIN, muon=False)),
+        "width 32": ({}, replace(PLAIN, network={"width": 32})),
+        "one block": ({}, replace(PLAIN, network={"blocks": 1})),
+        "three blocks": ({}, replace(PLAIN, network={"blocks": 3})),
+        "+ noise of up to 10 %": ({}, replace(PLAIN, loss=partial(with_noise, share=0.1))),
+        "+ cycle, weight 0.1": ({}, replace(PLAIN, loss=partial(with_cycle, factor=0.1))),
+        "+ change in time": ({}, replace(PLAIN, loss=partial(with_change, axes={2: 1.0}))),
+        "+ change in space": ({}, replace(PLAIN, loss=partial(with_change, axes={3: 0.5, 4: 0.5}))),
+        "+ decodes, K→H": ({}, replace(PLAIN, loss=WithDecodes(0.1))),
+        "by the decoders' Jacobians": ({}, replace(PLAIN, loss=ByJacobians())),
     }
 
 
@@ -60,17 +64,6 @@ def with_cycle(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, fac
         "h2k2h": factor * latent_error(networks["k2h"](k_hat), z_h, weight),
         "k2h2k": factor * latent_error(networks["h2k"](h_hat), z_k, weight),
     }
-
-
-def with_change(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, axes: tuple[int, ...]) -> Errors:
-    """And the change from each latent to the next along these axes must be right: against shimmer, or blur."""
-    found = {"h2k": (networks["h2k"](z_h), z_k), "k2h": (networks["k2h"](z_k), z_h)}
-    errors = {name: latent_error(*pair, weight) for name, pair in found.items()}
-    for name, (y, target) in found.items():
-        for axis in axes:
-            inner = weight.narrow(axis, 1, weight.shape[axis] - 1)
-            errors[f"{name} {axis}"] = latent_error(y.diff(dim=axis), target.diff(dim=axis), inner) / len(axes)
-    return errors
 
 
 class WithDecodes:

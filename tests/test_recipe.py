@@ -10,12 +10,11 @@ from kvae_comfyui.benchmarks.ingredients import (
     ByJacobians,
     WithDecodes,
     ingredients,
-    with_change,
     with_cycle,
     with_noise,
 )
 from kvae_comfyui.training.muon import Muon
-from kvae_comfyui.training.recipe import Recipe, latent_errors
+from kvae_comfyui.training.recipe import DEFAULT, Recipe, latent_errors, with_change
 from kvae_comfyui.training.train import DIRECTIONS, TrainConfig
 
 
@@ -64,15 +63,18 @@ def test_ingredients_without_weight_change_nothing(networks, latents, loss):
         torch.testing.assert_close(error, expected.get(name, torch.zeros(())))
 
 
-def test_change_is_blind_to_a_constant_error(networks, latents):
-    z_h, _, weight = latents
-    for axes in ((2,), (3, 4)):
-        with torch.no_grad():
-            errors = with_change(networks, z_h, networks["h2k"](z_h) + 1, weight, axes)
-        for name, error in errors.items():
-            if name.startswith("h2k "):
-                assert error < 1e-10
-        assert errors["h2k"] == pytest.approx(1)
+def test_change_is_that_of_positions_that_count(networks, latents):
+    z_h, z_k, weight = latents
+    counted = (slice(None), slice(None), slice(1, None), slice(2, None), slice(None, 6))
+    with torch.no_grad():
+        errors = with_change(networks, z_h, z_k, weight, {4: 0.5})
+        wrong = (networks["h2k"](z_h) - z_k)[counted]
+        constant = with_change(networks, z_h, networks["h2k"](z_h) + 1, weight)
+    change = (wrong[..., 1:] - wrong[..., :-1]).square().mean() * 5 / 6  # of 6 columns there are 5 changes
+    torch.testing.assert_close(errors["h2k axis 4"], 0.5 * change)
+    for name, error in constant.items():
+        if name.startswith("h2k"):
+            assert error == pytest.approx(1 if name == "h2k" else 0, abs=1e-6)
 
 
 def test_decodes_pull_one_adapter_only(networks, latents):
@@ -95,6 +97,6 @@ def test_jacobians_of_a_linear_decoder_are_known(latents):
 
 def test_every_ingredient_differs_from_the_default():
     for name, (options, recipe) in ingredients().items():
-        assert options or recipe != Recipe(), name
+        assert options or recipe != DEFAULT, name
         TrainConfig("", **options)
         build_network("residual", in_channels=16, out_channels=16, **recipe.network)
