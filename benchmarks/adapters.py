@@ -39,7 +39,7 @@ from kvae_comfyui.training import extract, train
 from kvae_comfyui.training.closed_form import fit_both_ways
 from kvae_comfyui.training.dataset import open_pairs, spread
 from kvae_comfyui.training.evaluate import flicker, original_frames, psnr
-from kvae_comfyui.training.recipe import DEFAULT, Recipe
+from kvae_comfyui.training.recipe import DEFAULT, PUBLISHED, Recipe
 from kvae_comfyui.training.train import DIRECTIONS
 from kvae_comfyui.training.vaes import TINY_ADAPTERS, VideoVAE, load_hunyuan_vae, load_kandinsky_vae
 
@@ -52,8 +52,8 @@ LATENTS = 5  # of the pixel figures: 17 frames
 ROUNDS = 5  # of every timing
 NOISES = (0.03, 0.1)  # deviation of white noise in the latents, as a share of each channel's own
 RECIPES: dict[str, tuple[Options, Recipe]] = {  # what differs from the defaults of `python -m training train`
-    "published, lr 1e-4": ({"network": "published", "lr": 1e-4, "ema": 0.0}, DEFAULT),
-    "published, lr 1e-3": ({"network": "published", "lr": 1e-3, "ema": 0.0}, DEFAULT),
+    "published, lr 1e-4": ({"network": "published", "lr": 1e-4, "ema": 0.0}, PUBLISHED),
+    "published, lr 1e-3": ({"network": "published", "lr": 1e-3, "ema": 0.0}, PUBLISHED),
     "default": ({}, DEFAULT),
 }
 

@@ -23,6 +23,7 @@ from kvae_comfyui.training import train as training
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.evaluate import EvaluateConfig, original_frames
 from kvae_comfyui.training.pairs import Pair, find_pairs, read_pair, write_pair
+from kvae_comfyui.training.recipe import PUBLISHED
 from kvae_comfyui.training.report import write_report
 from kvae_comfyui.training.vaes import load_hunyuan_vae
 
@@ -150,12 +151,15 @@ def test_train_leaves_adapters_that_describe_themselves(job):
     ]
 
 
-def test_published_recipe(job, capsys):
-    options = train_options(job, "published")
+def test_published_recipe(job, capsys, monkeypatch):
+    options, real = train_options(job, "published"), training._train
+    monkeypatch.setattr(training, "_train", lambda state, run: (recipes.append(run.recipe), real(state, run)))
+    recipes = []
     assert main(["train", *options, "--network", "published", "--epochs", "2", "--lr", "1e-4"]) == 0
     out = capsys.readouterr().out
     assert "Epoch 2/2 - H→K MSE: " in out and " | K→H MSE: " in out
     assert sum(p.numel() for p in load_adapter(job / "published" / "h2k.safetensors").parameters()) == 2368
+    assert recipes == [PUBLISHED]
 
 
 @pytest.mark.parametrize("step", [3, 5])  # the last step of an epoch, and one within the next

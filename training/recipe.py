@@ -82,3 +82,4 @@ class Recipe:
 
 
 DEFAULT = Recipe()
+PUBLISHED = Recipe(closed_form=False, muon=False, loss=latent_errors)  # that of the published adapters

@@ -2,9 +2,9 @@
 
     python -m training train --latent-root latents --out-h2k h2k.safetensors --out-k2h k2h.safetensors
 
-L = MSE(H→K(z_h), z_k) + MSE(K→H(z_k), z_h), by Muon. A first pass over the pairs takes each channel's statistics and
-fits affine 3x3x3 maps in closed form; the default network starts there, and what is saved is never worse on the
-validation pairs.
+`training.recipe` says by what loss. A first pass over the pairs takes each channel's statistics and fits
+affine 3x3x3 maps in closed form; the default network starts there, and what is saved is never worse on the validation
+pairs.
 `--network published --epochs 250 --batch-size 512 --lr 1e-4` is the recipe of the published adapters.
 Ctrl-C or a crash costs at most the steps since the last save: the same command goes on from there, with any number of
 processes (`accelerate launch -m training train …`). A step is of --batch-size clips in all, however they are shared.
@@ -43,7 +43,7 @@ from .log import add_to_log, read_log, rewind_log
 from .options import DEVICE, option, write_config
 from .pairs import read_manifest, read_spaces
 from .processes import Processes
-from .recipe import DEFAULT, Recipe
+from .recipe import DEFAULT, PUBLISHED, Recipe
 from .report import curves_png, write_report
 
 SAVE_SECONDS = 60
@@ -120,10 +120,10 @@ class Job:
         return self.adapter_files["h2k"].with_suffix(".resume.safetensors")
 
 
-def run(config: TrainConfig, recipe: Recipe = DEFAULT) -> int:
-    """Train, or go on training; returns 0."""
+def run(config: TrainConfig, recipe: Recipe | None = None) -> int:
+    """Train, or go on training; by the default recipe, or the published network by the published one. Returns 0."""
     started = time.time()
-    job = _prepare(config, recipe)
+    job = _prepare(config, recipe or (PUBLISHED if config.network == "published" else DEFAULT))
     state = _start(job)
     _resume_or_begin(state, job)
     _train(state, job)
