@@ -85,7 +85,7 @@ def run(config: DemoConfig) -> int:
         device=config.device,
     )
     evaluate.run(settings)
-    _say(5, "the same of the embedded adapters, which have seen more clips")
+    _say(5, "the same of the embedded adapters, trained on more clips, some of bikes.mp4 among them")
     h2k, k2h = (str(TINY_ADAPTERS[direction]) for direction in train.DIRECTIONS)
     evaluate.run(replace(settings, adapter_h2k=h2k, adapter_k2h=k2h, output_root=str(out / "embedded")))
     _say(6, "side-by-side videos")
@@ -158,7 +158,7 @@ Done in {seconds:.0f} s. In {out}:
   train.png, train.jsonl            the training curve
   contact_sheet.png                 {" | ".join(evaluate.COLUMNS)}
   {", ".join(path.name for path in made)}
-  embedded{os.sep}                         the same figures of the adapters that come with the tiny VAEs
+  embedded{os.sep}                         the same figures of the embedded adapters, which know bikes.mp4
 
 These adapters fit the tiny VAEs only. With the real weights:
   python -m training extract --videos-root VIDEOS --output-root latents \\
