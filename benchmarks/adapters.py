@@ -123,11 +123,11 @@ def train_rows(work: Path, epochs: int, recipes: dict[str, tuple[Options, Recipe
     }
     for seed in range(seeds):
         for name, (changes, recipe) in recipes.items():
-            h2k, k2h = (str(folders[name][seed] / f"{direction}.safetensors") for direction in DIRECTIONS)
-            if not Path(k2h).exists():
-                roots = str(work / "train"), str(work / "val")
-                options: Options = {"epochs": epochs, "seed": seed} | changes
-                train.run(train.TrainConfig(*roots, h2k, k2h, **options), recipe)
+            files = {f"out_{direction}": folders[name][seed] / f"{direction}.safetensors" for direction in DIRECTIONS}
+            if not all(file.exists() for file in files.values()):
+                paths = {"latent_root": work / "train", "val_latent_root": work / "val"} | files
+                options: Options = {key: str(path) for key, path in paths.items()} | {"epochs": epochs, "seed": seed}
+                train.run(train.TrainConfig(**options | changes), recipe)
     rows = {}
     for name in recipes:
         adapters = {d: [load_adapter(folder / f"{d}.safetensors") for folder in folders[name]] for d in DIRECTIONS}

@@ -16,7 +16,16 @@ from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.crops import crop_shape, random_crop, weights
 from kvae_comfyui.training.dataset import batches, open_pairs
 from kvae_comfyui.training.errors import UserError
-from kvae_comfyui.training.pairs import Pair, Shape, Source, find_pairs, read_pair, write_pair
+from kvae_comfyui.training.pairs import (
+    Pair,
+    Shape,
+    Source,
+    extractions,
+    find_pairs,
+    read_manifest,
+    read_pair,
+    write_pair,
+)
 
 CPU = torch.device("cpu")
 
@@ -52,6 +61,22 @@ def test_packed_and_unpacked_the_files_are_the_same(tmp_path, monkeypatch):
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     assert unpack(tmp_path / "shards", tmp_path / "again") == 0
     assert contents(tmp_path / "again") == contents(root)
+
+
+def test_extractions_side_by_side_are_one_folder(tmp_path):
+    """Other sizes of the same videos, each with its own manifest."""
+    small, large = (make_pairs(tmp_path / "pairs" / size) for size in ("small", "large"))
+    (small / "manifest.json").write_text((large / "manifest.json").read_text().replace("{}", '{"height": 64}', 1))
+    assert pack(tmp_path / "pairs", tmp_path / "shards") == 0
+    assert unpack(tmp_path / "shards", tmp_path / "again") == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "pairs")
+    for root in (tmp_path / "pairs", tmp_path / "shards"):
+        assert read_manifest(root)["settings"] == {"large": {}, "small": {"height": 64}}
+        assert len(open_pairs(root)) == 12
+        assert len(np.unique(open_pairs(root).videos(extractions(root)))) == 6  # each is in both
+    (small / "manifest.json").write_text((large / "manifest.json").read_text().replace('"b"', '"c"'))
+    with pytest.raises(UserError, match="large and small hold pairs of different VAEs .kvae: .*'b'.*'c'"):
+        read_manifest(tmp_path / "pairs")
 
 
 def test_packed_pairs_are_read_as_files_are(tmp_path):

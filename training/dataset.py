@@ -13,7 +13,7 @@ import hashlib
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -136,9 +136,13 @@ class Pairs:
                 sha256.update(f"{name}\n".encode())
         return sha256.hexdigest()
 
-    def videos(self) -> np.ndarray:
-        """uint32 [pairs]: equal for clips of one video (`name` or `name.003`, in its folder)."""
-        hashes = (zlib.crc32(video_of(name).encode()) for name in self.store.names())
+    def videos(self, extractions: Sequence[str] = ()) -> np.ndarray:
+        """uint32 [pairs]: equal for clips of one video (`name` or `name.003`, in its folder).
+
+        Args:
+            extractions: folders that hold the same videos' clips, side by side.
+        """
+        hashes = (zlib.crc32(video_of(name, extractions).encode()) for name in self.store.names())
         return np.fromiter(hashes, np.uint32, len(self.store))[self.numbers]
 
     def shape(self, i: int) -> Shape:
@@ -196,8 +200,10 @@ def spread(total: int, count: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def video_of(name: str) -> str:
-    """The video of a clip: `folder/name` or `folder/name.003`."""
+def video_of(name: str, extractions: Sequence[str] = ()) -> str:
+    """The video of a clip: `folder/name` or `folder/name.003`, without the folder of its extraction."""
+    for extraction in extractions:
+        name = name.removeprefix(f"{extraction}/")
     folder, _, stem = name.rpartition("/")
     return f"{folder}/{stem.split('.')[0]}"
 

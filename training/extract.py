@@ -27,7 +27,7 @@ from .ahead import ahead
 from .errors import UserError
 from .files import write_text
 from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option
-from .pairs import SUFFIX, Pair, Source, read_manifest, write_pair
+from .pairs import MANIFEST, SUFFIX, Pair, Source, read_manifest, write_pair
 from .processes import Processes
 from .vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kandinsky_vae
 from .videos import Clip, cut, find_videos, read_clips
@@ -112,7 +112,7 @@ def run(config: ExtractConfig) -> int:
     counts = {key: sum(each[key] for each, _ in everywhere) for key in counts}
     failed = {video: reason for _, each in everywhere for video, reason in each.items()}
     if processes.main:
-        write_text(out / "manifest.json", json.dumps(manifest | {"counts": counts, "failed": failed}, indent=2) + "\n")
+        write_text(out / MANIFEST, json.dumps(manifest | {"counts": counts, "failed": failed}, indent=2) + "\n")
         for reason in failed.values():
             print(f"skipped: {reason}", file=sys.stderr)
     processes.say(
@@ -168,7 +168,7 @@ def _open_manifest(out: Path, config: ExtractConfig, hunyuan: VideoVAE, kvae: Vi
                 "Choose another --output-root"
             )
     if processes.main:
-        write_text(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        write_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 

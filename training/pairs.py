@@ -20,6 +20,8 @@ from .errors import UserError
 from .files import write_bytes
 
 SUFFIX = ".safetensors.zst"
+MANIFEST = "manifest.json"
+VAES = ("hunyuan_vae", "kvae")  # in a manifest
 MAX_BYTES = 2**30  # a pair of 1080p minutes is far below; anything above is not a pair
 MAX_HEADER = 2**20  # of safetensors; that of a pair is a few hundred bytes
 
@@ -147,17 +149,46 @@ def clip_name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix().removesuffix(SUFFIX)
 
 
+def find_manifests(root: str | Path) -> list[Path]:
+    """The manifest of a folder, or else those of the folders in it: extractions of several sizes, side by side."""
+    own = Path(root) / MANIFEST
+    return [own] if own.is_file() else sorted(Path(root).rglob(MANIFEST))
+
+
+def extractions(root: str | Path) -> list[str]:
+    """The folders in it that were each extracted by themselves; none where it is itself such a folder."""
+    folders = [path.parent.relative_to(root).as_posix() for path in find_manifests(root)]
+    return [] if folders == ["."] else folders
+
+
 def read_manifest(root: str | Path) -> dict:
-    """How the pairs of a folder were made: settings, and the VAEs by hash. Empty for folders that do not say."""
+    """How the pairs of a folder were made: settings, and the VAEs by hash. Empty for folders that do not say.
+
+    Of several extractions side by side, "settings" holds the settings of each, by folder.
+
+    Raises:
+        UserError: a manifest is unreadable, or the folders in it were made with different VAEs.
+    """
+    found = {path.parent.relative_to(root).as_posix(): _manifest(path) for path in find_manifests(root)}
+    if set(found) <= {"."}:
+        return found.get(".", {})
+    (first, manifest), *others = found.items()
+    for folder, other in others:
+        for key in VAES:
+            if other[key] != manifest[key]:
+                raise UserError(
+                    f"{root}: {first} and {folder} hold pairs of different VAEs "
+                    f"({key}: {manifest[key]}, {other[key]}); an adapter is trained on those of one pair of VAEs"
+                )
+    return manifest | {"settings": {folder: each["settings"] for folder, each in found.items()}}
+
+
+def _manifest(path: Path) -> dict:
     try:
-        manifest = json.loads((Path(root) / "manifest.json").read_text(encoding="utf-8"))
-        return {key: manifest[key] for key in ("settings", "hunyuan_vae", "kvae")}
-    except FileNotFoundError:
-        return {}
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return {key: manifest[key] for key in ("settings", *VAES)}
     except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{root}/manifest.json: not the manifest of an extraction; delete it, or extract again"
-        ) from None
+        raise UserError(f"{path}: not the manifest of an extraction; delete it, or extract again") from None
 
 
 def read_spaces(root: str | Path) -> tuple[LatentSpace, LatentSpace]:
@@ -172,4 +203,4 @@ def read_spaces(root: str | Path) -> tuple[LatentSpace, LatentSpace]:
     try:
         return space(manifest["hunyuan_vae"]["space"]), space(manifest["kvae"]["space"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root}/manifest.json: {error}") from None
+        raise UserError(f"{root}/{MANIFEST}: {error}") from None

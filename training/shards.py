@@ -31,7 +31,19 @@ from .crops import Slices
 from .errors import UserError
 from .files import write_text
 from .options import option
-from .pairs import SUFFIX, Pair, Shape, Source, clip_name, find_pairs, pair_shape, read_manifest, read_pair, write_pair
+from .pairs import (
+    SUFFIX,
+    Pair,
+    Shape,
+    Source,
+    clip_name,
+    find_manifests,
+    find_pairs,
+    pair_shape,
+    read_manifest,
+    read_pair,
+    write_pair,
+)
 
 FORMAT = "kvae-latent-shards/1"
 INDEX = "index.json"
@@ -55,7 +67,7 @@ def run_pack(config: PackConfig) -> int:
     """Pack; returns 0."""
     root, out = Path(config.latent_root), Path(config.output_root)
     paths = find_pairs(root)
-    _copy_manifest(root, out)
+    _copy_manifests(root, out)
     shards = [_describe(path) for path in sorted(out.glob("*.safetensors"))]
     packed = {entry["clip"] for shard in shards for entry in _clips(Weights(out / shard["file"])["clips"])}
     todo = [path for path in paths if clip_name(path, root) not in packed]
@@ -78,7 +90,7 @@ def run_unpack(config: UnpackConfig) -> int:
     """Unpack; returns 0."""
     root, out = Path(config.latent_root), Path(config.output_root)
     shards = Shards(root)
-    _copy_manifest(root, out)
+    _copy_manifests(root, out)
     made = 0
     for i, name in enumerate(tqdm(shards.names(), desc="unpack", total=len(shards), unit="clip", disable=None)):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -91,13 +103,13 @@ def run_unpack(config: UnpackConfig) -> int:
     return 0
 
 
-def _copy_manifest(root: Path, out: Path) -> None:
-    """The manifest goes with the pairs; a folder keeps to one."""
+def _copy_manifests(root: Path, out: Path) -> None:
+    """The manifest goes with the pairs; a folder keeps to one, or to one for each folder in it."""
     ours, theirs = read_manifest(root), read_manifest(out)
     if out.is_dir() and any(out.iterdir()) and ours != theirs:
         raise UserError(f"{out}: holds pairs made otherwise ({theirs or 'it does not say how'}); choose another folder")
-    if ours:
-        write_text(out / "manifest.json", (root / "manifest.json").read_text(encoding="utf-8"))
+    for path in find_manifests(root):
+        write_text(out / path.relative_to(root), path.read_text(encoding="utf-8"))
 
 
 def _grouped(paths: list[Path], root: Path) -> Iterator[tuple[list[dict], list[Pair]]]:

@@ -41,7 +41,7 @@ from .files import write_bytes
 from .interrupts import BetweenSteps
 from .log import add_to_log, read_log, rewind_log
 from .options import DEVICE, option, write_config
-from .pairs import read_manifest, read_spaces
+from .pairs import extractions, read_manifest, read_spaces
 from .processes import Processes
 from .recipe import DEFAULT, PUBLISHED, Recipe
 from .report import curves_png, write_report
@@ -228,7 +228,7 @@ def _split(config: TrainConfig) -> tuple[Pairs, Pairs]:
         if theirs != ours:
             raise UserError(f"{config.val_latent_root}: pairs of {' and '.join(theirs)}; expected {' and '.join(ours)}")
         return pairs, open_pairs(config.val_latent_root).spread(VAL_PAIRS)
-    of_pair = pairs.videos()
+    of_pair = pairs.videos(extractions(config.latent_root))
     videos = np.unique(of_pair)
     if len(videos) < 2:
         raise UserError(f"{config.latent_root}: pairs of one video only; none can be held out: give --val-latent-root")
