@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kvae.convolution import Conv3d
 from ..kvae.layers import Cache, CausalConv3d, name_streamed
 
 
@@ -26,9 +27,9 @@ class PublishedBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(8, width, eps=1e-6)
-        self.conv1 = nn.Conv3d(width, width, 1)
+        self.conv1 = Conv3d(width, width, 1)
         self.norm2 = nn.GroupNorm(8, width, eps=1e-6)
-        self.conv2 = nn.Conv3d(width, width, 1)
+        self.conv2 = Conv3d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -46,9 +47,9 @@ class Published(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, width: int = 16, blocks: int = 3):
         super().__init__()
         self.config = {"in_channels": in_channels, "out_channels": out_channels, "width": width, "blocks": blocks}
-        self.in_proj = nn.Conv3d(in_channels, width, 1)
+        self.in_proj = Conv3d(in_channels, width, 1)
         self.blocks = nn.ModuleList(PublishedBlock(width) for _ in range(blocks))
-        self.out_proj = nn.Conv3d(width, out_channels, 1)
+        self.out_proj = Conv3d(width, out_channels, 1)
 
     def forward(self, z_Bcthw: Tensor, cache: Cache | None = None) -> Tensor:
         """[B, c, t, h, w] → [B, c', t, h, w].
@@ -101,7 +102,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm = PositionNorm(width)
         self.conv1 = CausalConv3d(width, width)
-        self.conv2 = nn.Conv3d(width, width, 1)
+        self.conv2 = Conv3d(width, width, 1)
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         h = self.conv1(F.silu(self.norm(x)), cache)
@@ -130,7 +131,7 @@ class Residual(nn.Module):
         self.conv_in = CausalConv3d(in_channels, width)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
         self.norm_out = PositionNorm(width)
-        self.conv_out = nn.Conv3d(width, out_channels, 1)
+        self.conv_out = Conv3d(width, out_channels, 1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
         name_streamed(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import winograd
 
@@ -31,3 +31,11 @@ def conv3d(x_BiTHW: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[i
         # which takes 15 times as long
         return torch.mkldnn_convolution(x_BiTHW, weight, bias, (0, 0, 0), stride, (1, 1, 1), 1)
     return F.conv3d(x_BiTHW, weight, bias, stride)
+
+
+class Conv3d(nn.Conv3d):
+    """`nn.Conv3d` without padding, by `conv3d`."""
+
+    def forward(self, x_BiTHW: Tensor) -> Tensor:
+        """[B, i, T, H, W] → [B, o, T', H', W']."""
+        return conv3d(x_BiTHW, self.weight, self.bias, self.stride)  # type: ignore[arg-type]

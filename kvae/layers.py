@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import KVAEConfig
-from .convolution import conv3d, recorded
+from .convolution import Conv3d, conv3d, recorded
 
 Cache = dict[str, Tensor]
 Sides = tuple[bool, bool, bool, bool]  # left, right, top, bottom
@@ -46,7 +46,7 @@ class CausalConv3d(Streamed):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, padding: str = "replicate"):
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel)
+        self.conv = Conv3d(in_channels, out_channels, kernel)
         self.padding = padding
 
     def forward(self, x_BCTHW: Tensor, cache: Cache) -> Tensor:
