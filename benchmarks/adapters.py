@@ -27,12 +27,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from kvae_comfyui.adapters.files import load_adapter
-from kvae_comfyui.adapters.networks import Network
+from kvae_comfyui.adapters.networks import Network, Residual
 from kvae_comfyui.benchmarks.ingredients import ingredients
 from kvae_comfyui.benchmarks.tables import publish
 from kvae_comfyui.training import extract, train
@@ -75,6 +76,7 @@ def main() -> None:
     extract.run(extract.ExtractConfig(videos, str(work / "val"), split="test", **size))  # type: ignore[arg-type]
     rows = closed_forms(work) | train_all(work, options.epochs, options.seeds) | embedded()
     parts = train_rows(work, options.epochs, ingredients(), seeds=1)
+    time_steps(work, parts | {"default": rows["default"]})
     publish(report(work, videos, rows, parts, options.clips), options.write)
 
 
@@ -86,6 +88,7 @@ class Row:
     seconds: float = 0.0
     steps: int = 0
     error: float = math.nan  # on the validation pairs, share of the variance, mean of both directions and all seeds
+    step: float = math.nan  # seconds of one, measured beside other rows
 
 
 def closed_forms(work: Path) -> dict[str, Row]:
@@ -139,6 +142,21 @@ def train_rows(work: Path, epochs: int, recipes: dict[str, tuple[Options, Recipe
     return rows
 
 
+def time_steps(work: Path, rows: dict[str, Row]) -> None:
+    """How long a step takes by the default and by each ingredient: the loss of 8 crops and its gradients, in turns."""
+    batch = open_pairs(work / "train").crops(np.arange(8), Residual(16, 16).radius, 0, 0, torch.device("cpu"))
+    recipes = {name: recipe for name, (_, recipe) in ingredients().items()} | {"default": DEFAULT}
+
+    def step(recipe: Recipe, networks: dict[str, Network]) -> None:
+        torch.stack(list(recipe.loss(networks, *batch).values())).sum().backward()
+
+    runs = [
+        partial(step, recipes[name], {d: each[0].train() for d, each in rows[name].networks.items()}) for name in rows
+    ]
+    for row, takes in zip(rows.values(), seconds(*runs), strict=True):
+        row.step = takes
+
+
 @torch.inference_mode()
 def report(work: Path, videos_root: str, rows: dict[str, Row], parts: dict[str, Row], clips: int) -> Iterator[str]:
     """The tables, line by line, as Markdown."""
@@ -188,13 +206,23 @@ class Bench:
         x, source = self.originals[i], self.direct[BACK[direction], i]
         return psnr(y_3THW, x), psnr(y_3THW, source), flicker(y_3THW, x)
 
+    def noisy(self, direction: str, i: int, noise: float) -> Tensor:
+        """The source latents with white noise, the same for every row."""
+        z, _ = self.latents(direction, i)
+        draw = torch.randn(z.shape, generator=torch.Generator().manual_seed(i))
+        return z + noise * z.std((0, 2, 3, 4), keepdim=True) * draw
+
+    def noise_of_source(self, direction: str, noise: float) -> Tensor:
+        """[clips] PSNR of what the source VAE decodes from noisy latents against its decode of the clean ones."""
+        back = BACK[direction]
+        decodes = {i: self.decode(back, self.noisy(direction, i, noise)) for i in self.clips}
+        return torch.tensor([psnr(y, self.direct[back, i]) for i, y in decodes.items()])
+
     def pixels(self, direction: str, networks: list[Network], noise: float = 0.0) -> Tensor:
-        """[clips, 3] of `compare`, means over the seeds. Every row sees the same noise."""
+        """[clips, 3] of `compare`, means over the seeds."""
         found = []
         for i in self.clips:
-            z, _ = self.latents(direction, i)
-            draw = torch.randn(z.shape, generator=torch.Generator().manual_seed(i))
-            z = z + noise * z.std((0, 2, 3, 4), keepdim=True) * draw
+            z = self.noisy(direction, i, noise)
             figures = [self.compare(direction, i, self.decode(direction, network(z))) for network in networks]
             found.append(torch.tensor(figures).mean(0))
         return torch.stack(found)
@@ -228,19 +256,23 @@ class Bench:
         for row, each in figures.items():
             share = f"{self.share(direction, rows[row].networks[direction]).mean():.2%}" if row in rows else ""
             cells = [f"{each[:, j].mean():.2f} | {paired(each[:, j] - base[:, j])}" for j in range(3)]
+            if row == source:
+                cells[1] = " | "  # of its own decode
             yield f"| {row} | {share} | {' | '.join(cells)} |"
         yield ""
         noisy = " | ".join(f"PSNR source, {noise:.0%} noise | − best published" for noise in NOISES)
         yield f"| | steps | s | weights | ms | of a decode | frame 0 | tile | {noisy} |"
         yield "|" + "---|" * (8 + 2 * len(NOISES))
+        own = [f"{self.noise_of_source(direction, noise).mean():.2f} |" for noise in NOISES]
+        yield f"| {source} |{' |' * 7} {' | '.join(own)} |"
         z, _ = self.latents(direction, 0)
         published = [self.pixels(direction, rows[best].networks[direction][:1], noise)[:, 1] for noise in NOISES]
         for row, trained in rows.items():
             network = trained.networks[direction][0]
             weights = sum(p.numel() for p in network.parameters())
-            own, decode = seconds(partial(network, z), partial(self.kvae.decode, z))
-            cells = [f"{trained.steps}", f"{trained.seconds:.0f}", f"{weights:,}", f"{1000 * own:.1f}"]
-            cells += [f"{own / decode:.1%}", f"{frame_deviation(network, z):.1e}"]
+            takes, decode = seconds(partial(network, z), partial(self.kvae.decode, z))
+            cells = [f"{trained.steps}", f"{trained.seconds:.0f}", f"{weights:,}", f"{1000 * takes:.1f}"]
+            cells += [f"{takes / decode:.1%}", f"{frame_deviation(network, z):.1e}"]
             cells += [f"{tile_deviation(network, z):.1e}"]
             for noise, theirs in zip(NOISES, published, strict=True):
                 ours = theirs if row == best else self.pixels(direction, [network], noise)[:, 1]
@@ -250,14 +282,15 @@ class Bench:
     def ingredients(self, direction: str, default: Row, parts: dict[str, Row]) -> Iterator[str]:
         """What each change wins or loses, the same seed on both sides."""
         base: Tensor | None = None
+        first = next(iter(parts))
         yield ""
-        yield f"| | s | of variance | PSNR | − {next(iter(parts))} | PSNR source | − | flicker | − |"
+        yield f"| | a step | of variance | PSNR | − {first} | PSNR source | − | flicker | − |"
         yield "|---|---|---|---|---|---|---|---|---|"
         for name, row in (parts | {"default": default}).items():
             networks = row.networks[direction][:1]
             figures = self.pixels(direction, networks)
             base = figures if base is None else base
-            cells = [f"{row.seconds:.0f}", f"{self.share(direction, networks).mean():.2%}"]
+            cells = [f"{row.step / parts[first].step:.2f}", f"{self.share(direction, networks).mean():.2%}"]
             cells += [f"{figures[:, j].mean():.2f} | {paired(figures[:, j] - base[:, j])}" for j in range(3)]
             yield f"| {name} | {' | '.join(cells)} |"
 

@@ -3,9 +3,10 @@
     python -m benchmarks.extraction --videos-root UCF101 --clips 24
     python -m benchmarks.extraction --videos-root VIDEOS --clips 24 --clips-per-video 8
 
-The plain way, as the published pairs were made: for each clip decode the video, cut and resize, encode with one VAE and
-with the other, compress, write; then the next. Both sides run on one thread a library (PyTorch's and the decoder's),
-take the same windows and make the same pairs, which is checked.
+The plain way, as the published pairs were made: for each clip decode the video, cut and resize, encode with one VAE
+and with the other, in the modules of diffusers (which has none for a KVAE other than KVAE-3D-1.0), compress, write;
+then the next. Both sides run on one thread a library (PyTorch's and the decoder's), take the same windows and make the
+same pairs, which is checked.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKLKVAEVideo
+from torch import Tensor
 
+from kvae_comfyui.kvae import KVAEConfig, pad_frames
+from kvae_comfyui.kvae.load import official_key
+from kvae_comfyui.kvae.pixels import KVAE_HALF_RANGE, to_unit
 from kvae_comfyui.training import extract
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.pairs import SUFFIX, Pair, Source, find_pairs, read_pair, write_pair
-from kvae_comfyui.training.vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.vaes import HunyuanVAE, KandinskyVAE, VideoVAE, load_hunyuan_vae, load_kandinsky_vae
 from kvae_comfyui.training.videos import cut, find_videos, read_clip
 
 
@@ -37,7 +44,7 @@ def main() -> None:
     parser.add_argument("--hunyuan-vae", default="tiny")
     parser.add_argument("--kvae", default="tiny")
     parser.add_argument("--size", default="33x128x128", help="FRAMESxHEIGHTxWIDTH (default 33x128x128)")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=extract.BATCH_SIZE)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -56,7 +63,8 @@ def main() -> None:
             batch_size=options.batch_size,
             device=options.device,
         )
-        vaes = load_hunyuan_vae(config.hunyuan_vae, config.device), load_kandinsky_vae(config.kvae, config.device)
+        hunyuan = plain_hunyuan(load_hunyuan_vae(config.hunyuan_vae, config.device))
+        kvae = plain_kvae(load_kandinsky_vae(config.kvae, config.device))
         seconds: dict[str, list[float]] = {"one at a time": [], "extract": []}
         for n in range(options.rounds):
             for name in seconds:
@@ -66,13 +74,41 @@ def main() -> None:
                     with contextlib.redirect_stdout(io.StringIO()):
                         extract.run(config)
                 else:
-                    one_at_a_time(config, *vaes)
+                    one_at_a_time(config, hunyuan, kvae)
                 seconds[name].append(time.perf_counter() - start)
                 print(f"round {n + 1}, {name}: {seconds[name][-1]:.1f} s", flush=True)
             check_same(Path(folder, f"one at a time {n}"), Path(folder, f"extract {n}"))
     plain, ours = (min(each) for each in seconds.values())
     print(f"{options.clips} clips of {options.size}, best of {options.rounds}: {plain:.1f} s → {ours:.1f} s")
     print(f"ratio {plain / ours:.2f} (extract also loads both VAEs within its time)")
+
+
+def plain_hunyuan(hunyuan: HunyuanVAE) -> HunyuanVAE:
+    """The same weights in diffusers' own module."""
+    vae = type(hunyuan.vae).from_config(hunyuan.vae.config)
+    vae.load_state_dict(hunyuan.vae.state_dict())
+    return HunyuanVAE(vae.to(hunyuan.vae.device).eval(), hunyuan.source, hunyuan.digest)
+
+
+def plain_kvae(kvae: KandinskyVAE) -> KandinskyVAE:
+    """The same weights in diffusers' own module, where it has one."""
+    return DiffusersKVAE(kvae) if kvae.kvae.config == KVAEConfig() else kvae
+
+
+class DiffusersKVAE(KandinskyVAE):
+    """KVAE-3D-1.0 as diffusers runs it."""
+
+    def __init__(self, kvae: KandinskyVAE):
+        super().__init__(kvae.kvae, kvae.source, kvae.digest)
+        state = kvae.kvae.unfold().state_dict()
+        vae: Any = AutoencoderKLKVAEVideo()
+        vae.load_state_dict({key: state[official_key(key)] for key in vae.state_dict()})
+        self.vae = vae.to(next(kvae.kvae.parameters()).device).eval()
+
+    @torch.inference_mode()
+    def encode(self, x_B3THW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        x = pad_frames(to_unit(x_B3THW.to(self.vae.device), KVAE_HALF_RANGE))
+        return self.vae.encode(x).latent_dist.mode().float()
 
 
 def one_at_a_time(config: extract.ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> None:

@@ -34,6 +34,7 @@ from .videos import Clip, cut, find_videos, read_clips
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DECODERS = 4  # threads, one video each
+BATCH_SIZE = 4 if DEVICE == "cuda" else 1  # of several clips, a CPU's caches hold less
 
 
 @dataclass
@@ -56,7 +57,7 @@ class ExtractConfig:
     )
     posterior: str = option("mode", "latent to keep: the posterior's mode, or a sample", choices=("mode", "sample"))
     seed: int = option(0, "for --posterior sample")
-    batch_size: int = option(4, "clips that go through a VAE at once")
+    batch_size: int = option(BATCH_SIZE, "clips that go through a VAE at once")
     device: str = option(DEVICE, "device of both VAEs")
     dtype: str = option("float32", "precision of both VAEs", choices=tuple(DTYPES))
 

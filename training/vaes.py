@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters.spaces import SPACES, LatentSpace, native_space, space
 from ..kvae import KVAE, WeightsError, load_kvae, pad_frames
+from ..kvae.convolution import Conv3d
 from ..kvae.files import Weights, what_is
 from ..kvae.find import find_weights
 from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, from_unit, to_unit
@@ -107,6 +108,7 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
     newer = "encoder.mid_block.attentions.0.norm.gamma" in weights.shapes  # the first has a group_norm there
     with torch.device("meta"):
         vae = (AutoencoderKLHunyuanVideo15 if newer else AutoencoderKLHunyuanVideo).from_config(config)
+        _replace_convolutions(vae)
     state = {key: weights[key] for key in weights.shapes}
     if "decoder.mid.attn_1.q.weight" in state:
         state = {diffusers_key(key): tensor for key, tensor in state.items()}
@@ -119,6 +121,15 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
         raise WeightsError(f"{path}: {len(wrong)} tensors are not those of a HunyuanVideo VAE, first {wrong[0]}")
     vae.load_state_dict({key: tensor.to(dtype) for key, tensor in state.items()}, assign=True)
     return HunyuanVAE(vae.to(device).eval().requires_grad_(False), name, sha256_of(path))
+
+
+def _replace_convolutions(vae: nn.Module) -> None:
+    """On a CPU they then take half the time; what they give is the same."""
+    for parent in list(vae.modules()):
+        for name, conv in parent.named_children():
+            if type(conv) is nn.Conv3d and conv.padding == (0, 0, 0):
+                ours = Conv3d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)  # type: ignore[arg-type]
+                setattr(parent, name, ours)
 
 
 def load_kandinsky_vae(name: str, device: str, dtype: torch.dtype = torch.float32) -> KandinskyVAE:
