@@ -284,14 +284,16 @@ class Bench:
         base: Tensor | None = None
         first = next(iter(parts))
         yield ""
-        yield f"| | a step | of variance | PSNR | − {first} | PSNR source | − | flicker | − |"
-        yield "|---|---|---|---|---|---|---|---|---|"
+        last = f"PSNR source, {NOISES[-1]:.0%} noise"
+        yield f"| | a step | of variance | PSNR | − {first} | PSNR source | − | flicker | − | {last} | − |"
+        yield "|" + "---|" * 11
         for name, row in (parts | {"default": default}).items():
             networks = row.networks[direction][:1]
-            figures = self.pixels(direction, networks)
+            noisy = self.pixels(direction, networks, NOISES[-1])[:, 1:2]
+            figures = torch.cat([self.pixels(direction, networks), noisy], 1)
             base = figures if base is None else base
             cells = [f"{row.step / parts[first].step:.2f}", f"{self.share(direction, networks).mean():.2%}"]
-            cells += [f"{figures[:, j].mean():.2f} | {paired(figures[:, j] - base[:, j])}" for j in range(3)]
+            cells += [f"{figures[:, j].mean():.2f} | {paired(figures[:, j] - base[:, j])}" for j in range(4)]
             yield f"| {name} | {' | '.join(cells)} |"
 
 

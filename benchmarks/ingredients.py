@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kvae_comfyui.adapters.networks import Network
 from kvae_comfyui.training.recipe import Errors, Networks, Recipe, latent_error, latent_errors, with_change
+from kvae_comfyui.training.train import DIRECTIONS
 from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kandinsky_vae
 
 DECODED = (2, 3, 6, 6)  # clips, latent frames, rows and columns that a step decodes
@@ -34,10 +36,12 @@ def ingredients() -> dict[str, tuple[dict[str, Any], Recipe]]:
         "one block": ({}, replace(PLAIN, network={"blocks": 1})),
         "three blocks": ({}, replace(PLAIN, network={"blocks": 3})),
         "+ noise of up to 10 %": ({}, replace(PLAIN, loss=partial(with_noise, share=0.1))),
+        "+ statistics off by up to 10 %": ({}, replace(PLAIN, loss=partial(with_statistics, share=0.1))),
         "+ cycle, weight 0.1": ({}, replace(PLAIN, loss=partial(with_cycle, factor=0.1))),
         "+ change in time": ({}, replace(PLAIN, loss=partial(with_change, axes={2: 1.0}))),
         "+ change in space": ({}, replace(PLAIN, loss=partial(with_change, axes={3: 0.5, 4: 0.5}))),
-        "+ decodes, K→H": ({}, replace(PLAIN, loss=WithDecodes(0.1))),
+        "+ decodes, K→H": ({}, replace(PLAIN, loss=WithDecodes(0.1, ("k2h",)))),
+        "+ decodes, from step 260 on": ({}, replace(PLAIN, loss=WithDecodes(0.05, DIRECTIONS, after=260))),
         "by the decoders' Jacobians": ({}, replace(PLAIN, loss=ByJacobians())),
     }
 
@@ -49,9 +53,26 @@ def with_noise(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, sha
         strength = share * torch.rand(len(z), 1, 1, 1, 1, device=z.device)
         return z + strength * network.get_buffer("source_std") * torch.randn_like(z)
 
+    return _from_disturbed(networks, z_h, z_k, weight, noisy)
+
+
+def with_statistics(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, share: float) -> Errors:
+    """Every source channel scaled and shifted, by up to this share of its deviation, one draw for each clip."""
+
+    def shifted(z: Tensor, network: Network) -> Tensor:
+        scale, shift = share * (2 * torch.rand(2, *z.shape[:2], 1, 1, 1, device=z.device) - 1)
+        mean, std = (network.get_buffer(f"source_{name}") for name in ("mean", "std"))
+        return z + scale * (z - mean) + shift * std
+
+    return _from_disturbed(networks, z_h, z_k, weight, shifted)
+
+
+def _from_disturbed(
+    networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, disturb: Callable[[Tensor, Network], Tensor]
+) -> Errors:
     return {
-        "h2k": latent_error(networks["h2k"](noisy(z_h, networks["h2k"])), z_k, weight),
-        "k2h": latent_error(networks["k2h"](noisy(z_k, networks["k2h"])), z_h, weight),
+        "h2k": latent_error(networks["h2k"](disturb(z_h, networks["h2k"])), z_k, weight),
+        "k2h": latent_error(networks["k2h"](disturb(z_k, networks["k2h"])), z_h, weight),
     }
 
 
@@ -67,29 +88,38 @@ def with_cycle(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, fac
 
 
 class WithDecodes:
-    """And HunyuanVideo's frozen decoder must make the same of K→H's crops as of the right ones.
+    """And the targets' frozen decoders must make the same of crops of what the adapters give as of the right latents.
 
     The term is the mean logarithm of squared errors, one for each crop, which is PSNR.
 
     Args:
         factor: of that term.
+        directions: those that have it.
+        after: how many steps go by without it.
     """
 
-    def __init__(self, factor: float):
-        self.factor = factor
-        self.vae = load_hunyuan_vae("tiny", "cpu").vae
+    def __init__(self, factor: float, directions: Sequence[str], after: int = 0):
+        self.factor, self.directions, self.after = factor, directions, after
+        self.decoders = load_decoders()
+        self.steps = 0
 
     def __call__(self, networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor) -> Errors:
-        h_hat = networks["k2h"](z_k)
-        found, target = random_crops(h_hat, z_h)
-        with torch.no_grad():
-            x = self.vae.decode(target).sample
-        square = (self.vae.decode(found).sample - x).square().flatten(1).mean(1)
-        return {
-            "h2k": latent_error(networks["h2k"](z_h), z_k, weight),
-            "k2h": latent_error(h_hat, z_h, weight),
-            "decodes": self.factor * (square + FLOOR).log().mean(),
-        }
+        found = {"h2k": (networks["h2k"](z_h), z_k), "k2h": (networks["k2h"](z_k), z_h)}
+        errors = {name: latent_error(y, target, weight) for name, (y, target) in found.items()}
+        self.steps += 1
+        for name in self.directions if self.steps > self.after else ():
+            crop, target = random_crops(*found[name])
+            with torch.no_grad():
+                x = self.decoders[name](target)
+            square = (self.decoders[name](crop) - x).square().flatten(1).mean(1)
+            errors[f"{name} decodes"] = self.factor * (square + FLOOR).log().mean()
+        return errors
+
+
+def load_decoders() -> dict[str, Callable[[Tensor], Tensor]]:
+    """What decodes the targets of each direction: the embedded VAEs, frozen."""
+    kvae, hunyuan = load_kandinsky_vae("tiny", "cpu").kvae, load_hunyuan_vae("tiny", "cpu").vae
+    return {"h2k": kvae.decode, "k2h": lambda z: hunyuan.decode(z).sample}
 
 
 class ByJacobians:
@@ -99,8 +129,7 @@ class ByJacobians:
     """
 
     def __init__(self) -> None:
-        kvae, hunyuan = load_kandinsky_vae("tiny", "cpu").kvae, load_hunyuan_vae("tiny", "cpu").vae
-        self.decoders = {"h2k": kvae.decode, "k2h": lambda z: hunyuan.decode(z).sample}
+        self.decoders = load_decoders()
         self.roots: dict[str, Tensor] = {}
 
     def __call__(self, networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor) -> Errors:

@@ -12,6 +12,7 @@ from kvae_comfyui.benchmarks.ingredients import (
     ingredients,
     with_cycle,
     with_noise,
+    with_statistics,
 )
 from kvae_comfyui.training.muon import Muon
 from kvae_comfyui.training.recipe import DEFAULT, Recipe, latent_errors, with_change
@@ -56,7 +57,9 @@ def test_every_weight_has_one_optimiser(network):
         assert len(by_muon) == (12 if network == "residual" and recipe.muon else 0)
 
 
-@pytest.mark.parametrize("loss", [partial(with_noise, share=0.0), partial(with_cycle, factor=0.0)])
+@pytest.mark.parametrize(
+    "loss", [partial(with_noise, share=0.0), partial(with_statistics, share=0.0), partial(with_cycle, factor=0.0)]
+)
 def test_ingredients_without_weight_change_nothing(networks, latents, loss):
     expected, found = latent_errors(networks, *latents), loss(networks, *latents)
     for name, error in found.items():
@@ -77,10 +80,11 @@ def test_change_is_that_of_positions_that_count(networks, latents):
             assert error == pytest.approx(1 if name == "h2k" else 0, abs=1e-6)
 
 
-def test_decodes_pull_one_adapter_only(networks, latents):
+def test_decodes_pull_one_adapter_only_and_late(networks, latents):
     z_h, z_k, weight = latents
-    loss = WithDecodes(1.0)
-    loss(networks, z_h, z_k, weight)["decodes"].backward()
+    loss = WithDecodes(1.0, ("k2h",), after=1)
+    assert set(loss(networks, z_h, z_k, weight)) == {"h2k", "k2h"}
+    loss(networks, z_h, z_k, weight)["k2h decodes"].backward()
     assert all(p.grad is None for p in networks["h2k"].parameters())
     assert networks["k2h"].affine.conv.weight.grad.norm() > 0
 
