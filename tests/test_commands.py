@@ -209,7 +209,7 @@ def test_evaluate(job, capsys):
     assert pixel["KVAE"]["psnr"] > 15
     assert set(pixel) == {
         *("Hunyuan", "KVAE", "KVAE(H→K)", "Hunyuan(K→H)"),
-        *("  affine 3x3x3", "  pixel path", "  affine 3x3x3 ", "  pixel path "),
+        *("KVAE(affine H→K)", "KVAE(pixel path)", "Hunyuan(affine K→H)", "Hunyuan(pixel path)"),
     }
     assert (job / "evaluation" / "contact_sheet.png").stat().st_size > 10_000
     check_report(job / "evaluation", result)

@@ -74,7 +74,7 @@ def run(config: EvaluateConfig) -> int:
         kvae = load_kandinsky_vae(config.kvae, config.device)
         _check_vaes(config, hunyuan, kvae)
         chosen = spread(len(pairs), config.num_pixel_samples)
-        result["pixel"] = pixel_figures(pairs, chosen, h2k, k2h, affine, hunyuan, kvae, config)
+        result["pixel"] = pixel_figures(pairs, chosen, Decoding(hunyuan, kvae, h2k, k2h, affine), config)
     adapters = {"h2k": Path(config.adapter_h2k), "k2h": Path(config.adapter_k2h)}
     sheets = {"Contact sheet": out / "contact_sheet.png", "The clips that lose most": out / "worst_clips.png"}
     log_file = adapters["h2k"].parent / "train.jsonl"
@@ -168,17 +168,34 @@ def latent_figures(
     return {"pairs": count, "figures": figures, "worst": worst, "channels": channels}
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """Every way from a clip's latents to pixels that is judged."""
+
+    hunyuan: VideoVAE
+    kvae: VideoVAE
+    h2k: LatentAdapter
+    k2h: LatentAdapter
+    affine: Callable[[int, str], Map]
+
+    def decodes(self, i: int, z_h: Tensor, z_k: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of pair i: what each way decodes, [1, 3, T, H, W] in 0..255, and what the source VAE decodes itself."""
+        hunyuan, kvae = self.hunyuan, self.kvae
+        y_h, y_k = hunyuan.decode(z_h), kvae.decode(z_k)
+        return {
+            "Hunyuan": (y_h, y_h),
+            "KVAE": (y_k, y_k),
+            "KVAE(H→K)": (kvae.decode(self.h2k(z_h)), y_h),
+            "KVAE(affine H→K)": (kvae.decode(self.affine(i, "h2k")(z_h)), y_h),
+            "KVAE(pixel path)": (kvae.decode(kvae.encode(y_h.round().byte())), y_h),
+            "Hunyuan(K→H)": (hunyuan.decode(self.k2h(z_k)), y_k),
+            "Hunyuan(affine K→H)": (hunyuan.decode(self.affine(i, "k2h")(z_k)), y_k),
+            "Hunyuan(pixel path)": (hunyuan.decode(hunyuan.encode(y_k.round().byte())), y_k),
+        }
+
+
 @torch.inference_mode()
-def pixel_figures(
-    pairs: Pairs,
-    chosen: list[int],
-    h2k: LatentAdapter,
-    k2h: LatentAdapter,
-    affine: AffineBaseline,
-    hunyuan: VideoVAE,
-    kvae: VideoVAE,
-    config: EvaluateConfig,
-) -> dict:
+def pixel_figures(pairs: Pairs, chosen: list[int], decoding: Decoding, config: EvaluateConfig) -> dict:
     """PSNR, SSIM, flicker of every path, means over clips, and the clips on which a decode loses most by an adapter.
 
     The contact sheets, of some clips and of those, are drawn on the way.
@@ -187,20 +204,8 @@ def pixel_figures(
     sheet, sheet_at = [], set(spread(len(chosen), SHEET_CLIPS))
     worst: list[tuple[float, str, list[Tensor]]] = []
     for n, i in enumerate(tqdm(chosen, desc="pixels", unit="clip", leave=False, disable=None)):
-        pair = pairs[i]
-        original = original_frames(pairs.name(i), pair, config)
-        z_h, z_k = pairs.batch([i], torch.device(config.device))
-        y_h, y_k = hunyuan.decode(z_h), kvae.decode(z_k)
-        decodes = {
-            "Hunyuan": (y_h, y_h),
-            "KVAE": (y_k, y_k),
-            "KVAE(H→K)": (kvae.decode(h2k(z_h)), y_h),
-            "  affine 3x3x3": (kvae.decode(affine(i, "h2k")(z_h)), y_h),
-            "  pixel path": (kvae.decode(kvae.encode(y_h.round().byte())), y_h),
-            "Hunyuan(K→H)": (hunyuan.decode(k2h(z_k)), y_k),
-            "  affine 3x3x3 ": (hunyuan.decode(affine(i, "k2h")(z_k)), y_k),
-            "  pixel path ": (hunyuan.decode(hunyuan.encode(y_k.round().byte())), y_k),
-        }
+        original = original_frames(pairs.name(i), pairs[i], config)
+        decodes = decoding.decodes(i, *pairs.batch([i], torch.device(config.device)))
         for name, (decoded, direct) in decodes.items():
             rows.setdefault(name, []).append(_compare(decoded.cpu(), direct.cpu(), original, decoded is direct))
         columns = ("Hunyuan", "KVAE", "KVAE(H→K)", "Hunyuan(K→H)")
@@ -280,17 +285,17 @@ def _check_vaes(config: EvaluateConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> No
 def table(result: dict) -> str:
     """The figures as text."""
     latent = result["latent"]
-    lines = [f"Latents, {latent['pairs']} pairs", f"  {'':<16}{'MSE':>10}{'of variance':>14}"]
+    lines = [f"Latents, {latent['pairs']} pairs", f"  {'':<20}{'MSE':>10}{'of variance':>14}"]
     for name, row in latent["figures"].items():
-        lines.append(f"  {name:<16}{row['mse']:>10.4f}{row['share']:>13.2%} ")
+        lines.append(f"  {name:<20}{row['mse']:>10.4f}{row['share']:>13.2%} ")
     if "pixel" in result:
         pixel = result["pixel"]
         lines += [
             "",
             f"Pixels, {pixel['clips']} clips (source: against what the source VAE decodes from the same latent)",
-            f"  {'':<16}{'PSNR':>10}{'SSIM':>9}{'flicker':>9}{'PSNR source':>13}",
+            f"  {'':<20}{'PSNR':>10}{'SSIM':>9}{'flicker':>9}{'PSNR source':>13}",
         ]
         for name, row in pixel["figures"].items():
             source = f"{row['psnr_source']:>13.2f}" if "psnr_source" in row else f"{'':>13}"
-            lines.append(f"  {name:<16}{row['psnr']:>10.2f}{row['ssim']:>9.4f}{row['flicker']:>9.2f}{source}".rstrip())
+            lines.append(f"  {name:<20}{row['psnr']:>10.2f}{row['ssim']:>9.4f}{row['flicker']:>9.2f}{source}".rstrip())
     return "\n".join(lines) + "\n"

@@ -85,6 +85,27 @@ def run(config: ExtractConfig) -> int:
     _check_size(config, kvae.space.space)
     manifest = _open_manifest(out, config, hunyuan, kvae, processes)
     shares = _shares(videos, config)[processes.rank :: processes.count]
+    counts, failed = _extract(shares, hunyuan, kvae, config, processes)
+    everywhere = processes.gather((counts, failed))
+    counts = {key: sum(each[key] for each, _ in everywhere) for key in counts}
+    failed = {video: reason for _, each in everywhere for video, reason in each.items()}
+    if processes.main:
+        write_text(out / MANIFEST, json.dumps(manifest | {"counts": counts, "failed": failed}, indent=2) + "\n")
+        for reason in failed.values():
+            print(f"skipped: {reason}", file=sys.stderr)
+    processes.say(
+        f"{counts['extracted']} pairs extracted, {counts['already_there']} already there, {len(failed)} skipped → {out}"
+    )
+    if not counts["extracted"] and not counts["already_there"]:
+        raise UserError(f"{root}: none of the {len(videos)} videos gave a pair")
+    return 1 if failed else 0
+
+
+def _extract(
+    shares: list[tuple[Path, int]], hunyuan: VideoVAE, kvae: VideoVAE, config: ExtractConfig, processes: Processes
+) -> tuple[dict[str, int], dict[str, str]]:
+    """The pairs of these clips of videos; how many there are now, and why some videos gave none."""
+    root, out = Path(config.videos_root), Path(config.output_root)
     made, present = 0, 0
     failed: dict[str, str] = {}
     streams = (_jobs(video, clips, root, out, config) for video, clips in shares)
@@ -108,20 +129,7 @@ def run(config: ExtractConfig) -> int:
             written = [writer.submit(write_pair, job.path, pair) for job, pair in zip(jobs, pairs, strict=True)]
             made += len(jobs)
         _wait(written)
-    counts = {"extracted": made, "already_there": present, "skipped": len(failed)}
-    everywhere = processes.gather((counts, failed))
-    counts = {key: sum(each[key] for each, _ in everywhere) for key in counts}
-    failed = {video: reason for _, each in everywhere for video, reason in each.items()}
-    if processes.main:
-        write_text(out / MANIFEST, json.dumps(manifest | {"counts": counts, "failed": failed}, indent=2) + "\n")
-        for reason in failed.values():
-            print(f"skipped: {reason}", file=sys.stderr)
-    processes.say(
-        f"{counts['extracted']} pairs extracted, {counts['already_there']} already there, {len(failed)} skipped → {out}"
-    )
-    if not counts["extracted"] and not counts["already_there"]:
-        raise UserError(f"{root}: none of the {len(videos)} videos gave a pair")
-    return 1 if failed else 0
+    return {"extracted": made, "already_there": present, "skipped": len(failed)}, failed
 
 
 def _wait(written: list[Future]) -> None:

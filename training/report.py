@@ -21,8 +21,8 @@ from .log import read_log
 
 # of each direction: its name, its row of the pixel figures, and the rows of its baseline and of its limit
 DIRECTIONS = {
-    "h2k": ("H→K", "KVAE(H→K)", "  affine 3x3x3", "  pixel path"),
-    "k2h": ("K→H", "Hunyuan(K→H)", "  affine 3x3x3 ", "  pixel path "),
+    "h2k": ("H→K", "KVAE(H→K)", "KVAE(affine H→K)", "KVAE(pixel path)"),
+    "k2h": ("K→H", "Hunyuan(K→H)", "Hunyuan(affine K→H)", "Hunyuan(pixel path)"),
 }
 PLACES = ("latent_root", "val_latent_root", "out_h2k", "out_k2h", "hunyuan_vae", "kvae", "device")  # of one machine
 STYLE = """
@@ -153,7 +153,7 @@ def _pixel_table(result: dict[str, Any]) -> Table:
     rows = [["pixels", *columns.values()]]
     for name, row in result["pixel"]["figures"].items():
         cells = [f"{row[key]:.4f}" if key == "ssim" else f"{row[key]:.2f}" if key in row else "" for key in columns]
-        rows.append([name.rstrip(), *cells])
+        rows.append([name, *cells])
     return rows
 
 
