@@ -202,8 +202,8 @@ def spread(total: int, count: int) -> list[int]:
 
 def video_of(name: str, extractions: Sequence[str] = ()) -> str:
     """The video of a clip: `folder/name` or `folder/name.003`, without the folder of its extraction."""
-    for extraction in extractions:
-        name = name.removeprefix(f"{extraction}/")
+    extraction = next((each for each in extractions if name.startswith(f"{each}/")), "")
+    name = name.removeprefix(f"{extraction}/")
     folder, _, stem = name.rpartition("/")
     return f"{folder}/{stem.split('.')[0]}"
 

@@ -27,7 +27,7 @@ from .ahead import ahead
 from .errors import UserError
 from .files import write_text
 from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option
-from .pairs import MANIFEST, SUFFIX, Pair, Source, read_manifest, write_pair
+from .pairs import MANIFEST, SUFFIX, Pair, Source, own_manifest, write_pair
 from .processes import Processes
 from .vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kandinsky_vae
 from .videos import Clip, cut, find_videos, read_clips
@@ -168,7 +168,7 @@ def _open_manifest(out: Path, config: ExtractConfig, hunyuan: VideoVAE, kvae: Vi
         "config": asdict(config),
     }
     processes.wait()  # none is to find the manifest of another
-    old = read_manifest(out)
+    old = own_manifest(out)
     processes.wait()
     for key in old:
         if old[key] != manifest[key]:

@@ -150,15 +150,14 @@ def clip_name(path: Path, root: Path) -> str:
 
 
 def find_manifests(root: str | Path) -> list[Path]:
-    """The manifest of a folder, or else those of the folders in it: extractions of several sizes, side by side."""
-    own = Path(root) / MANIFEST
-    return [own] if own.is_file() else sorted(Path(root).rglob(MANIFEST))
+    """The manifests of a folder and of those in it: extractions of several sizes may lie side by side."""
+    return sorted(Path(root).rglob(MANIFEST))
 
 
 def extractions(root: str | Path) -> list[str]:
-    """The folders in it that were each extracted by themselves; none where it is itself such a folder."""
-    folders = [path.parent.relative_to(root).as_posix() for path in find_manifests(root)]
-    return [] if folders == ["."] else folders
+    """The folders in it that were each extracted by themselves."""
+    folders = (path.parent.relative_to(root).as_posix() for path in find_manifests(root))
+    return [folder for folder in folders if folder != "."]
 
 
 def read_manifest(root: str | Path) -> dict:
@@ -169,7 +168,7 @@ def read_manifest(root: str | Path) -> dict:
     Raises:
         UserError: a manifest is unreadable, or the folders in it were made with different VAEs.
     """
-    found = {path.parent.relative_to(root).as_posix(): _manifest(path) for path in find_manifests(root)}
+    found = {path.parent.relative_to(root).as_posix(): own_manifest(path.parent) for path in find_manifests(root)}
     if set(found) <= {"."}:
         return found.get(".", {})
     (first, manifest), *others = found.items()
@@ -183,10 +182,14 @@ def read_manifest(root: str | Path) -> dict:
     return manifest | {"settings": {folder: each["settings"] for folder, each in found.items()}}
 
 
-def _manifest(path: Path) -> dict:
+def own_manifest(folder: Path) -> dict:
+    """The same of one extraction's folder, whatever lies in it."""
+    path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         return {key: manifest[key] for key in ("settings", *VAES)}
+    except FileNotFoundError:
+        return {}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not the manifest of an extraction; delete it, or extract again") from None
 
