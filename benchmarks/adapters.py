@@ -38,7 +38,7 @@ from kvae_comfyui.benchmarks.ingredients import ingredients
 from kvae_comfyui.benchmarks.tables import publish
 from kvae_comfyui.training import extract, train
 from kvae_comfyui.training.closed_form import fit_both_ways
-from kvae_comfyui.training.dataset import open_pairs, spread
+from kvae_comfyui.training.dataset import Pairs, open_pairs, spread
 from kvae_comfyui.training.evaluate import flicker, original_frames, psnr
 from kvae_comfyui.training.recipe import DEFAULT, PUBLISHED, Recipe
 from kvae_comfyui.training.train import DIRECTIONS
@@ -150,9 +150,7 @@ def time_steps(work: Path, rows: dict[str, Row]) -> None:
     def step(recipe: Recipe, networks: dict[str, Network]) -> None:
         torch.stack(list(recipe.loss(networks, *batch).values())).sum().backward()
 
-    runs = [
-        partial(step, recipes[name], {d: each[0].train() for d, each in rows[name].networks.items()}) for name in rows
-    ]
+    runs = [partial(step, recipes[name], {d: row.networks[d][0] for d in DIRECTIONS}) for name, row in rows.items()]
     for row, takes in zip(rows.values(), seconds(*runs), strict=True):
         row.step = takes
 
@@ -227,15 +225,6 @@ class Bench:
             found.append(torch.tensor(figures).mean(0))
         return torch.stack(found)
 
-    def share(self, direction: str, networks: list[Network]) -> Tensor:
-        """[pairs] squared error of each, means over the seeds, as a share of the targets' variance over all pairs."""
-        errors, targets = [], []
-        for i in range(len(self.pairs)):
-            z, target = self.latents(direction, i)
-            errors.append(statistics.mean((network(z) - target).square().mean().item() for network in networks))
-            targets.append(target)
-        return torch.tensor(errors) / torch.cat(targets).var((0, 2, 3, 4)).mean()
-
     def tables(self, direction: str, rows: dict[str, Row]) -> Iterator[str]:
         """Both tables of a direction."""
         name, *vaes = ("H→K", "Hunyuan", "KVAE") if direction == "h2k" else ("K→H", "KVAE", "Hunyuan")
@@ -254,11 +243,11 @@ class Bench:
         yield "|---|---|---|---|---|---|---|---|"
         base = torch.stack([figures["pixel path"][:, 0], figures[best][:, 1], figures[target][:, 2]], 1)
         for row, each in figures.items():
-            share = f"{self.share(direction, rows[row].networks[direction]).mean():.2%}" if row in rows else ""
+            of_variance = f"{share(direction, rows[row].networks[direction], self.pairs):.2%}" if row in rows else ""
             cells = [f"{each[:, j].mean():.2f} | {paired(each[:, j] - base[:, j])}" for j in range(3)]
             if row == source:
                 cells[1] = " | "  # of its own decode
-            yield f"| {row} | {share} | {' | '.join(cells)} |"
+            yield f"| {row} | {of_variance} | {' | '.join(cells)} |"
         yield ""
         noisy = " | ".join(f"PSNR source, {noise:.0%} noise | − best published" for noise in NOISES)
         yield f"| | steps | s | weights | ms | of a decode | frame 0 | tile | {noisy} |"
@@ -292,9 +281,20 @@ class Bench:
             noisy = self.pixels(direction, networks, NOISES[-1])[:, 1:2]
             figures = torch.cat([self.pixels(direction, networks), noisy], 1)
             base = figures if base is None else base
-            cells = [f"{row.step / parts[first].step:.2f}", f"{self.share(direction, networks).mean():.2%}"]
+            cells = [f"{row.step / parts[first].step:.2f}", f"{share(direction, networks, self.pairs):.2%}"]
             cells += [f"{figures[:, j].mean():.2f} | {paired(figures[:, j] - base[:, j])}" for j in range(4)]
             yield f"| {name} | {' | '.join(cells)} |"
+
+
+def share(direction: str, networks: list[Network], pairs: Pairs, latents: int = LATENTS) -> float:
+    """Squared error over the first latents of each pair, as a share of the targets' variance; mean over the seeds."""
+    errors, targets = [], []
+    for i in range(len(pairs)):
+        z_h, z_k = (z[:, :, :latents] for z in pairs.batch([i], torch.device("cpu")))
+        z, target = (z_h, z_k) if direction == "h2k" else (z_k, z_h)
+        errors += [(network(z) - target).square().mean().item() for network in networks]
+        targets.append(target)
+    return statistics.mean(errors) / torch.cat(targets).var((0, 2, 3, 4)).mean().item()
 
 
 def paired(difference: Tensor) -> str:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvae_comfyui.benchmarks.adapters import SIDE, Bench, Row, paired, train_rows
+from kvae_comfyui.benchmarks.adapters import SIDE, Bench, Row, paired, share, train_rows
 from kvae_comfyui.benchmarks.tables import publish
 from kvae_comfyui.training import extract
-from kvae_comfyui.training.dataset import Pairs, open_pairs
+from kvae_comfyui.training.dataset import open_pairs
 from kvae_comfyui.training.recipe import DEFAULT, Errors, Networks, with_change
 from kvae_comfyui.training.train import DIRECTIONS
 from kvae_comfyui.training.videos import find_videos
@@ -106,24 +106,13 @@ def report(work: Path, videos_root: str, rows: dict[str, Row], clips: int) -> It
         yield "| | of variance | frame 0 | 192x256 | PSNR | − first row | PSNR source | − | flicker | − |"
         yield "|---|---|---|---|---|---|---|---|---|---|"
         for row, trained in rows.items():
-            network = trained.networks[direction][0]
-            shares = share(direction, network, bench.pairs), share(direction, network, bench.pairs, frames=1)
-            cells = [f"{each:.2%}" for each in (*shares, share(direction, network, large))]
-            figures = bench.pixels(direction, [network])
+            networks = trained.networks[direction]
+            shares = share(direction, networks, bench.pairs), share(direction, networks, bench.pairs, latents=1)
+            cells = [f"{each:.2%}" for each in (*shares, share(direction, networks, large))]
+            figures = bench.pixels(direction, networks)
             base = figures if base is None else base
             cells += [f"{figures[:, j].mean():.2f} | {paired(figures[:, j] - base[:, j])}" for j in range(3)]
             yield f"| {row} | {' | '.join(cells)} |"
-
-
-def share(direction: str, network: torch.nn.Module, pairs: Pairs, frames: int | None = None) -> float:
-    """Squared error over the pairs, or of their first latent frames alone, as a share of the targets' variance."""
-    error, targets = 0.0, []
-    for i in range(len(pairs)):
-        z_h, z_k = (z[:, :, :frames] for z in pairs.batch([i], torch.device("cpu")))
-        source, target = (z_h, z_k) if direction == "h2k" else (z_k, z_h)
-        error += (network(source) - target).square().mean().item() / len(pairs)
-        targets.append(target)
-    return error / torch.cat(targets).var((0, 2, 3, 4)).mean().item()
 
 
 if __name__ == "__main__":
