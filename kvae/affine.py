@@ -12,7 +12,7 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
-from .layers import RMSNorm, SpatialNorm, modulate
+from .layers import RMSNorm, SpatialNorm, modulate, wide
 from .rows import Held, Rows, even_strips
 
 STATISTICS_BYTES = 32 << 20  # of the float32 copy that GroupNorm's statistics are gathered from
@@ -44,7 +44,7 @@ class Affine:
         inner = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
         self.rms = isinstance(inner, RMSNorm)
         if isinstance(inner, RMSNorm):
-            self.scale, self.shift = inner.gamma[None].float() * len(inner.gamma) ** 0.5, None
+            self.scale, self.shift = wide(inner.gamma[None]) * len(inner.gamma) ** 0.5, None
         else:
             self.scale, self.shift = known or group_affine(inner, source, strips)  # type: ignore[arg-type]
 
@@ -90,7 +90,7 @@ class Affine:
 
 
 def group_affine(norm: nn.GroupNorm, source: Rows, strips: Iterable[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """GroupNorm over a whole feature map, as scale and shift [B, C, 1, 1, 1] in float32."""
+    """GroupNorm over a whole feature map, as scale and shift [B, C, 1, 1, 1] in at least float32."""
     B, C, T, H, W = source.shape
     bounds = list(strips)
     if isinstance(source, Held):
@@ -102,15 +102,15 @@ def group_affine(norm: nn.GroupNorm, source: Rows, strips: Iterable[tuple[int, i
     share = means.new_tensor([(hi - lo) / H for lo, hi in bounds])[:, None, None, None]
     mean = (share * means).sum(0).mean(-1, keepdim=True)
     variance = (share * (variances + (means - mean).square())).sum(0).mean(-1, keepdim=True)
-    scale = norm.weight.float().view(norm.num_groups, -1) * (variance + norm.eps).rsqrt()
-    shift = norm.bias.float().view(norm.num_groups, -1) - mean * scale
+    scale = wide(norm.weight).view(norm.num_groups, -1) * (variance + norm.eps).rsqrt()
+    shift = wide(norm.bias).view(norm.num_groups, -1) - mean * scale
     return scale.flatten(1)[..., None, None, None], shift.flatten(1)[..., None, None, None]
 
 
 def channel_moments(x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of each clip, [B, C] in float32."""
+    """Mean and variance of each channel of each clip, [B, C] in at least float32."""
     if x_BCTHW.device.type not in BATCH_NORM_DEVICES:
-        variance, mean = torch.var_mean(x_BCTHW.float(), dim=(2, 3, 4), correction=0)
+        variance, mean = torch.var_mean(wide(x_BCTHW), dim=(2, 3, 4), correction=0)
         return mean, variance
     # 3 to 30 times as fast as var_mean on a CPU; running statistics in float32 make it accumulate so
     dtype = torch.promote_types(x_BCTHW.dtype, torch.float32)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .coders import Decoder, Encoder
+from .coders import Coder, Decoder, Encoder
 from .config import SEGMENT_FRAMES, KVAEConfig
 from .frames import pad_frames, pad_sides, padded_frames, regroup, with_last
 from .layers import name_streamed
@@ -60,17 +60,16 @@ class KVAE(nn.Module):
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
         name_streamed(self)
-        self.register_load_state_dict_post_hook(_unfold)
 
     def fold(self) -> KVAE:
-        """Fold the resamplers' weights, once and for all: for frozen weights; `load_kvae` has done it."""
+        """Fold the resamplers' weights now rather than in the first run; `load_kvae` has done it."""
         for module in self.modules():
             if isinstance(module, Resampler):
                 module.fold()
         return self
 
     def unfold(self) -> KVAE:
-        """Forget the folded weights: after the published ones have changed."""
+        """Forget the folded weights: after a change that autograd was not told of, through `.data`."""
         for module in self.modules():
             if isinstance(module, Resampler):
                 module.unfold()
@@ -221,10 +220,16 @@ class KVAE(nn.Module):
         self, coder: Encoder | Decoder, x: Tensor, memory: Memory, first: bool, last: bool, method: Method
     ) -> Tensor:
         """A segment: by the modules themselves where a gradient is wanted, else by strips."""
-        if torch.is_grad_enabled() and (x.requires_grad or self._like.requires_grad):
+        if self._graded(coder, x):
             return coder(x, memory.cache)
         with torch.no_grad():
             return compute_segment(coder, x, memory, first, last, method)
+
+    @staticmethod
+    def _graded(coder: Coder, x: Tensor) -> bool:
+        """Whether the input, or any weight, wants a gradient."""
+        wanted = x.requires_grad or any(parameter.requires_grad for parameter in coder.parameters())
+        return torch.is_grad_enabled() and wanted
 
     @property
     def _like(self) -> Tensor:
@@ -265,7 +270,3 @@ def _checked(x: Tensor, channels: int, name: str) -> Tensor:
     if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
         raise ValueError(f"{name} has shape {list(x.shape)}; expected [B, {channels}, T, H, W]")
     return x
-
-
-def _unfold(kvae: KVAE, _: object) -> None:
-    kvae.unfold()

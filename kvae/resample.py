@@ -4,7 +4,8 @@ As published, a downsampler is a mean over neighbours plus strided convolutions,
 repeats neighbours, adds convolutions of the repeated, then a 1x1x1 convolution. All of it is linear, so it folds:
 downsampling into one 3x3 convolution over space and one of three taps over time, upsampling into a 2x2 convolution of
 the small image for each of the four parities of the large one, and two taps for each of two parities of time.
-That is 2 to 2.5 times less arithmetic, and nothing large is repeated. Frozen weights are folded once, by `fold`.
+That is 2 to 2.5 times less arithmetic, and nothing large is repeated. Frozen weights are folded once, and again when
+they are seen to have changed.
 
     # o output channels, i input channels, k taps; x_BCTHW
 """
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import KVAEConfig
 from .convolution import conv3d
-from .layers import Cache, Streamed, framed, like, remember
+from .layers import Cache, Streamed, framed, like, remember, wide
 
 PARITIES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
@@ -27,27 +28,68 @@ class Resampler(Streamed):
 
     linear: nn.Conv3d
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: list[tuple[Tensor, int]] = []  # the published weights that were folded, and their versions
+        self.register_load_state_dict_post_hook(_unfold)  # of weights without a version too, made in inference mode
+
     def compose(self) -> dict[str, Tensor]:
         """The folded weights, from the published ones, in at least float32."""
         raise NotImplementedError
 
     def folded(self) -> dict[str, Tensor]:
-        """The weights to run with: those kept by `fold`, else composed anew, so that gradients reach the published."""
-        kept = {name.removeprefix("folded_"): buffer for name, buffer in self.named_buffers()}
-        if kept and not self.linear.weight.requires_grad:
-            return kept
-        return {name: tensor.to(self.linear.weight.dtype) for name, tensor in self.compose().items()}
+        """The weights to run with: kept ones, folded anew where the published have changed.
 
-    @torch.no_grad()
+        Nothing is kept of weights that take gradients, so that these reach them, nor in a graph that is captured.
+        """
+        if torch.compiler.is_compiling() or any(parameter.requires_grad for parameter in self.parameters()):
+            return {name: tensor.to(self.linear.weight.dtype) for name, tensor in self.compose().items()}
+        if not self._kept():
+            self.fold()
+        return {name.removeprefix("folded_"): buffer for name, buffer in self.named_buffers()}
+
     def fold(self) -> None:
         """Keep the folded weights, beside the published ones and outside the state dict."""
-        for name, tensor in self.compose().items():
-            self.register_buffer(f"folded_{name}", tensor.to(self.linear.weight.dtype, copy=True), persistent=False)
+        self.unfold()
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor in self.compose().items():
+                self.register_buffer(f"folded_{name}", tensor.to(self.linear.weight.dtype, copy=True), persistent=False)
+        self._see()
 
     def unfold(self) -> None:
-        """Forget them: the published weights have changed, or will."""
+        """Forget them."""
+        self._seen = []
         for name, _ in list(self.named_buffers()):
             delattr(self, name)
+
+    def _see(self) -> None:
+        self._seen = [(parameter.detach(), version(parameter)) for parameter in self.parameters()]
+
+    def _kept(self) -> bool:
+        """Whether the weights are those that were folded: the same memory, not written to since."""
+        return bool(self._seen) and all(
+            (parameter.data_ptr(), parameter.dtype, version(parameter)) == (seen.data_ptr(), seen.dtype, then)
+            for parameter, (seen, then) in zip(self.parameters(), self._seen, strict=True)
+        )
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Moved, the folded weights move along; of another type, they are to be folded from what the others became."""
+        kept, dtype = self._kept(), self.linear.weight.dtype
+        super()._apply(fn, recurse)
+        if kept and self.linear.weight.dtype == dtype:
+            self._see()
+        else:
+            self.unfold()
+        return self
+
+
+def version(parameter: Tensor) -> int:
+    """How often it was written to, as far as autograd knows; weights made in inference mode do not count that."""
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _unfold(resampler: Resampler, _: object) -> None:
+    resampler.unfold()
 
 
 class TemporalConv(nn.Module):
@@ -192,8 +234,7 @@ class Upsample(Resampler):
 def weights(conv: nn.Conv3d) -> tuple[Tensor, Tensor]:
     """Weight [o, i, k, k, k] and bias [o], in at least float32: a fold in half precision would round twice."""
     assert conv.bias is not None
-    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
-    return conv.weight.to(dtype), conv.bias.to(dtype)
+    return wide(conv.weight), wide(conv.bias)
 
 
 def matrix(conv: nn.Conv3d) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,8 @@ from .layers import Cache, CausalConv3d, ResnetBlock, fill_border, like
 from .resample import Downsample, Upsample
 from .rows import Held, Rows, even_strips
 
+PAST = 2  # frames before its own that a convolution reads
+
 
 @dataclass(frozen=True)
 class Method:
@@ -37,12 +39,16 @@ class Method:
         segment: frames in a segment, after the first one. Models with GroupNorm are defined by 16.
         strip_bytes: about the size of a convolution's input and output, per strip.
         recompute: 0 holds every feature map; 1 computes upsampled ones again wherever they are read; 2 also the inner
-            ones of the blocks; 3 also all of the blocks at full resolution, and what they remember.
+            ones of the blocks; 3 also all of the blocks at full resolution, and what they remember, which takes
+            segments that are long enough for it.
         tiles: rows and columns of tiles, each computed for the whole clip before the next (see `kvae.tiles`). Not in
             streams.
         overlap: latents that neighbouring tiles have in common, where they are blended: not exact. GroupNorm then takes
             its statistics from a version of the picture that is no larger than a tile. None: tiles with all that makes
             them exact, only where no norm runs over the picture.
+
+    Raises:
+        ValueError: a number that no model takes. What one model does not take is refused where it is used.
     """
 
     segment: int = SEGMENT_FRAMES
@@ -50,6 +56,21 @@ class Method:
     recompute: int = 0
     tiles: tuple[int, int] = (1, 1)
     overlap: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tiles", tuple(self.tiles))
+        if len(self.tiles) != 2:
+            raise ValueError(f"tiles is {self.tiles}; expected rows and columns of tiles, such as (2, 3)")
+        overlap = 0 if self.overlap is None else self.overlap
+        numbers = [self.segment, self.strip_bytes, *self.tiles, self.recompute, overlap]
+        if not all(isinstance(number, int) for number in numbers):
+            raise ValueError(f"{self}; expected whole numbers")
+        if min(numbers[:4]) < 1:
+            raise ValueError(f"{self}; expected segment, strip_bytes and tiles of at least 1")
+        if not 0 <= self.recompute <= 3:
+            raise ValueError(f"recompute is {self.recompute}; expected 0, 1, 2 or 3")
+        if overlap < 0:
+            raise ValueError(f"overlap is {overlap}; expected 0 or more latents, or None for exact tiles")
 
 
 class Norms(dict[tuple[int, str], tuple[Tensor, Tensor]]):
@@ -125,7 +146,8 @@ class Convolved:
 
     Args:
         again: whether the last two frames of what it reads, its past in the next segment, are computed again there.
-            Else they are kept, strip by strip.
+            Else they are kept, strip by strip; and so they are where the source has fewer, as half of that past then
+            is of the segment before.
     """
 
     def __init__(self, segment: Segment, source: Rows, conv: CausalConv3d, norm: nn.Module | None, again: bool = False):
@@ -138,6 +160,7 @@ class Convolved:
         self.lead = 0  # frames of the source before those of the output
         self.past: Callable[[int, int], Tensor] | None = segment.memory.pasts.pop(conv.name, None)
         self.future: Held | None = None
+        again = again and T >= PAST
         self.keeps = not (again or segment.last)
         if again and self.affine and not segment.last:
             segment.memory.pasts[conv.name] = Activated(source.tail(2), self.affine.tail(2, T))

@@ -23,9 +23,10 @@ WEIGHT_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.
 
 
 def pays(weight: Tensor, T: int, H: int, W: int) -> bool:
-    """Whether this takes less time than `F.conv3d`, for an output of these sides."""
+    """Whether this takes less time than `F.conv3d`, for an output of these sides; never in float64, which it rounds."""
     return (
         weight.device.type == "cpu"
+        and weight.dtype.itemsize <= 4
         and weight.shape[2:] == (3, 3, 3)
         and min(weight.shape[:2]) >= LEAST_CHANNELS
         and T * (H // 2) * (W // 2) >= LEAST_TILES
