@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import KVAEConfig
 from .layers import Cache, CausalConv3d, ResnetBlock, SpatialNorm, Streamed, make_norm
-from .resample import Downsample, Upsample
+from .resample import Downsample, Resampler, Upsample
 
 
 class Mid(nn.Module):
@@ -52,6 +52,12 @@ class Coder(nn.Module):
     def full_resolution(self) -> tuple[ResnetBlock, ...]:
         """The blocks that run at the resolution of the pixels."""
         raise NotImplementedError
+
+    def fold(self) -> None:
+        """Fold the resamplers' weights where they are frozen and have not been, or have changed since."""
+        for module in self.modules():
+            if isinstance(module, Resampler):
+                module.fold()
 
     def run(self, h_BCTHW: Tensor, cache: Cache, *z: Tensor) -> Tensor:
         """All stages; the blocks are conditioned on z where it is given."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,33 +13,59 @@ def padded_frames(frames: int, cadence: int = 4) -> int:
     return frames + (1 - frames) % cadence
 
 
-def pad_frames(x_BCTHW: Tensor, cadence: int = 4, first: bool = True) -> Tensor:
-    """Repeat the last frame up to the next cadence·n + 1 frames; to cadence·n where others went before."""
-    missing = (first - x_BCTHW.shape[2]) % cadence
-    if not missing:
-        return x_BCTHW
-    return torch.cat([x_BCTHW, x_BCTHW[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+def pad_frames(x_BCTHW: Tensor, cadence: int = 4) -> Tensor:
+    """Repeat the last frame up to the next cadence·n + 1 frames."""
+    return padded(x_BCTHW, padded_frames(x_BCTHW.shape[2], cadence), 1)
 
 
-def pad_sides(x_BCTHW: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column up to the next multiples."""
-    bottom, right = (-side % multiple for side in x_BCTHW.shape[3:])
-    return F.pad(x_BCTHW, (0, right, 0, bottom, 0, 0), mode="replicate") if bottom or right else x_BCTHW
+def padded(x_BCTHW: Tensor, frames: int, multiple: int) -> Tensor:
+    """Repeat the last frame up to so many, the last row and column up to the next multiples: in one copy, or none."""
+    T, H, W = x_BCTHW.shape[2:]
+    missing = (0, -W % multiple, 0, -H % multiple, 0, frames - T)
+    return F.pad(x_BCTHW, missing, mode="replicate") if any(missing) else x_BCTHW
+
+
+def pieces_of(x_BCTHW: Tensor, first: int, rest: int) -> Iterator[Tensor]:
+    """Pieces of `first`, `rest`, `rest` … frames, the last one shorter, in the memory of the whole."""
+    yield x_BCTHW[:, :, :first]
+    for start in range(first, x_BCTHW.shape[2], rest):
+        yield x_BCTHW[:, :, start : start + rest]
 
 
 def regroup(chunks: Iterable[Tensor], first: int, rest: int) -> Iterator[Tensor]:
-    """Chunks of any length, [B, C, n, H, W] → pieces of `first`, `rest`, `rest` … frames, the last one shorter."""
-    length, pending, count = first, list[Tensor](), 0
+    """Chunks of any length, [B, C, n, H, W] → pieces of `first`, `rest`, `rest` … frames, the last one shorter.
+
+    Every piece is a copy: a reader may use the memory of a chunk for the next one.
+
+    Raises:
+        ValueError: a chunk differs from the first in more than its length.
+    """
+    length, count = first, 0
+    piece: Tensor | None = None
+    sides: tuple[int, ...] | None = None
     for chunk in chunks:
+        B, C, _, H, W = chunk.shape
+        sides = sides or (B, C, H, W)
+        if sides != (B, C, H, W):
+            raise ValueError(f"a chunk has shape {list(chunk.shape)}; expected that of the others, {_like(sides)}")
         while chunk.shape[2]:
+            if piece is None:
+                piece = chunk.new_empty(B, C, length, H, W)
             part, chunk = chunk[:, :, : length - count], chunk[:, :, length - count :]
-            pending.append(part)
+            piece[:, :, count : count + part.shape[2]] = part
             count += part.shape[2]
             if count == length:
-                yield _joined(pending)
-                length, pending, count = rest, [], 0
-    if pending:
-        yield _joined(pending)
+                whole, piece = piece, None
+                yield whole
+                del whole
+                length, count = rest, 0
+    if piece is not None:
+        yield piece[:, :, :count]
+
+
+def _like(sides: tuple[int, ...]) -> str:
+    B, C, H, W = sides
+    return f"[{B}, {C}, T, {H}, {W}]"
 
 
 def with_last(items: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
@@ -51,7 +76,3 @@ def with_last(items: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
             yield held, False
             held = item
         yield held, True
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

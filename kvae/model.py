@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from .coders import Coder, Decoder, Encoder
 from .config import SEGMENT_FRAMES, KVAEConfig
-from .frames import pad_frames, pad_sides, padded_frames, regroup, with_last
-from .layers import name_streamed
+from .frames import padded, padded_frames, pieces_of, regroup, with_last
+from .layers import name_streamed, wide
 from .resample import Resampler
-from .strips import Memory, Method, Norms, compute_segment, tail_frames
+from .strips import Memory, Method, Norms, arranged, compute_segment, tail_frames
 from .tiles import Part, Span, Tiling, blended_tiling, exact_tiling
 
 DEFAULT = Method()
@@ -63,9 +63,8 @@ class KVAE(nn.Module):
 
     def fold(self) -> KVAE:
         """Fold the resamplers' weights now rather than in the first run; `load_kvae` has done it."""
-        for module in self.modules():
-            if isinstance(module, Resampler):
-                module.fold()
+        self.encoder.fold()
+        self.decoder.fold()
         return self
 
     def unfold(self) -> KVAE:
@@ -86,22 +85,28 @@ class KVAE(nn.Module):
 
         Args:
             frames: [B, 3, T, H, W] in −1..1, any T ≥ 1, H and W; or an iterable of such chunks, cut anywhere in time,
-                of which little more than a segment is held. The last frame, row and column are repeated up to 4n + 1
-                frames and whole latents.
+                of which two segments are held, copied: a reader may fill one buffer again and again. The last frame,
+                row and column are repeated up to 4n + 1 frames and whole latents.
             norms: for tiles of a picture, see `Norms`; an empty one is filled. Not with gradients.
 
         Raises:
-            ValueError: the shape is not one the model takes, or there are no frames.
+            ValueError: the method or the shape is not one the model takes, or there are no frames.
         """
         self._check_method(method)
-        memory = Memory(norms=norms)
+        lengths = method.segment + 1, method.segment
+        if isinstance(frames, Tensor):
+            pieces = pieces_of(_checked(frames, 3, "video"), *lengths)
+        else:
+            pieces = regroup((_checked(chunk, 3, "video") for chunk in frames), *lengths)
+        return self._encoded(pieces, Memory(norms=norms), method, progress)
+
+    def _encoded(
+        self, pieces: Iterator[Tensor], memory: Memory, method: Method, progress: Progress | None
+    ) -> Iterator[Posterior]:
+        self.encoder.fold()
         done = 0
-        chunks = [frames] if isinstance(frames, Tensor) else frames
-        pieces = regroup((_checked(chunk, 3, "video") for chunk in chunks), method.segment + 1, method.segment)
         for x, last in with_last(pieces):
-            whole = pad_frames(x.to(self._like), self._cadence, first=not done)
-            whole = pad_sides(whole, self.config.spatial_factor)
-            moments = self._compute(self.encoder, whole, memory, not done, last, method)
+            moments = self._compute(self.encoder, x, memory, not done, last, method)
             done += x.shape[2]
             yield Posterior(*moments.chunk(2, dim=1))
             if progress:
@@ -122,17 +127,23 @@ class KVAE(nn.Module):
             norms: for tiles of a picture, see `Norms`; an empty one is filled. Not with gradients.
 
         Raises:
-            ValueError: the shape is not one the model takes.
+            ValueError: the method or the shape is not one the model takes.
         """
         self._check_method(method)
-        _checked(z_Bcthw, self.config.z_channels, "latent")
-        memory = Memory(norms=norms)
-        done = 0
         length = method.segment // self._cadence
-        for piece, last in with_last(regroup([z_Bcthw], length + 1, length)):
-            frames = self._compute(self.decoder, piece.to(self._like), memory, not done, last, method)
+        pieces = pieces_of(_checked(z_Bcthw, self.config.z_channels, "latent"), length + 1, length)
+        return self._decoded(pieces, Memory(norms=norms), method, progress)
+
+    def _decoded(
+        self, pieces: Iterator[Tensor], memory: Memory, method: Method, progress: Progress | None
+    ) -> Iterator[Tensor]:
+        self.decoder.fold()
+        done = 0
+        for z, last in with_last(pieces):
+            frames = self._compute(self.decoder, z, memory, not done, last, method)
             done += frames.shape[2]
             yield frames
+            del frames  # before the next ones are made
             if progress:
                 progress(done)
 
@@ -169,7 +180,7 @@ class KVAE(nn.Module):
         _, _, T, H, W = _checked(x_B3THW, 3, "video").shape
         side = self.config.spatial_factor
         tiling = self._tiling(method, -(-H // side), -(-W // side), decode=False)
-        each, norms = replace(method, tiles=(1, 1), overlap=None), None
+        each, norms = self._each(method), None
         report = _over_tiles(progress, len(tiling), T)
         if shrink := self._shrink(tiling):
             norms = Norms()
@@ -187,7 +198,7 @@ class KVAE(nn.Module):
         """What `decode` puts together, as it comes: the segments of each tile in turn."""
         _, _, t, h, w = _checked(z_Bcthw, self.config.z_channels, "latent").shape
         tiling = self._tiling(method, h, w, decode=True)
-        each, norms = replace(method, tiles=(1, 1), overlap=None), None
+        each, norms = self._each(method), None
         report = _over_tiles(progress, len(tiling), self._cadence * (t - 1) + 1)
         if shrink := self._shrink(tiling):
             norms = Norms()
@@ -203,6 +214,12 @@ class KVAE(nn.Module):
             return exact_tiling(self.config, h, w, method.tiles, decode)
         return blended_tiling(h, w, method.tiles, method.overlap)
 
+    def _each(self, method: Method) -> Method:
+        """How to compute each of the tiles."""
+        each = replace(method, tiles=(1, 1), overlap=None)
+        self._check_method(each)
+        return each
+
     def _shrink(self, tiling: Tiling) -> Callable[[Tensor, int], Tensor] | None:
         """For GroupNorm's statistics: how to make a picture, of so many rows a latent, no larger than a tile."""
         if self.config.per_position or len(tiling) == 1:
@@ -212,7 +229,7 @@ class KVAE(nn.Module):
         small = [max(1, int(n / factor)) for n in sides]
 
         def shrink(x: Tensor, side: int) -> Tensor:
-            return F.interpolate(x.float(), (x.shape[2], *(n * side for n in small)), mode="area").to(x.dtype)
+            return F.interpolate(wide(x), (x.shape[2], *(n * side for n in small)), mode="area").to(x.dtype)
 
         return shrink
 
@@ -221,9 +238,17 @@ class KVAE(nn.Module):
     ) -> Tensor:
         """A segment: by the modules themselves where a gradient is wanted, else by strips."""
         if self._graded(coder, x):
-            return coder(x, memory.cache)
+            return coder(self._whole(coder, x.to(self._like), first), memory.cache)
         with torch.no_grad():
+            x = self._whole(coder, arranged(x.to(self._like)), first)
             return compute_segment(coder, x, memory, first, last, method)
+
+    def _whole(self, coder: Encoder | Decoder, x: Tensor, first: bool) -> Tensor:
+        """Pixels repeated up to whole latents: 4n + 1 frames at the start of a stream, 4n later on."""
+        if coder is self.decoder:
+            return x
+        frames = padded_frames(x.shape[2] + 1 - first, self._cadence) - 1 + first
+        return padded(x, frames, self.config.spatial_factor)
 
     @staticmethod
     def _graded(coder: Coder, x: Tensor) -> bool:
@@ -267,6 +292,8 @@ def _over_tiles(progress: Progress | None, tiles: int, frames: int) -> Progress:
 
 
 def _checked(x: Tensor, channels: int, name: str) -> Tensor:
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}; expected floating-point values")
     if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
         raise ValueError(f"{name} has shape {list(x.shape)}; expected [B, {channels}, T, H, W]")
     return x

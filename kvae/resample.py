@@ -42,14 +42,15 @@ class Resampler(Streamed):
 
         Nothing is kept of weights that take gradients, so that these reach them, nor in a graph that is captured.
         """
-        if torch.compiler.is_compiling() or any(parameter.requires_grad for parameter in self.parameters()):
+        if not self._frozen or torch.compiler.is_compiling():
             return {name: tensor.to(self.linear.weight.dtype) for name, tensor in self.compose().items()}
-        if not self._kept():
-            self.fold()
+        self.fold()
         return {name.removeprefix("folded_"): buffer for name, buffer in self.named_buffers()}
 
     def fold(self) -> None:
-        """Keep the folded weights, beside the published ones and outside the state dict."""
+        """Keep the folded weights, beside the published ones and outside the state dict, where these are frozen."""
+        if not self._frozen or self._kept():
+            return
         self.unfold()
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in self.compose().items():
@@ -62,6 +63,10 @@ class Resampler(Streamed):
         for name, _ in list(self.named_buffers()):
             delattr(self, name)
 
+    @property
+    def _frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
     def _see(self) -> None:
         self._seen = [(parameter.detach(), version(parameter)) for parameter in self.parameters()]
 
@@ -72,7 +77,7 @@ class Resampler(Streamed):
             for parameter, (seen, then) in zip(self.parameters(), self._seen, strict=True)
         )
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse=True):
         """Moved, the folded weights move along; of another type, they are to be folded from what the others became."""
         kept, dtype = self._kept(), self.linear.weight.dtype
         super()._apply(fn, recurse)

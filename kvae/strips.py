@@ -330,12 +330,16 @@ def halve(segment: Segment, source: Rows, layer: Downsample) -> Held:
     return Held(y)
 
 
+def arranged(x_BCTHW: Tensor) -> Tensor:
+    """In the memory format that is fastest for all that is made from it."""
+    cpu = x_BCTHW.device.type == "cpu"
+    return x_BCTHW.contiguous(memory_format=torch.channels_last_3d) if cpu else x_BCTHW
+
+
 def compute_segment(
     coder: Encoder | Decoder, x_BCTHW: Tensor, memory: Memory, first: bool, last: bool, method: Method
 ) -> Tensor:
-    """What `coder(x, cache)` gives: pixels → moments [B, 2c, t, h, w], or latents → pixels."""
-    if x_BCTHW.device.type == "cpu":
-        x_BCTHW = x_BCTHW.contiguous(memory_format=torch.channels_last_3d)  # as all that is made from it
+    """What `coder(x, cache)` gives: pixels → moments [B, 2c, t, h, w], or latents → pixels; x as `arranged`."""
     decode = isinstance(coder, Decoder)
     segment = Segment(method, memory, first, last, x_BCTHW.element_size(), x_BCTHW if decode else None)
     start = Convolved(segment, Held(x_BCTHW), coder.conv_in, None)

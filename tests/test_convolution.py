@@ -1,5 +1,7 @@
 """The fast convolutions give what PyTorch's gives, whatever the sides, and wide models use Winograd's."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,22 @@ def test_a_wide_model_uses_it_and_stays_exact(wide, monkeypatch):
     monkeypatch.setattr(winograd, "pays", lambda *args: False)
     for ours, direct in zip(fast, (wide.decode(z), wide.encode(x)), strict=True):
         assert ((ours - direct).norm() / direct.norm()).item() < 1e-5
+
+
+def test_double_stays_double(wide):
+    x, weight, bias = (
+        t.double() for t in (torch.randn(1, 128, 5, 34, 34), torch.randn(128, 128, 3, 3, 3), torch.randn(128))
+    )
+    with torch.no_grad():
+        y = conv3d(x, weight, bias)
+    expected = F.conv3d(x, weight, bias)
+    assert y.dtype == torch.float64
+    assert ((y - expected).norm() / expected.norm()).item() < 1e-14
+    double = copy.deepcopy(wide).double()
+    z = torch.randn(1, 16, 3, 4, 4, dtype=torch.float64)
+    with torch.enable_grad():
+        by_modules = double.decode(z.clone().requires_grad_()).detach()
+    assert ((double.decode(z) - by_modules).norm() / by_modules.norm()).item() < 1e-12
 
 
 def test_its_memory_is_planned(wide):

@@ -24,16 +24,17 @@ MODELS = {
     "1.0": ((16, 16, 32, 32), (16, 16, 32, 32), {"norm_groups": 4}),
     "2.0-t4s8": ((4, 8, 8, 16), (4, 8, 8, 16), TWO),
     "2.0-t4s16": (
-        (2, 4, 8, 8, 16),
-        (2, 8, 8, 8, 16),
+        (4, 4, 8, 8, 16),
+        (4, 8, 8, 8, 16),
         TWO | {"z_channels": 64, "temporal_start_level": 1, "padding": "zeros"},
     ),
     "2.0, time last": ((4, 8, 8), (4, 8, 8), TWO | {"temporal_compress_times": 2, "temporal_start_level": 1}),
     "2.0, no time": ((4, 8), (4, 8), TWO | {"temporal_compress_times": 1, "padding": "zeros"}),
+    "2.0, halved as 1.0": ((4, 8, 8, 8), (4, 8, 8, 8), {"norm": "rms", "temporal_compress_times": 8}),
 }
-OFTEN = [name for name in MODELS for _ in range(1 if "," in name else 3)]
-# relative to the float64 reference; bfloat16 may be so many times as far from it as the modules themselves in bfloat16
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1.5}
+OFTEN = [name for name in MODELS for _ in range(1 if "," in name else 4)] + ["2.0-t4s16"] * 4
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.0}  # relative, from the float64 reference
+AS_THE_MODULES = 1.5  # or so many times as far from it as the modules themselves in that dtype
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,17 @@ def drawn(number: int) -> Trial:
     name, blocks, decode = rng.choice(OFTEN), rng.choice((1, 2)), rng.random() < 0.5
     kvae = model(name, blocks, torch.float64)
     cadence, side = kvae.config.temporal_compress_times, kvae.config.spatial_factor
-    segment = rng.choice((1, 2, 3, 4)) * cadence if kvae.config.per_position else SEGMENT_FRAMES
+    segment = rng.choice((1, 1, 2, 3, 4)) * cadence if kvae.config.per_position else SEGMENT_FRAMES
     most = 3 if segment >= tail_frames(len(kvae.decoder.full_resolution())) else 2
     tiles = (1, 1)
     if kvae.config.per_position and rng.random() < 0.2:
         tiles = rng.choice(((2, 1), (1, 2), (2, 2), (3, 1)))
     method = Method(segment, rng.choice((1, 1 << 12, 1 << 15, 64 << 20)), rng.randint(0, most), tiles)
-    frames = rng.randint(1, 41)
+    batch, frames = rng.choice((1, 1, 2)), rng.randint(1, 41)
     rows, columns = rng.randint(1, 3), rng.randint(1, 3)
     if tiles != (1, 1):  # of a picture that is larger than the halo on one side
         rows, columns = rng.choice(((30, 1), (1, 30), (2, 3)))
-        frames = min(frames, 9)
+        batch, frames = 1, min(frames, 5)
     short = (0, 0) if decode else (rng.randrange(side), rng.randrange(side))
     return Trial(
         name,
@@ -74,7 +75,7 @@ def drawn(number: int) -> Trial:
         decode,
         tiles == (1, 1) and rng.random() < 0.5,
         method,
-        (rng.choice((1, 1, 2)), frames, rows * side - short[0], columns * side - short[1]),
+        (batch, frames, rows * side - short[0], columns * side - short[1]),
         rng.choice((torch.float32, torch.float32, torch.float64, torch.bfloat16)),
         rng.choice((torch.contiguous_format, torch.channels_last_3d)),
         tuple(rng.randint(1, 20) for _ in range(frames)),
@@ -161,8 +162,8 @@ def test_every_way_gives_the_modules_own_result(number):
             expected = expected[:, : kvae.config.z_channels]
         y = by_the_method(trial, source)
         assert y.dtype == trial.dtype and y.shape == expected.shape, trial
-        allowed = TOLERANCE[trial.dtype]
-        if trial.dtype == torch.bfloat16:
-            theirs = by_the_modules(trial, source, torch.bfloat16)[:, : expected.shape[1]]
-            allowed *= relative(theirs, expected)
-    assert relative(y, expected) <= allowed, trial
+        error, allowed = relative(y, expected), TOLERANCE[trial.dtype]
+        if error > allowed:
+            theirs = by_the_modules(trial, source, trial.dtype)[:, : expected.shape[1]]
+            allowed = AS_THE_MODULES * relative(theirs, expected)
+    assert error <= allowed, trial

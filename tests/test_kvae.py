@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKLKVAEVideo
+from diffusers import AutoencoderKLKVAEVideo, Kandinsky6SRVAE
+from small_models import clip, latent, small
 
-from kvae_comfyui.kvae import KVAE, KVAEConfig, pad_frames, padded_frames
+from kvae_comfyui.kvae import KVAE, KVAEConfig, Method, pad_frames, padded_frames
 from kvae_comfyui.kvae.load import official_key
 
 
@@ -33,6 +34,28 @@ def test_equals_diffusers(pair, frames):
     z = theirs.encode(x).latent_dist.mode()
     assert relative(ours.encode(x), z) <= 1e-5
     assert relative(ours.decode(z), theirs.decode(z).sample) <= 1e-5
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("frames", [1, 5, 9, 17, 21, 33, 37, 41])
+def test_two_equals_the_vae_of_kandinsky_6(frames, blocks):
+    """diffusers' own reading of 2.0-t4s16, which its super-resolution takes: written apart, with the same keys."""
+    ours = small("2.0-t4s16", num_res_blocks=blocks)
+    config = ours.config
+    theirs = Kandinsky6SRVAE(
+        encoder_block_out_channels=config.encoder_widths,
+        decoder_block_out_channels=config.decoder_widths,
+        layers_per_block=blocks,
+    ).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = clip(ours, frames)
+    with torch.no_grad():
+        moments = theirs.encode(x).latent_dist.parameters
+        posterior = ours.posterior(x)
+        assert relative(torch.cat([posterior.mean, posterior.logvar], 1), moments) <= 2e-6
+        z = latent(ours, (frames - 1) // 4 + 1)
+        for method in (Method(), Method(segment=4, recompute=2)):
+            assert relative(ours.decode(z, method), theirs.decode(z).sample) <= 2e-6
 
 
 def test_bfloat16_is_no_further_from_float32_than_diffusers(small_kvae):
