@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .errors import WeightsError
+from .paths import check_regular, written_whole
 
-class WeightsError(ValueError):
-    """A file cannot be read or written as asked. The message names what was found, what was expected and what to do."""
+__all__ = ["Weights", "WeightsError", "save_weights", "what_is"]
 
 
 class Weights:
@@ -24,8 +27,7 @@ class Weights:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise WeightsError(f"{self.path}: no such file")
+        check_regular(self.path)
         if self.path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
             raise WeightsError(
                 f"{self.path}: a pickle can run code when it is opened, so it is not; expected a .safetensors file"
@@ -47,21 +49,49 @@ def save_weights(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
     """Write a safetensors file; on any failure the old file, or no file, is what is left.
 
     Raises:
-        WeightsError: no room, or no right to write there.
+        WeightsError: no room, no right to write there, or a tensor of a type that the format does not hold.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode  # as the umask says; safetensors alone would write 0600
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial, dict(metadata))
-        partial.chmod(mode)
-        os.replace(partial, path)
-    except SafetensorError as error:
-        raise WeightsError(f"{path}: could not be written ({error})") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    header = _header(path, tensors, metadata)
+    with written_whole(path) as partial, partial.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for key in _in_order(tensors):
+            _write_values(file, tensors[key])
+
+
+# of https://huggingface.co/docs/safetensors, those that PyTorch has
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Keys by the size of an element, then by name, so that every tensor lies at a multiple of its element's size."""
+    return sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+
+
+def _header(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The JSON in front of the values, padded to a multiple of 8 bytes."""
+    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+        raise TypeError(f"metadata is text by text, found {dict(metadata)}")
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key in _in_order(tensors):
+        tensor = tensors[key]
+        if tensor.dtype not in _DTYPES:
+            raise WeightsError(f"{path}: could not be written ({key} is of {tensor.dtype}, which the format lacks)")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    # lone surrogates, of file names in other encodings, would make a file that no reader takes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
+    return text + b" " * (-len(text) % 8)
+
+
+def _write_values(file: BinaryIO, tensor: Tensor) -> None:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        file.write(flat.view(torch.uint8).numpy().data)
 
 
 # one key of each kind of file that people have beside a KVAE, most telling first

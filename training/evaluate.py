@@ -27,10 +27,10 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 from tqdm import tqdm
 
 from ..adapters.files import LatentAdapter, load_adapter
+from ..kvae.paths import write_text
 from .closed_form import fit_both_ways
 from .dataset import Pairs, open_pairs, spread
 from .errors import UserError
-from .files import write_text
 from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option, write_config
 from .pairs import Pair, Source, read_manifest, read_spaces
 from .pictures import contact_sheet

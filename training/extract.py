@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..kvae import padded_frames
+from ..kvae.paths import write_text
 from .ahead import ahead
 from .errors import UserError
-from .files import write_text
 from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option
 from .pairs import MANIFEST, SUFFIX, Pair, Source, own_manifest, write_pair
 from .processes import Processes

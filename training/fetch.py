@@ -18,8 +18,8 @@ from ..kvae import WeightsError
 from ..kvae.files import Weights, what_is
 from ..kvae.find import FILE_NAMES
 from ..kvae.load import official_key
+from ..kvae.paths import sha256_of
 from .errors import UserError
-from .files import sha256_of
 from .options import option
 
 KNOWN = {

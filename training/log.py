@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .files import write_text
+from ..kvae.paths import write_text
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

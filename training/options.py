@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .files import write_text
+from ..kvae.paths import write_text
 
 # of options that several commands have
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,8 +16,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..adapters.spaces import LatentSpace, space
+from ..kvae.paths import write_bytes
 from .errors import UserError
-from .files import write_bytes
 
 SUFFIX = ".safetensors.zst"
 MANIFEST = "manifest.json"

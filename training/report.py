@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.files import load_adapter
-from .files import sha256_of, write_text
+from ..kvae.paths import sha256_of, write_text
 from .log import read_log
 
 # of each direction: its name, its row of the pixel figures, and the rows of its baseline and of its limit

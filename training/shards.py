@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from ..kvae import WeightsError
 from ..kvae.files import Weights, save_weights
+from ..kvae.paths import write_text
 from .crops import Slices
 from .errors import UserError
-from .files import write_text
 from .options import option
 from .pairs import (
     SUFFIX,

@@ -31,13 +31,13 @@ from ..adapters.networks import NETWORKS, Affine, Network, Published, Residual, 
 from ..adapters.ridge import Ridge
 from ..adapters.spaces import LatentSpace
 from ..kvae.files import save_weights
+from ..kvae.paths import write_bytes
 from .ahead import ahead
 from .checkpoint import open_state, optimiser_tensors, restore_optimiser
 from .closed_form import fit_both_ways
 from .dataset import Groups, Pairs, batches, open_pairs
 from .errors import UserError
 from .evaluate import latent_figures
-from .files import write_bytes
 from .interrupts import BetweenSteps
 from .log import add_to_log, read_log, rewind_log
 from .options import DEVICE, option, write_config

@@ -19,9 +19,9 @@ from ..kvae import KVAE, WeightsError, load_kvae, pad_frames
 from ..kvae.convolution import Conv3d
 from ..kvae.files import Weights, what_is
 from ..kvae.find import find_weights
+from ..kvae.paths import sha256_of
 from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, from_unit, to_unit
 from .errors import UserError
-from .files import sha256_of
 
 ASSETS = Path(__file__).parent / "assets"
 TINY = {"hunyuan": ASSETS / "tiny_hunyuan.safetensors", "kvae": ASSETS / "tiny_kvae.safetensors"}

@@ -1,0 +1,217 @@
+"""Files: read only where they are files, written whole or not at all.
+
+with written_whole("result.mp4") as partial:    # a hidden file in the same folder
+    make(partial)                                # a failure or a kill in here leaves result.mp4 as it was
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where no one can delete a file that is open
+    fcntl = None  # type: ignore[assignment]
+
+from .errors import WeightsError
+
+PARTIAL_PREFIX, PARTIAL_SUFFIX = ".kvae-", ".partial"
+MAX_TEXT_BYTES = 64 << 20  # of JSON and other text: an index of ten million pairs in shards is a tenth of that
+
+_HINTS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "this disk does not take files of that size",
+    errno.EACCES: "choose a place that you may use",
+    errno.EPERM: "choose a place that you may use",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of it is a file; choose a folder",
+    errno.EISDIR: "this is a folder; choose a file",
+    errno.EEXIST: "something else has that name; choose another",
+    errno.ELOOP: "a link leads back to itself",
+}
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Why a path cannot be used, in a few words: what the system says, and what to do."""
+    if not isinstance(error, OSError):
+        return "not a name that a file can have"  # a NUL, or what the file system's encoding does not hold
+    text = error.strerror or str(error) or type(error).__name__
+    hint = _HINTS.get(error.errno or 0)
+    return f"{text}; {hint}" if hint else text
+
+
+@contextmanager
+def file_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turn what the system says about a path into one line.
+
+    Raises:
+        WeightsError: an OSError came, or the path is none.
+    """
+    try:
+        os.fsencode(path)
+        if "\0" in str(path):
+            raise ValueError("a NUL")
+    except ValueError as error:
+        raise WeightsError(f"{str(path)!r}: {reason(error)}") from None
+    try:
+        yield
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, str | os.PathLike) else path
+        hidden = Path(named).name.startswith(PARTIAL_PREFIX)  # a name that nobody has chosen says nothing
+        raise WeightsError(f"{path if hidden else named}: {reason(error)}") from None
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """Refuse what is not a file: opening a named pipe waits for ever, a device may have no end.
+
+    Raises:
+        WeightsError: there is nothing, a folder, a pipe, a socket or a device.
+    """
+    with file_errors(path):
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            raise WeightsError(f"{path}: no such file") from None
+    if stat.S_ISDIR(mode):
+        raise WeightsError(f"{path}: this is a folder; expected a file")
+    if not stat.S_ISREG(mode):
+        raise WeightsError(f"{path}: this is a pipe, a socket or a device; expected a file")
+
+
+def read_bytes(path: str | os.PathLike, most: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a file of at most so many bytes.
+
+    Raises:
+        WeightsError: it is larger, not a file, or cannot be read.
+    """
+    check_regular(path)
+    with file_errors(path), open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise WeightsError(f"{path}: more than {most >> 20} MiB; nothing of that kind is so large")
+    return data
+
+
+def read_text(path: str | os.PathLike, most: int = MAX_TEXT_BYTES) -> str:
+    """The same as UTF-8 text.
+
+    Raises:
+        WeightsError: as `read_bytes`; or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, most).decode()
+    except UnicodeDecodeError as error:
+        raise WeightsError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A new, empty file to write into (not to replace); at the end it takes the place of `path`, or is deleted.
+
+    Its folder is made. It has a name of its own, so that writers of one path never meet, and is locked as long as its
+    writer lives: what a kill leaves of it is deleted by the next process that writes into the folder.
+
+    Raises:
+        WeightsError: no room, no right to write there, or not a path that can be written.
+    """
+    path = Path(path)
+    with file_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        _sweep(path.parent)
+        partial, descriptor = _new_partial(path.parent)
+    try:
+        try:
+            with file_errors(path):
+                yield partial
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)  # Windows replaces no file that is open
+        with file_errors(path):
+            os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file whole or not at all, and the folder it goes into.
+
+    Raises:
+        WeightsError: see `written_whole`.
+    """
+    with written_whole(path) as partial:
+        partial.write_bytes(data)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """The same with UTF-8; what no UTF-8 can hold, as in a file name of another encoding, is escaped (\\udce9)."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """The hash of a file, in hexadecimal, as the hub and sha256sum give it.
+
+    Raises:
+        WeightsError: it is not a file, or cannot be read.
+    """
+    check_regular(path)
+    with file_errors(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _new_partial(folder: Path) -> tuple[Path, int]:
+    """A new file in the folder, open and locked."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    while True:
+        partial = folder / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
+        descriptor = os.open(partial, flags, 0o666)
+        _lock(descriptor)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(partial), os.fstat(descriptor)):
+                return partial, descriptor
+        os.close(descriptor)  # swept by another process before it was locked
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the file is now ours alone; where the file system has no locks, nobody can tell."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@cache
+def _sweep(folder: Path) -> None:
+    """Delete what killed writers have left in a folder; once for each process, as a folder may hold millions."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        left = [e.path for e in entries if e.name.startswith(PARTIAL_PREFIX) and e.name.endswith(PARTIAL_SUFFIX)]
+        for path in left:
+            _delete_unlocked(path)
+
+
+def _delete_unlocked(path: str) -> None:
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with suppress(OSError):
+        descriptor = os.open(path, flags)
+        try:
+            if fcntl is not None and _lock(descriptor):
+                os.unlink(path)
+        finally:
+            os.close(descriptor)
+        if fcntl is None:
+            os.unlink(path)  # refused by Windows while its writer lives

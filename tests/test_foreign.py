@@ -1,0 +1,47 @@
+"""JSON of others ends in the value that was expected or in a ValueError, whatever stands in it."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from kvae_comfyui.kvae.foreign import build, parse_json, parse_object
+
+
+@dataclass
+class Thing:
+    name: str
+    size: int | None
+    weight: float = 1.0
+    sides: tuple[int, ...] = ()
+    done: bool = False
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a":' * 100_000, b"\xff", "9" * 5000, "nul"])
+def test_what_is_no_json_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+def test_only_an_object_is_an_object():
+    assert parse_object('{"a": 1}') == {"a": 1}
+    for text in ("[]", "null", "1", '"a"'):
+        with pytest.raises(ValueError, match="expected an object"):
+            parse_object(text)
+
+
+def test_a_dataclass_comes_from_fields_of_its_types_and_a_newer_versions_fields_are_left_out():
+    thing = build(Thing, {"name": "a", "size": None, "weight": 2, "sides": [1, 2], "future": {}})
+    assert thing == Thing("a", None, 2, (1, 2))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *(None, [], "text", 3, {}, {"name": "a"}, {"name": 1, "size": 1}, {"name": "a", "size": "1"}),
+        *({"name": "a", "size": True}, {"name": "a", "size": 1, "weight": "2"}, {"name": "a", "size": 1, "done": 1}),
+        *({"name": "a", "size": 1, "sides": 3}, {"name": "a", "size": 1, "sides": ["x"]}),
+    ],
+)
+def test_other_values_are_a_value_error(values):
+    with pytest.raises(ValueError):
+        build(Thing, values)
