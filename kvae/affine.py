@@ -40,6 +40,7 @@ class Affine:
     ):
         self.height = source.shape[3]
         self.z, self.first = z_Bcthw, first
+        self.spread: tuple[int, int] | None = None  # of a tail: frames of each latent, and of all of them
         self.spatial = norm if isinstance(norm, SpatialNorm) else None
         inner = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
         self.rms = isinstance(inner, RMSNorm)
@@ -54,9 +55,8 @@ class Affine:
         if self.z is not None:
             t, first = self.z.shape[2], int(self.first)
             rate = (T - first) // (t - first)
-            latents = -(-frames // rate)
-            part.z = self.z[:, :, t - latents :].repeat_interleave(rate, 2)[:, :, -frames:]  # one for each frame
-            part.first = False
+            part.z = self.z[:, :, t - -(-frames // rate) :]
+            part.first, part.spread = False, (rate, frames)
         return part
 
     def write(self, x_BCTHW: Tensor, lo: int, hi: int, out: Tensor) -> None:
@@ -73,9 +73,16 @@ class Affine:
         scale, shift = self.spatial.conv_y(z), self.spatial.conv_b(z)
         shift = shift if self.shift is None else scale * self.shift + shift
         rows = torch.arange(lo, hi, device=z.device) // rate - lo // rate
-        scale, shift = ((s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale * self.scale, shift))
+        scale, shift = (self._spread(s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale * self.scale, shift))
         for _ in modulate(x_BCTHW, scale, shift, self.first, out=out):
             pass
+
+    def _spread(self, s_BCthw: Tensor) -> Tensor:
+        """One for each frame of a tail, which may start within those of a latent."""
+        if self.spread is None:
+            return s_BCthw
+        rate, frames = self.spread
+        return s_BCthw.repeat_interleave(rate, 2)[:, :, -frames:]
 
     @staticmethod
     def _apply(x_BCTHW: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor) -> None:

@@ -108,7 +108,7 @@ def _plan(
         rows, columns = (n * side for n in tiling.largest)
         length = method.segment // (kvae.config.temporal_compress_times if decode else 1)
         kinds = _lengths(T, length)
-        return int(MARGIN * max(count.segment(n, rows, columns, *ends, latent=decode) for n, ends in kinds))
+        return int(MARGIN * max(count.segment(n, rows, columns, *ends) for n, ends in kinds))
 
     plans = []
     for overlap in (None, OVERLAP) if approximate and not stream else (None,):
@@ -153,9 +153,10 @@ def _methods(kvae: KVAE, coder: Coder, tilings: dict[tuple[int, int], Tiling], o
     return sorted((m for m in methods if m.recompute < 3 or m.segment >= reach), key=cost)
 
 
-def _lengths(total: int, rest: int) -> set[tuple[int, tuple[bool, bool]]]:
+def _lengths(total: int, rest: int) -> list[tuple[int, tuple[bool, bool]]]:
     """(length, (is the first, is the last)) of the kinds of segment that a clip is cut into."""
-    lengths = [min(rest + 1, total)]
-    while sum(lengths) < total:
-        lengths.append(min(rest, total - sum(lengths)))
-    return {(n, (i == 0, i == len(lengths) - 1)) for i, n in enumerate(lengths)}
+    if total <= rest + 1:
+        return [(total, (True, True))]
+    more = total - rest - 1
+    kinds = [(rest + 1, (True, False)), (more % rest or rest, (False, True))]
+    return [*kinds, (rest, (False, False))] if more > rest else kinds

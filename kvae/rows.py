@@ -44,7 +44,16 @@ class Held:
 
 def even_strips(height: int, most: int) -> Iterator[tuple[int, int]]:
     """Bounds of the fewest strips of nearly equal height, at most `most` rows each where MIN_ROWS allows."""
-    count = -(-height // max(MIN_ROWS, most))
-    count = max(1, min(count, height // MIN_ROWS))
+    count = _strips(height, most)
     bounds = [height * i // count for i in range(count + 1)]
     yield from pairwise(bounds)
+
+
+def largest_strip(height: int, most: int) -> int:
+    """Rows of the highest of them."""
+    return -(-height // _strips(height, most))
+
+
+def _strips(height: int, most: int) -> int:
+    count = -(-height // max(MIN_ROWS, most))
+    return max(1, min(count, height // MIN_ROWS))
