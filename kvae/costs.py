@@ -1,4 +1,4 @@
-"""What the feature maps of `kvae.strips` that are computed on demand hold meanwhile: each class is the cost of its twin.
+"""What the feature maps of `kvae.strips` that are computed on demand hold meanwhile: a class for each class there.
 
 Counted are the tensors that are made, in bytes, at the moment when there are most of them.
 

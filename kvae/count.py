@@ -35,16 +35,18 @@ class Count:
         self.unit = batch * self.item  # bytes of one value for all clips
         self.length = method.segment // (self.cadence if self.decode else 1)
 
-    def segment(self, T: int, H: int, W: int, first: bool, last: bool) -> int:
-        """The peak of one segment that enters the coder with these sides."""
+    def segment(self, T: int, H: int, W: int, first: bool, last: bool, tiled: bool = False) -> int:
+        """The peak of one segment that enters the coder with these sides; `tiled`: of one tile of many."""
         self.first, self.last, self.peak = first, last, 0
         latent = (T, H, W) if self.decode else None
         rms = not self.group
         self.scene = Scene(self.item, self.unit, self.method.strip_bytes, first, rms, latent)
         source = HeldMap(self.scene, self.coder.conv_in.conv.in_channels, T, H, W)
         self.now = source.bytes
+        if tiled or not first:
+            self.now += self._given(H, W)
         if not first:
-            self.now += self._given(H, W) + self._remembered(H, W)
+            self.now += self._remembered(H, W)
         start = ConvolvedMap(source, self.coder.conv_in.conv, normed=False)
         self._keep(source.channels, H, W)
         h = self._run(self._hold(start) if self.decode else start)
@@ -56,13 +58,13 @@ class Count:
         return self.peak
 
     def _given(self, H: int, W: int) -> int:
-        """What the segment before gave, which whoever took it may still hold; where it is kept whole, its pixels."""
+        """What the segment before gave, which whoever took it may still hold; and its pixels, where those are kept."""
         frames = self.length + 1
         if self.decode:
             pixels = 3 * (self.cadence * frames) * (self.side * H) * (self.side * W)
             return self.unit * (pixels + self.coder.conv_in.conv.in_channels * frames * H * W)
         moments = self.coder.conv_out.conv.out_channels * -(-frames // self.cadence)
-        pixels = 3 * frames * H * W if self.lazy else 0
+        pixels = 3 * (PAST + self.reach) * H * W if self.lazy else 0
         return self.unit * (moments * (H // self.side) * (W // self.side) + pixels)
 
     def _run(self, h: Map) -> Map:
@@ -137,7 +139,12 @@ class Count:
     def _hold(
         self, rows: ConvolvedMap | UpsampledMap, into: bool = False, add: tuple[Map, int] | None = None
     ) -> HeldMap:
-        """A held map in the making: its strips, the one before included, and the map itself unless one strip is all."""
+        """A held map in the making: its strips, the one before included, and the map itself unless one strip is all.
+
+        Args:
+            into: whether it takes the place of another.
+            add: what is added, and how many more of its size that makes.
+        """
         most = strip_of(rows)
         part, whole = rows.result(most), most == rows.H
         held = HeldMap(rows.scene, rows.channels, rows.T, rows.H, rows.W)

@@ -184,7 +184,7 @@ class KVAE(nn.Module):
         report = _over_tiles(progress, len(tiling), T)
         if shrink := self._shrink(tiling):
             norms = Norms()
-            chunks = (shrink(chunk, side) for chunk in x_B3THW.split(SEGMENT_FRAMES, dim=2))
+            chunks = (shrink(frame, side) for frame in x_B3THW.split(1, dim=2))
             deque(self.encode_stream(chunks, each, norms=norms), maxlen=0)
 
         def latents(rows: Span, columns: Span) -> Iterator[Tensor]:

@@ -30,7 +30,7 @@ RECOMPUTE_COST = {
 MOST_TILES = 4  # along an axis
 MOST_BLENDED = 8
 OVERLAP = 8  # latents; see docs/kvae.md for the error that is left
-MARGIN = 1.05  # small tensors that are not counted; measured on small and published widths, see docs/kvae.md
+MARGIN = 1.03  # small tensors that are not counted; measured on small and published widths, see docs/kvae.md
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def plan_decode(
 
     Raises:
         BudgetError: there is none.
+        ValueError: it is not a shape of latents.
     """
+    _check_shape(z_shape)
     return _plan(kvae, kvae.decoder, z_shape, 1, budget, stream, approximate)
 
 
@@ -88,7 +90,9 @@ def plan_encode(
 
     Raises:
         BudgetError: there is none.
+        ValueError: it is not a shape of pixels.
     """
+    _check_shape(x_shape)
     side, cadence = kvae.config.spatial_factor, kvae.config.temporal_compress_times
     B, C, T, H, W = x_shape
     shape = B, C, padded_frames(T, cadence), side * -(-H // side), side * -(-W // side)
@@ -107,8 +111,11 @@ def _plan(
         count = Count(kvae, coder, method, B)
         rows, columns = (n * side for n in tiling.largest)
         length = method.segment // (kvae.config.temporal_compress_times if decode else 1)
-        kinds = _lengths(T, length)
-        return int(MARGIN * max(count.segment(n, rows, columns, *ends) for n, ends in kinds))
+        kinds, tiled = _lengths(T, length), len(tiling) > 1
+        most = max(count.segment(n, rows, columns, *ends, tiled) for n, ends in kinds)
+        if tiled and not decode and not kvae.config.per_position:  # two segments of the smaller version of the picture
+            most += 2 * count.unit * 3 * (length + 1) * rows * columns
+        return int(MARGIN * most)
 
     plans = []
     for overlap in (None, OVERLAP) if approximate and not stream else (None,):
@@ -151,6 +158,11 @@ def _methods(kvae: KVAE, coder: Coder, tilings: dict[tuple[int, int], Tiling], o
         return again * (1 + halo / rows) * short * tiling.work
 
     return sorted((m for m in methods if m.recompute < 3 or m.segment >= reach), key=cost)
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    if len(shape) != 5 or min(shape) < 1:
+        raise ValueError(f"the shape is {list(shape)}; expected five sides of at least 1: batch, channels, T, H, W")
 
 
 def _lengths(total: int, rest: int) -> list[tuple[int, tuple[bool, bool]]]:

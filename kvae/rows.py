@@ -29,17 +29,26 @@ class Rows(Protocol):
 
 
 class Held:
-    """A feature map in memory."""
+    """A feature map in memory.
 
-    def __init__(self, x_BCTHW: Tensor):
-        self.x, self.shape, self.row_bytes = x_BCTHW, x_BCTHW.shape, 0
+    Args:
+        reach: the most frames that a tail of it has, where tails are to be in memory of their own.
+    """
+
+    def __init__(self, x_BCTHW: Tensor, reach: int | None = None):
+        self.x, self.shape, self.row_bytes, self.reach = x_BCTHW, x_BCTHW.shape, 0, reach
+        self.last: Tensor | None = None
 
     def __call__(self, lo: int, hi: int) -> Tensor:
         return self.x[:, :, :, lo:hi]
 
     def tail(self, frames: int) -> Held:
-        """In the same memory."""
-        return Held(self.x[:, :, -frames:])
+        """In the same memory, or in one that all tails share."""
+        if self.reach is None:
+            return Held(self.x[:, :, -frames:])
+        if self.last is None:
+            self.last = self.x[:, :, -self.reach :].clone()
+        return Held(self.last[:, :, -frames:])
 
 
 def even_strips(height: int, most: int) -> Iterator[tuple[int, int]]:

