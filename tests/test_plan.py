@@ -43,7 +43,7 @@ def test_the_prediction_is_what_is_counted(kvae, direction):
     with pytest.raises(BudgetError) as refused:
         plan(kvae, x.shape, budget=1000, stream=True)
     least = refused.value.least.peak
-    assert most.peak > 2 * least
+    assert most.peak > 1.9 * least
     methods = set()
     for budget in (most.peak, (most.peak + least) // 2, (most.peak + 3 * least) // 4, least):
         found = plan(kvae, x.shape, budget, stream=True)
@@ -67,7 +67,7 @@ def frontier(plan, kvae, shape, **way):
 
 @pytest.mark.parametrize(
     ("dtype", "size"),
-    [(torch.bfloat16, (5, 192, 128)), (torch.float32, (23, 67, 83))],
+    [(torch.bfloat16, (5, 192, 128)), (torch.float32, (19, 43, 59))],
     ids=["bf16", "float32, filled up"],
 )
 @pytest.mark.parametrize("direction", ["decode", "encode"])
