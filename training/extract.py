@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ..kvae import padded_frames
 from ..kvae.paths import write_text
+from ..serving.fit import CROP, STRETCH
 from .ahead import ahead
 from .errors import UserError
 from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option
@@ -50,6 +51,12 @@ class ExtractConfig:
     num_frames: int = option(33, "frames of a clip")
     height: int = option(240, "pixels, a multiple of 8 or 16, as the VAEs need")
     width: int = option(320, "pixels, a multiple of 8 or 16, as the VAEs need")
+    fit: str = option(
+        "",
+        "how a clip gets that size: its middle, of those proportions, or all of it, stretched, as the published "
+        "adapters were trained (default: crop, or what the folder was begun with)",
+        choices=(CROP, STRETCH),
+    )
     sampling: str = option(
         "consecutive",
         "consecutive frames, or uniform: spread over the whole video, as the published adapters were trained",
@@ -78,6 +85,7 @@ def run(config: ExtractConfig) -> int:
     processes = Processes(config.device)
     root, out = Path(config.videos_root), Path(config.output_root)
     _check(config)
+    config = replace(config, fit=config.fit or _begun_with(out))
     videos = find_videos(root, config.split)
     hunyuan = load_hunyuan_vae(config.hunyuan_vae, str(processes.device), DTYPES[config.dtype])
     kvae = load_kandinsky_vae(config.kvae, str(processes.device), DTYPES[config.dtype])
@@ -146,6 +154,12 @@ def _check(config: ExtractConfig) -> None:
         raise UserError("--sampling uniform spreads one clip over the video; --clips-per-video must be 1")
 
 
+def _begun_with(out: Path) -> str:
+    """How the clips of the pairs in a folder were brought to their size."""
+    manifest = own_manifest(out)
+    return manifest["settings"].get("fit", STRETCH) if manifest else CROP
+
+
 def _check_size(config: ExtractConfig, multiple: int) -> None:
     for name in ("height", "width"):
         if getattr(config, name) % multiple or getattr(config, name) < 2 * multiple:
@@ -160,6 +174,8 @@ def _open_manifest(out: Path, config: ExtractConfig, hunyuan: VideoVAE, kvae: Vi
     free = "videos_root", "output_root", "split", "max_clips", "mirror", "batch_size", "device", "hunyuan_vae", "kvae"
     for name in free:
         del settings[name]
+    if config.fit == STRETCH:
+        del settings["fit"]  # as in folders that are older than the choice
     manifest = {
         "command": "extract",
         "settings": settings,
@@ -218,7 +234,7 @@ def _jobs(video: Path, clips: int, root: Path, out: Path, config: ExtractConfig)
                 else:
                     missing.setdefault(clip, []).append(job)
         if missing:
-            read = read_clips(list(missing), config.height, config.width)
+            read = read_clips(list(missing), config.height, config.width, config.fit)
             for jobs, frames in zip(missing.values(), read, strict=True):
                 for job in jobs:
                     yield replace(job, frames=frames.flip(-1) if job.mirrored else frames)
@@ -267,4 +283,5 @@ def _source(job: Job, root: Path, config: ExtractConfig) -> Source:
         height=config.height,
         width=config.width,
         mirrored=job.mirrored,
+        fit=config.fit,
     )

@@ -37,6 +37,7 @@ class Source:
     height: int
     width: int
     mirrored: bool = False  # left to right
+    fit: str = "stretch"  # to that size: see serving/fit.py
 
 
 class Shape(NamedTuple):
