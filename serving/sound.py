@@ -34,7 +34,7 @@ class Sound:
             raise ValueError(f"audio: waveform of shape {list(waveform.shape)}; {_EXPECTED}")
         if waveform.shape[1] not in LAYOUTS:
             raise ValueError(f"audio: {waveform.shape[1]} channels; expected 1 to {max(LAYOUTS)}")
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or rate != round(rate) or not 0 < rate < 2**24:
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 2**24 or rate % 1:
             raise ValueError(f"audio: sample_rate is {rate!r}; {_EXPECTED}")
         self.samples, self.rate = waveform[0], int(rate)
         if not torch.isfinite(self.samples).all():
@@ -64,18 +64,19 @@ class SoundTrack:
         last = min(round(seconds * self.sound.rate), self.sound.samples.shape[1])
         while not self.failed and self.written < last:
             end = min(last, self.written + self.sound.rate)
-            self._encode(self.sound.frame(self.written, end))
+            self._encode(self.written, end)
             self.written = end
 
     def close(self) -> None:
         """Nothing more is heard."""
         if not self.failed:
-            self._encode(None)
+            self._encode(None, None)
 
-    def _encode(self, frame: av.AudioFrame | None) -> None:
+    def _encode(self, first: int | None, last: int | None) -> None:
         try:
+            frame = None if first is None or last is None else self.sound.frame(first, last)
             self.container.mux(self.stream.encode(frame))
-        except (av.FFmpegError, ValueError) as error:
+        except Exception as error:
             if isinstance(error, OSError):  # the disk's fault, not the sound's
                 raise
             self.failed = True
@@ -87,6 +88,8 @@ def _parts(audio: Any) -> tuple[Tensor, Any]:
         waveform, rate = audio["waveform"], audio["sample_rate"]
     except (TypeError, KeyError, IndexError):
         raise ValueError(f"audio: {type(audio).__name__} without waveform or sample_rate; {_EXPECTED}") from None
-    if not isinstance(waveform, Tensor) or waveform.is_complex():
+    if not isinstance(waveform, Tensor):
         raise ValueError(f"audio: waveform is a {type(waveform).__name__}; {_EXPECTED}")
+    if waveform.is_complex():
+        raise ValueError(f"audio: waveform of {waveform.dtype}; {_EXPECTED}")
     return waveform, rate

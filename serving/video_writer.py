@@ -28,6 +28,7 @@ CRF = range(52)
 SLOWEST, FASTEST = Fraction(1, 1000), 1000  # frames per second
 ROUNDED = Fraction(5, 10_000)  # 23.976 is 24000/1001 to three places
 FINE = Fraction(1, 90_000)  # seconds: the unit of frames that come when they come
+_ROUNDED = 0x2 | 0x40000  # SWS_BILINEAR | SWS_ACCURATE_RND: without it values are cut off, and colours a little off
 _BT709, _LIMITED, _FULL = 1, 1, 2  # numbers of ITU-T H.273 and of FFmpeg; libswscale has the same one for the matrix
 
 
@@ -57,7 +58,7 @@ class VideoWriter:
         metadata: dict[str, str] | None = None,
     ):
         self.path, self.width, self.height, self.codec = Path(path), width, height, codec
-        if codec not in CODECS:
+        if not isinstance(codec, str) or codec not in CODECS:
             raise ValueError(f"codec is {codec!r}; expected one of {', '.join(CODECS)}")
         if CODECS[codec] not in av.codecs_available:
             raise ValueError(f"codec is {codec}, for which this build of PyAV has no {CODECS[codec]}; choose another")
@@ -127,7 +128,11 @@ class VideoWriter:
 
     def _write(self, picture: Any, time: Fraction) -> None:
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
-            format="yuv420p", dst_colorspace=_BT709, src_color_range=_FULL, dst_color_range=_LIMITED
+            format="yuv420p",
+            dst_colorspace=_BT709,
+            interpolation=_ROUNDED,
+            src_color_range=_FULL,
+            dst_color_range=_LIMITED,
         )
         frame.pts, frame.time_base = max(round(time / self.unit), self.next), self.unit
         self.container.mux(self.video.encode(frame))
