@@ -60,6 +60,7 @@ def _rgb(frame: Any) -> np.ndarray:
     full = frame.color_range == FULL or frame.format.name.startswith("yuvj") or frame.format.is_rgb
     picture = frame.reformat(
         format="rgb24",
+        interpolation="BICUBIC",
         src_colorspace=_MATRICES.get(frame.colorspace, BT601),
         dst_colorspace=BT601,
         src_color_range=FULL if full else LIMITED,
