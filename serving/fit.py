@@ -9,6 +9,7 @@ from torch import Tensor
 from .shown import Picture
 
 CROP, STRETCH = "crop", "stretch"
+SLACK = 0.01  # of the proportions: cutting off a pixel would cost the sharpness of all others, and nobody sees it
 
 
 def fitted(picture: Picture, height: int, width: int, fit: str = CROP) -> Tensor:
@@ -16,9 +17,9 @@ def fitted(picture: Picture, height: int, width: int, fit: str = CROP) -> Tensor
     a screen; or all of it, stretched.
     """
     rgb = picture.rgb
-    if fit == CROP:
-        rows, columns = rgb.shape[:2]
-        wide = height * columns * picture.pixel_aspect / (width * rows)  # beside what is asked for
+    rows, columns = rgb.shape[:2]
+    wide = height * columns * picture.pixel_aspect / (width * rows)  # beside what is asked for
+    if fit == CROP and abs(wide - 1) > SLACK:
         cut_rows, cut_columns = max(1, round(min(1, wide) * rows)), max(1, round(columns / max(1, wide)))
         top, left = (rows - cut_rows) // 2, (columns - cut_columns) // 2
         rgb = rgb[top : top + cut_rows, left : left + cut_columns]

@@ -250,6 +250,8 @@ def test_crop_takes_the_middle_and_stretch_takes_all():
     assert torch.equal(fitted(wide, 100, 100, CROP)[0, 0], torch.arange(50, 150).byte())
     assert torch.equal(fitted(wide, 100, 200, CROP), fitted(wide, 100, 200, STRETCH))
     assert fitted(wide, 50, 50, STRETCH)[0, 0, [0, -1]].tolist() == [2, 197]
+    nearly = Picture(wide.rgb, Fraction(4096, 4083))  # as some of UCF101
+    assert torch.equal(fitted(nearly, 100, 200, CROP)[0, 0], torch.arange(200).byte())
     tall = Picture(wide.rgb.swapaxes(0, 1).copy())
     assert torch.equal(fitted(tall, 100, 100, CROP)[0, :, 0], torch.arange(50, 150).byte())
 
