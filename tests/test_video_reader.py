@@ -14,7 +14,7 @@ from made_videos import greys, make, picture, place, remux, which
 
 from kvae_comfyui.kvae import WeightsError
 from kvae_comfyui.serving.fit import CROP, STRETCH, fitted, resized
-from kvae_comfyui.serving.shown import Picture
+from kvae_comfyui.serving.shown import Picture, as_shown, deinterlaced
 from kvae_comfyui.serving.video_index import shown
 from kvae_comfyui.serving.video_reader import read_pictures
 
@@ -75,8 +75,9 @@ def test_colours_are_those_of_the_tagged_matrix_and_range(tmp_path, matrix, full
     planes = np.stack([black + luma * y, 128 + chroma * cb, 128 + chroma * cr]).round().clip(0, 255).astype(np.uint8)
     frame = av.VideoFrame.from_ndarray(planes, format="yuv444p")
     tags = {"colorspace": number, "color_range": 2 if full else 1}
-    path = make(tmp_path / "a.mp4", [frame] * 2, **tags)
-    assert np.abs(all_of(path)[0].astype(int) - rgb).max() <= 3
+    for name, codec in (("a.mp4", "libx264"), ("a.mkv", "ffv1")):  # full range is a format of its own in the first
+        path = make(tmp_path / name, [frame] * 2, codec, **tags)
+        assert np.abs(all_of(path)[0].astype(int) - rgb).max() <= 3
 
 
 def test_frames_before_an_edit_list_begins_are_not_shown(tmp_path):
@@ -228,6 +229,27 @@ def test_interlaced_frames_have_no_comb(tmp_path):
     assert error[:, 1::2].max() <= 2  # the first field is as it was
     assert error.mean() < 1  # a bar that is woven is off by 140 in 1.6 % of all pixels
     assert np.array_equal(np.stack([each.rgb for each in read_pictures(path, [36, 37, 38, 39])]), frames[36:])
+
+
+def test_an_interlaced_frame_is_filled_in_the_same_wherever_reading_began(tmp_path):
+    """Behind a frame that is not interlaced, with interlaced ones before that, or none."""
+
+    def decoded(path: Path) -> list[av.VideoFrame]:
+        with av.open(str(path)) as file:
+            return list(file.decode(video=0))
+
+    path, _ = interlaced(tmp_path, 4)
+    woven = decoded(path)
+    (plain, *_) = decoded(make(tmp_path / "plain.mp4", np.full((3, 64, 256, 3), 90, np.uint8)))
+    assert woven[0].interlaced_frame and not plain.interlaced_frame
+    sequence = [woven[0], plain, woven[1], decoded(path)[1]]  # what stands still is woven, if it stood still before
+    for n, frame in enumerate(sequence):
+        frame.pts, frame.time_base = n, Fraction(1, 25)
+    whole = [as_shown(frame, None).rgb for frame, _ in deinterlaced(sequence)]
+    part = [as_shown(frame, None).rgb for frame, _ in deinterlaced(sequence[1:])]
+    assert [pts for _, pts in deinterlaced(sequence)] == [0, 1, 2, 3]
+    assert np.array_equal(np.stack(whole[1:]), np.stack(part))
+    assert np.array_equal(whole[1], as_shown(plain, None).rgb)  # and it stays as it is
 
 
 def test_pixels_that_are_not_square_are_shown_square(tmp_path):
