@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kvae.errors import WeightsError
-from ..serving.fit import STRETCH, fitted
+from ..serving.fit import CROP, STRETCH, fitted
 from ..serving.video_index import Shown, shown
 from ..serving.video_reader import read_pictures
 from .errors import UserError
@@ -127,6 +127,8 @@ def read_clips(clips: list[Clip], height: int, width: int, fit: str = STRETCH) -
         UserError: as `read_clip`, once the windows before are read.
     """
     video = clips[0].video
+    if fit not in (CROP, STRETCH):  # a pair of others may say anything
+        raise UserError(f"{video}: fit is {fit!r}; expected {CROP} or {STRETCH}")
     with _user_errors():
         places = [_places(clip) for clip in clips]
         pictures = read_pictures(video, [place for window in places for place in window])
