@@ -15,7 +15,6 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -94,18 +93,23 @@ def run(config: ExtractConfig) -> int:
     manifest = ExtractionManifest(out, _described(config, hunyuan, kvae))
     processes.wait()
     extraction = Extraction(config, names, hunyuan, kvae, manifest, processes)
-    # several processes cannot know what another is about to write
-    with manifest.only_with_pairs() if processes.count == 1 else nullcontext():
+    try:
         extraction.run(_shares(videos, config)[processes.rank :: processes.count])
+    except BaseException:
+        if processes.count == 1:  # of several, none knows what another is about to write
+            manifest.withdraw()
+        raise
     everywhere = processes.gather((extraction.counts, extraction.failed))
     counts = {key: sum(each[key] for each, _ in everywhere) for key in extraction.counts}
     failed = {video: reason for _, each in everywhere for video, reason in each.items()}
     counts["skipped"] = len(failed)
     if processes.main:
         for reason in failed.values():
-            print(f"skipped: {reason}", file=sys.stderr)
+            print(f"skipped: {reason}".encode(errors="backslashreplace").decode(), file=sys.stderr)
         if counts["extracted"] or counts["already_there"]:
             manifest.write({"counts": counts, "failed": failed})
+        else:
+            manifest.withdraw()
     processes.say(
         f"{counts['extracted']} pairs extracted, {counts['already_there']} already there, {len(failed)} skipped → {out}"
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..adapters.spaces import LatentSpace, space
@@ -107,9 +105,9 @@ class ExtractionManifest:
     def __init__(self, folder: Path, described: dict):
         self.path, self.described = folder / MANIFEST, described
         self.written = False
-        if not self._has_pairs():
-            return  # whatever a manifest without pairs says
         theirs = own_manifest(folder)
+        if not self._has_pairs():
+            return  # of an extraction that came to nothing
         if not theirs:
             raise UserError(f"{folder}: holds pairs and does not say how they were made; choose another --output-root")
         for key in theirs:
@@ -129,15 +127,10 @@ class ExtractionManifest:
         if not self.written:
             self.write()
 
-    @contextmanager
-    def only_with_pairs(self) -> Iterator[None]:
-        """If this ends in an error and there is no pair, there is to be no manifest either."""
-        try:
-            yield
-        except BaseException:
-            if self.written and not self._has_pairs():
-                self.path.unlink(missing_ok=True)
-            raise
+    def withdraw(self) -> None:
+        """Delete it if there is no pair: it would speak of nothing."""
+        if not self._has_pairs() and own_manifest(self.path.parent):
+            self.path.unlink()
 
     def _has_pairs(self) -> bool:
         """Whether the folder has pairs, other than those of extractions into folders in it."""
