@@ -265,7 +265,7 @@ class _Entry:
 
     def __init__(self, root: Path, entry: dict[str, Any]):
         self.file, self.pairs = entry["file"], entry["pairs"]
-        if type(self.file) is not str or PurePath(self.file).name != self.file:
+        if type(self.file) is not str or not lies_inside(self.file) or len(PurePath(self.file).parts) > 1:
             raise ValueError(f"a shard is called {self.file!r}")
         if type(self.pairs) is not int or not 0 < self.pairs < 2**31:
             raise ValueError(f"{self.file} holds {self.pairs} pairs")
