@@ -83,11 +83,10 @@ def load_state(path: Path, state: State, config: Any, pairs: Mapping[str, Any], 
     Raises:
         UserError: the file is damaged, or belongs to another run.
     """
-    saved = open_state(path, config)
+    saved = open_state(path, config, pairs)
     if saved is None:
         return False
     with _not_a_state(path):
-        _check_pairs(path, parse_object(saved.metadata["pairs"]), pairs)
         progress = build(Progress, parse_object(saved.metadata["progress"]))
         in_epoch = progress.step - progress.epoch * steps
         if not (0 <= in_epoch <= steps and progress.epoch >= 0 and progress.rows >= 0 and len(progress.sums) == 3):
@@ -106,23 +105,25 @@ def load_state(path: Path, state: State, config: Any, pairs: Mapping[str, Any], 
     return True
 
 
-def open_state(path: Path, config: Any) -> Weights | None:
-    """The saved state of a run with these settings; None where there is none. Where it runs may change.
+def open_state(path: Path, config: Any, pairs: Mapping[str, Any] | None = None) -> Weights | None:
+    """The saved state of a run with these settings and pairs; None where there is none. Where it runs may change.
 
     Raises:
-        UserError: the file is damaged, or belongs to a run with other settings.
+        UserError: the file is damaged, or belongs to a run with other settings, or on other pairs.
     """
     if not path.exists():
         return None
     with _not_a_state(path):
         saved = Weights(path)
         theirs = parse_object(saved.metadata["config"])
+        their_pairs = parse_object(saved.metadata["pairs"]) if pairs is not None else {}
     for key, ours in asdict(config).items():
         if key not in ("device", "threads") and theirs.get(key) != ours:
             raise UserError(
                 f"{path}: an unfinished run had {key} = {theirs.get(key)!r}, now {ours!r}; "
                 "delete the file to start anew, or use the old settings to go on"
             )
+    _check_pairs(path, their_pairs, pairs or {})
     return saved
 
 

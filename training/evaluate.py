@@ -145,17 +145,17 @@ def latent_figures(
             errors.setdefault(name, []).append((z - target).square().mean().item())
         for name in by_channel:
             z, target = found[name]
-            by_channel[name] = by_channel[name] + (z - target).double().square().mean((0, 2, 3, 4)).cpu()
+            by_channel[name] = by_channel[name] + (z - target).cpu().double().square().mean((0, 2, 3, 4))
         for name, z in (("z_h", z_h), ("z_k", z_k)):
             first, second = moments[name]
-            z = z.double()
-            moments[name] = [first + z.mean((0, 2, 3, 4)).cpu(), second + z.square().mean((0, 2, 3, 4)).cpu()]
+            z = z.cpu().double()  # there, as Apple's GPUs have no float64
+            moments[name] = [first + z.mean((0, 2, 3, 4)), second + z.square().mean((0, 2, 3, 4))]
     count = len(pairs)
     mean = {name: first / count for name, (first, _) in moments.items()}
     variance = {name: second / count - mean[name].square() for name, (_, second) in moments.items()}
     figures, channels, worst = {}, {}, {}
     for name, each in errors.items():
-        total = variance["z_k" if name.removesuffix(" affine").endswith("K") else "z_h"].mean().item()
+        total = max(1e-12, variance["z_k" if name.removesuffix(" affine").endswith("K") else "z_h"].mean().item())
         figures[name] = {"mse": sum(each) / count, "share": sum(each) / count / total}
         if name in by_channel:
             order = sorted(range(count), key=lambda i: -each[i])[:WORST_CLIPS]

@@ -18,8 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,46 +26,39 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..adapters.files import LatentAdapter, save_adapter
-from ..adapters.networks import NETWORKS, Affine, Network, Published, Residual, build_network
+from ..adapters.networks import Affine, Network, Published, Residual, build_network
 from ..adapters.ridge import Ridge
-from ..adapters.spaces import LatentSpace
 from ..kvae.paths import write_bytes
 from .ahead import ahead
-from .checkpoint import State, load_state, save_state
+from .checkpoint import State, load_state, open_state, save_state
 from .closed_form import fit_both_ways
-from .dataset import Groups, Pairs, batches, open_pairs
+from .dataset import Groups, batches
 from .errors import UserError
 from .evaluate import latent_figures
 from .interrupts import BetweenSteps
+from .job import (
+    DIRECTIONS,
+    Job,
+    TrainConfig,
+    check_channels,
+    check_config,
+    check_variance,
+    resume_file,
+    split,
+    what_pairs,
+)
 from .log import add_to_log, read_log, rewind_log
 from .manifests import read_manifest, read_spaces
-from .options import DEVICE, option, write_config
+from .options import write_config
 from .processes import Processes
 from .recipe import DEFAULT, PUBLISHED, Recipe
 from .report import curves_png, write_report
 
+__all__ = ["DIRECTIONS", "TrainConfig", "run"]
+
 SAVE_SECONDS = 60
-DIRECTIONS = ("h2k", "k2h")
 WARMUP_STEPS = 20
 BATCHES_AHEAD = 4
-VAL_PAIRS = 2000
-LEAST_VARIANCE = 1e-6  # of latents, as a share of their mean square: float16 tells no less apart
-
-
-@dataclass
-class TrainConfig:
-    latent_root: str = option(..., "folder of pairs, from extract or pack")
-    val_latent_root: str = option("", "folder of pairs to validate on; without one, 1 video in 20 is held out")
-    out_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "file for the Hunyuan → KVAE adapter")
-    out_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "file for the KVAE → Hunyuan adapter")
-    network: str = option("residual", "adapter network", choices=tuple(NETWORKS))
-    epochs: int = option(20, "passes over the pairs")
-    batch_size: int = option(8, "clips of a step, over all processes")
-    lr: float = option(3e-3, "learning rate of Muon and AdamW; falls linearly to zero, except with --network published")
-    weight_decay: float = option(1e-4, "weight decay of AdamW")
-    ema: float = option(0.99, "decay of the weights' moving average, which is what is saved; 0 for none")
-    seed: int = option(0, "of the first weights and of the order")
-    device: str = option(DEVICE, "device to train on")
 
 
 @dataclass(frozen=True)
@@ -76,36 +67,6 @@ class Batch:
 
     clips: int
     parts: list[tuple[Tensor, Tensor, Tensor]]  # z_h, z_k, weight, as Pairs.crops gives them
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a training is of: settled before the first step, the same to the last."""
-
-    config: TrainConfig
-    recipe: Recipe
-    processes: Processes
-    train: Pairs
-    val: Pairs
-    spaces: tuple[LatentSpace, LatentSpace]  # of z_h and of z_k
-    fits: dict[str, Ridge]
-    pairs: dict[str, Any]  # which they are, and how they were made
-
-    @property
-    def adapter_files(self) -> dict[str, Path]:
-        return {"h2k": Path(self.config.out_h2k), "k2h": Path(self.config.out_k2h)}
-
-    @property
-    def folder(self) -> Path:
-        return self.adapter_files["h2k"].parent
-
-    @property
-    def log_file(self) -> Path:
-        return self.folder / "train.jsonl"
-
-    @property
-    def resume_file(self) -> Path:
-        return self.adapter_files["h2k"].with_suffix(".resume.safetensors")
 
 
 def run(config: TrainConfig, recipe: Recipe | None = None) -> int:
@@ -123,21 +84,18 @@ def run(config: TrainConfig, recipe: Recipe | None = None) -> int:
 
 
 def _prepare(config: TrainConfig, recipe: Recipe) -> Job:
+    check_config(config)
     processes = Processes(config.device)
     config = replace(config, device=str(processes.device))
-    _check(config)
-    train, val = _split(config)
+    train, val = split(config)
     spaces = read_spaces(config.latent_root)
-    _check_channels(config, train, val, spaces)
-    pairs = {
-        "training pairs": {"pairs": len(train), "sha256": train.fingerprint()},
-        "validation pairs": {"pairs": len(val), "sha256": val.fingerprint()},
-        "VAEs": {key: value for key, value in read_manifest(config.latent_root).items() if key != "settings"},
-    }
+    check_channels(config, train, val, spaces)
+    pairs = what_pairs(config, train, val)
     if any(theirs != pairs for theirs in processes.gather(pairs)):
         raise UserError(f"{config.latent_root}: the processes do not see the same pairs")
+    open_state(resume_file(config), config, pairs)  # refused, if at all, before the closed form is computed
     fits = fit_both_ways(train, config.device, processes=processes)
-    _check_variance(config, fits)
+    check_variance(config, fits)
     return Job(config, recipe, processes, train, val, spaces, fits, pairs)
 
 
@@ -154,7 +112,7 @@ def _resume_or_begin(state: State, job: Job) -> None:
     if resumed:
         job.processes.say(f"Going on from step {state.step}, saved in {job.resume_file}")
     else:
-        job.processes.from_first([tensor for tensor in state.tensors().values()])
+        job.processes.from_first(list(state.tensors().values()))
         _validate(state, job)
         job.processes.say(f"Training on {len(job.train)} latent pairs, validating on {len(job.val)}")
 
@@ -221,57 +179,11 @@ def _close_epoch(state: State, job: Job, times: dict[str, float]) -> None:
     _log(state, job, {"step": state.step, "train_h2k": h2k / clips, "train_k2h": k2h / clips} | times)
 
 
-def _check(config: TrainConfig) -> None:
-    for name in ("epochs", "batch_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected at least 1")
-    if not 0 <= config.ema < 1:
-        raise UserError(f"--ema is {config.ema}; expected 0 up to, but not including, 1")
-    if config.out_h2k == config.out_k2h:
-        raise UserError(f"--out-h2k and --out-k2h are both {config.out_h2k}; one would overwrite the other")
-
-
-def _split(config: TrainConfig) -> tuple[Pairs, Pairs]:
-    """Training and validation pairs. Clips of one video stay on one side."""
-    pairs = open_pairs(config.latent_root)
-    if config.val_latent_root:
-        theirs, ours = (
-            tuple(each.name for each in read_spaces(r)) for r in (config.val_latent_root, config.latent_root)
-        )
-        if theirs != ours:
-            raise UserError(f"{config.val_latent_root}: pairs of {' and '.join(theirs)}; expected {' and '.join(ours)}")
-        return pairs, open_pairs(config.val_latent_root).spread(VAL_PAIRS)
-    of_pair = pairs.videos()
-    videos = np.unique(of_pair)
-    if len(videos) < 2:
-        raise UserError(f"{config.latent_root}: pairs of one video only; none can be held out: give --val-latent-root")
-    np.random.default_rng(config.seed).shuffle(videos)
-    held_out = np.isin(of_pair, videos[: max(1, len(videos) // 20)])
-    return pairs.take(~held_out), pairs.take(held_out).spread(VAL_PAIRS)
-
-
 def _sight(state: State) -> int | None:
     """Radius of the crops to train on; None where a network must see whole clips."""
     if any(isinstance(network, Published) for network in state.networks.values()):
         return None
     return max(network.radius for network in state.networks.values())
-
-
-def _check_channels(config: TrainConfig, train: Pairs, val: Pairs, spaces: tuple[LatentSpace, LatentSpace]) -> None:
-    h, k = spaces
-    for pairs, root in ((train, config.latent_root), (val, config.val_latent_root or config.latent_root)):
-        for shape in pairs.groups(None):
-            if shape[:2] != (h.channels, k.channels):
-                raise UserError(
-                    f"{root}: holds pairs of {shape.channels_h} and {shape.channels_k} channels; expected {h.channels} "
-                    f"({h.name}) and {k.channels} ({k.name})"
-                )
-
-
-def _check_variance(config: TrainConfig, fits: dict[str, Ridge]) -> None:
-    for name, latent in (("h2k", "z_k"), ("k2h", "z_h")):
-        if fits[name].target_variance() <= LEAST_VARIANCE * fits[name].target_square():
-            raise UserError(f"{config.latent_root}: {latent} is the same everywhere; there is nothing to learn from it")
 
 
 def _start(job: Job) -> State:
