@@ -24,7 +24,7 @@ def add_to_log(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def rewind_log(path: Path, rows: int) -> None:
+def keep_rows(path: Path, rows: int) -> None:
     """Keep the first rows: what was logged after the state was saved will be logged again."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in read_log(path)[:rows]))
 

@@ -47,7 +47,7 @@ from .job import (
     split,
     what_pairs,
 )
-from .log import add_to_log, read_log, rewind_log
+from .log import add_to_log, keep_rows, read_log
 from .manifests import read_manifest, read_spaces
 from .options import write_config
 from .processes import Processes
@@ -108,7 +108,7 @@ def _resume_or_begin(state: State, job: Job) -> None:
     job.processes.wait()  # none is to find the state that another saves
     if job.processes.main:
         write_config(job.folder / "train.json", "train", job.config)
-        rewind_log(job.log_file, state.rows)
+        keep_rows(job.log_file, state.rows)
     if resumed:
         job.processes.say(f"Going on from step {state.step}, saved in {job.resume_file}")
     else:
