@@ -45,8 +45,8 @@ class Processes:
             self.say(f"{self.count} processes, on {', '.join(devices)}")
         elif "ACCELERATE_DYNAMO_BACKEND" in os.environ:  # as its launcher leaves it
             self.say(
-                "accelerate launch started one process. It starts several on several GPUs only, with --multi_gpu; "
-                "`torchrun --nproc_per_node 8 -m training …` does anywhere"
+                "accelerate launch started one process. With --multi_gpu it starts as many as --num_processes says, as "
+                "does `torchrun --nproc_per_node 8 -m training …`"
             )
 
     def say(self, text: str) -> None:
