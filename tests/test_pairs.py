@@ -209,7 +209,7 @@ def test_a_pipe_among_pairs_is_a_line_and_no_wait(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "video"),
+    ("name", "said", "video"),
     [
         ("a/b", None, "a/b"),
         ("a/b.003", None, "a/b"),
@@ -220,11 +220,11 @@ def test_a_pipe_among_pairs_is_a_line_and_no_wait(tmp_path, capsys):
         ("clip.1080p", None, "clip.1080p"),
         ("clip.000.003", None, "clip.000"),
         ("wide/a/b.003", None, "a/b"),
-        ("wide/c.003", SOURCE, SOURCE.video),
+        ("wide/c.003", "a/b.avi", "a/b.avi"),
     ],
 )
-def test_the_video_of_a_clip_is_its_path(name, source, video):
-    assert video_of(name, source, ["wide", "tall"]) == video
+def test_the_video_of_a_clip_is_its_path(name, said, video):
+    assert video_of(name, said, ["wide", "tall"]) == video
 
 
 def test_halves_are_of_whole_videos(tmp_path):

@@ -28,7 +28,7 @@ from torch import Tensor
 from .crops import Slices, crop_shape, random_crop, weights, whole
 from .errors import UserError
 from .manifests import extractions
-from .pairs import Pair, Shape, Source, clip_name, find_pairs, holds_pairs, read_header, read_pair
+from .pairs import Pair, Shape, clip_name, find_pairs, holds_pairs, read_header, read_pair
 from .shards import INDEX, Shards
 
 CACHE_BYTES = 4 * 2**30
@@ -50,7 +50,7 @@ class Store(Protocol):
     @property
     def shapes(self) -> Shapes: ...
 
-    def sources(self) -> Iterator[Source | None]: ...
+    def videos(self) -> Iterator[str | None]: ...
 
     def read(self, i: int) -> Pair: ...
 
@@ -74,15 +74,23 @@ class PairFiles:
     def name(self, i: int) -> str:
         return clip_name(self.paths[i], self.root)
 
-    @cached_property
+    @property
     def shapes(self) -> Shapes:
-        numbers: dict[Shape, int] = {}
-        kind = (numbers.setdefault(read_header(path)[0], len(numbers)) for path in self.paths)
-        kind_of_pair = np.fromiter(kind, np.int32, len(self.paths))
-        return list(numbers), kind_of_pair
+        return self._headers[0]
 
-    def sources(self) -> Iterator[Source | None]:
-        return (read_header(path)[1] for path in self.paths)
+    def videos(self) -> Iterator[str | None]:
+        """What the pairs say they were made of."""
+        return iter(self._headers[1])
+
+    @cached_property
+    def _headers(self) -> tuple[Shapes, list[str | None]]:
+        numbers: dict[Shape, int] = {}
+        kinds, videos = np.empty(len(self.paths), np.int32), []
+        for i, path in enumerate(self.paths):
+            shape, source = read_header(path)
+            kinds[i] = numbers.setdefault(shape, len(numbers))
+            videos.append(source.video if source else None)
+        return (list(numbers), kinds), videos
 
     def read(self, i: int) -> Pair:
         if i in self._cache:
@@ -154,8 +162,8 @@ class Pairs:
     def videos(self) -> np.ndarray:
         """uint32 [pairs]: equal for clips of one video."""
         folders = extractions(self.store.root)
-        both = zip(self.store.names(), self.store.sources(), strict=True)
-        videos = (video_of(name, source, folders) for name, source in both)
+        both = zip(self.store.names(), self.store.videos(), strict=True)
+        videos = (video_of(name, video, folders) for name, video in both)
         hashes = (zlib.crc32(_bytes(video)) for video in videos)
         return np.fromiter(hashes, np.uint32, len(self.store))[self.numbers]
 
@@ -234,15 +242,16 @@ def spread(total: int, count: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def video_of(name: str, source: Source | None, extractions: Sequence[str] = ()) -> str:
+def video_of(name: str, video: str | None, extractions: Sequence[str] = ()) -> str:
     """The video that a clip is of: the path that its pair says, else the clip's own without what `extract` adds to it.
 
     Args:
         name: the clip's path in the folder of pairs, without suffix.
+        video: of the pair's source, where it has one.
         extractions: folders that hold the same videos' clips, side by side.
     """
-    if source:
-        return source.video
+    if video:
+        return video
     extraction = next((each for each in extractions if name.startswith(f"{each}/")), "")
     return re.sub(r"(\.\d{3})?(\.mirrored)?$", "", name.removeprefix(f"{extraction}/"))
 

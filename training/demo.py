@@ -115,7 +115,8 @@ def _hold_out(latents: Path, train_root: Path, val_root: Path) -> None:
     """The last quarter of each video's clips is held out; of videos with one clip, every fourth video."""
     by_video: dict[str, list[Path]] = defaultdict(list)
     for path in find_pairs(latents):
-        by_video[video_of(clip_name(path, latents), read_header(path)[1])].append(path)
+        _, source = read_header(path)
+        by_video[video_of(clip_name(path, latents), source.video if source else None)].append(path)
     for folder in (train_root, val_root):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -84,7 +84,8 @@ def run(config: ExtractConfig) -> int:
     root, out = Path(config.videos_root), Path(config.output_root)
     _check(config)
     videos = find_videos(root, config.split)
-    names = PairNames(root, out, find_videos(root), config.clips_per_video > 1)
+    everything = videos if config.split == "all" else find_videos(root)  # a part is named as it is in the whole
+    names = PairNames(root, out, everything, config.clips_per_video > 1)
     hunyuan = load_hunyuan_vae(config.hunyuan_vae, str(processes.device), DTYPES[config.dtype])
     kvae = load_kandinsky_vae(config.kvae, str(processes.device), DTYPES[config.dtype])
     check_grids(hunyuan.space, kvae.space)

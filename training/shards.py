@@ -154,9 +154,10 @@ class Shards:
         """The clips' names in order; those of one shard are in memory, and of the next while it is read."""
         return (entry["clip"] for number in range(len(self.files)) for entry in self._clips(number))
 
-    def sources(self) -> Iterator[Source | None]:
-        """What they were made of, in order."""
-        return (source_of(entry.get("source")) for number in range(len(self.files)) for entry in self._clips(number))
+    def videos(self) -> Iterator[str | None]:
+        """What they say they were made of, in order."""
+        entries = (entry for number in range(len(self.files)) for entry in self._clips(number))
+        return (source.video if (source := source_of(entry.get("source"))) else None for entry in entries)
 
     def check_names(self) -> None:
         """Refuse names that cannot become files in a folder.
