@@ -117,6 +117,8 @@ class VideoWriter:
         video: Any = self.container.add_stream(CODECS[self.codec], rate=self.rate or 25)
         video.width, video.height, video.pix_fmt = self.width, self.height, "yuv420p"
         video.options = {"crf": str(self.crf)}
+        if self.rate is None:
+            video.options |= {"bf": "0"}  # the file ends by the frame that is coded last, which then is the last shown
         context = video.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED
