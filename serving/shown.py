@@ -17,7 +17,7 @@ import av.filter
 import numpy as np
 
 LIMITED, FULL = 1, 2  # ranges, by FFmpeg's numbers
-BT601 = 5  # a matrix, by libswscale's numbers, which are those of ITU-T H.273 where it has one
+BT709, BT601 = 1, 5  # matrices, by libswscale's numbers, which are those of ITU-T H.273 where it has one
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 
 
@@ -55,14 +55,16 @@ def turned(picture: Picture, a: int, b: int, c: int, d: int) -> Picture:
 def _rgb(frame: Any) -> np.ndarray:
     """Without a tag the matrix is BT.601's and the range limited, as in FFmpeg.
 
-    PyAV converts by the tags only from 17 on, and not when frames come with none: so all is named.
+    PyAV converts by the tags only from 17 on, and not when frames come with none: so all is named. Older ones heed that
+    only where the two matrices differ; RGB has none, so any other will do.
     """
     full = frame.color_range == FULL or frame.format.name.startswith("yuvj") or frame.format.is_rgb
+    matrix = _MATRICES.get(frame.colorspace, BT601)
     picture = frame.reformat(
         format="rgb24",
         interpolation="BICUBIC",
-        src_colorspace=_MATRICES.get(frame.colorspace, BT601),
-        dst_colorspace=BT601,
+        src_colorspace=matrix,
+        dst_colorspace=BT709 if matrix == BT601 else BT601,
         src_color_range=FULL if full else LIMITED,
         dst_color_range=FULL,
     )
