@@ -231,7 +231,7 @@ def test_interlaced_frames_have_no_comb(tmp_path):
     assert np.array_equal(np.stack([each.rgb for each in read_pictures(path, [36, 37, 38, 39])]), frames[36:])
 
 
-@pytest.mark.skipif(av.library_versions["libavfilter"] < (11, 14), reason="older bwdif have a way of their own to begin")
+@pytest.mark.skipif(av.library_versions["libavfilter"] < (11, 14), reason="older bwdif begin in a way of their own")
 def test_an_interlaced_frame_is_filled_in_the_same_wherever_reading_began(tmp_path):
     """Behind a frame that is not interlaced, with interlaced ones before that, or none."""
 
