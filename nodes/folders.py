@@ -9,13 +9,14 @@ import folder_paths
 
 from ..adapters.files import direction_of
 from ..kvae import WeightsError
+from ..kvae.find import FILE_NAMES, HUB
 
 KVAE, ADAPTERS = "kvae", "latent_adapters"
 TINY = "tiny KVAE (included)"
 PACK = Path(__file__).parents[1]
 ASSETS = PACK / "training" / "assets"
 
-ADDRESS = "https://huggingface.co/kandinskylab/KVAE-3D-1.0/resolve/main/model.safetensors"
+ADDRESS = f"https://huggingface.co/{HUB['KVAE-3D-1.0']}/resolve/main/{FILE_NAMES[0]}"
 ADAPTER_NAMES = (
     "adapter_hunyuan_to_kvae3d.safetensors (to decode) and adapter_kvae3d_to_hunyuan.safetensors (to encode)"
 )
