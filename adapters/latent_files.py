@@ -204,7 +204,7 @@ def _space(weights: Weights, kind: _Kind, z: Tensor, model: str | None) -> str |
     for name in names:
         if name not in SPACES:
             raise WeightsError(
-                f"{weights.path}: names the space {name[:60]!r}; the known ones are {', '.join(SPACES)}: update this pack"
+                f"{weights.path}: names the space {name[:60]!r}; known are {', '.join(SPACES)}: update this pack"
             )
         if SPACES[name] not in fitting_spaces(z.shape):
             raise WeightsError(
