@@ -133,6 +133,20 @@ def direction_of(path: str | os.PathLike) -> tuple[str, str] | None:
     return PUBLISHED_NAMES.get(Path(path).name)
 
 
+def weights_of(path: str | os.PathLike) -> dict[str, tuple[float, ...]]:
+    """Signatures of the VAEs an adapter file was made for, by the names of their spaces, from its header alone.
+
+    Raises:
+        WeightsError: missing, damaged, or not safetensors.
+    """
+    try:
+        return {name: each.signature for name, each in _made_for(Weights(path).metadata).items()}
+    except WeightsError:
+        raise
+    except ValueError as error:
+        raise WeightsError(f"{path}: its metadata is not that of an adapter ({error})") from None
+
+
 def load_adapter(
     path: str | os.PathLike, direction: tuple[str, str] | None = None, device: str | torch.device = "cpu"
 ) -> LatentAdapter:
@@ -192,17 +206,21 @@ def _described(weights: Weights) -> LatentAdapter:
         channels = network.config["in_channels"], network.config["out_channels"]
         if channels != (source.channels, target.channels):
             raise ValueError(f"a network from {channels[0]} to {channels[1]} channels, {source.name} → {target.name}")
-        made_for = parse_object(metadata.get("weights", "{}"))
         return LatentAdapter(
             network,
             source,
             target,
             parse_object(metadata.get("training", "{}")),
             parse_object(metadata.get("metrics", "{}")),
-            {name: build(VAEWeights, each) for name, each in made_for.items()},
+            _made_for(metadata),
         )
     except (ArithmeticError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise WeightsError(f"{weights.path}: its metadata is not that of an adapter ({error})") from None
+
+
+def _made_for(metadata: Mapping[str, str]) -> dict[str, VAEWeights]:
+    """Raises a ValueError where the metadata is not of an adapter."""
+    return {name: build(VAEWeights, each) for name, each in parse_object(metadata.get("weights", "{}")).items()}
 
 
 def _published(weights: Weights, direction: tuple[str, str] | None) -> LatentAdapter:

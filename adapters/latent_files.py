@@ -141,7 +141,7 @@ def _cache(weights: Weights, key: str, model: str | None) -> _Kind:
     if architecture:
         space, scaled = ARCHITECTURES[architecture]
         return _Kind(name, key, scaled, space)
-    return _Kind(name, key, _USUALLY_SCALED.get(model))
+    return _Kind(name, key, _USUALLY_SCALED.get(model or ""))
 
 
 def _values(weights: Weights, kind: _Kind) -> Tensor:

@@ -175,7 +175,8 @@ class ServedVAE(nn.Module):
             if method.overlap is not None:
                 x.zero_()  # tiles that overlap are added up
             for part in self.vae.decode_parts(self._place(z), method, report):
-                yield part.put(x)
+                part.put(x)
+                yield
 
         for each in zip(x_B3THW.split(1), z_Bcthw.split(1), reports, strict=True):
             deque(with_less_memory(partial(work, *each), methods), maxlen=0)

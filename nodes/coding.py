@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from comfy_api.latest import io
 
@@ -97,7 +99,13 @@ def memory_input() -> io.Input:
 
 
 def within(vae: KVAEVae, memory_gb: float, approximate: bool = False) -> KVAEVae:
-    """The VAE with that budget (0: its own), exact or not."""
+    """The VAE with that budget (0: its own), exact or not.
+
+    Raises:
+        ValueError: it is no budget.
+    """
+    if not math.isfinite(memory_gb) or memory_gb < 0:
+        raise ValueError(f"memory_gb is {memory_gb}; expected a number of GB, or 0 for what is free")
     return vae.within(round(memory_gb * 1e9) or vae.first_stage_model.budget, approximate)
 
 
@@ -108,6 +116,8 @@ def latent_for(vae: KVAEVae, latent: dict, scaling: str) -> torch.Tensor:
         ValueError: the VAE is not one of ours, or the latent is not for it.
     """
     check_vae(vae)
+    if scaling not in (RAW, SCALED):
+        raise ValueError(f"scaling is {scaling!r}; expected {RAW} or {SCALED}")
     z = samples_of(latent)
     check_latent(z, vae.kvae_space, space_of(latent))
     return vae.kvae_space.unscale(z) if scaling == SCALED else z

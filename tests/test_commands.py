@@ -272,7 +272,7 @@ def test_demo(tmp_path, capsys):
     closing = capsys.readouterr().out.rpartition("Done in ")[2]
     assert "python -m training extract --videos-root VIDEOS" in closing
     for name in (
-        *("adapter_hunyuan_to_kvae3d.safetensors", "adapter_kvae3d_to_hunyuan.safetensors", "contact_sheet.png"),
+        *("demo_hunyuan_to_kvae.safetensors", "demo_kvae_to_hunyuan.safetensors", "contact_sheet.png"),
         *("evaluation.txt", "evaluation.json", "train.png", "train.jsonl", "v_Wave_g01_c01.000.mp4"),
     ):
         assert (out / name).stat().st_size > 0

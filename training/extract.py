@@ -27,9 +27,9 @@ from ..kvae.paths import write_text
 from .ahead import ahead
 from .errors import UserError
 from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option
-from .pairs import MANIFEST, SUFFIX, Pair, Source, own_manifest, write_pair
+from .pairs import MANIFEST, SUFFIX, VAES, Pair, Source, own_manifest, same_vae, without_signature, write_pair
 from .processes import Processes
-from .vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kandinsky_vae
+from .vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kandinsky_vae, made_with
 from .videos import Clip, cut, find_videos, read_clips
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -160,21 +160,22 @@ def _open_manifest(out: Path, config: ExtractConfig, hunyuan: VideoVAE, kvae: Vi
     free = "videos_root", "output_root", "split", "max_clips", "mirror", "batch_size", "device", "hunyuan_vae", "kvae"
     for name in free:
         del settings[name]
-    manifest = {
+    manifest: dict = {
         "command": "extract",
         "settings": settings,
-        "hunyuan_vae": {"space": hunyuan.space.name, "sha256": hunyuan.digest},
-        "kvae": {"space": kvae.space.name, "sha256": kvae.digest},
+        "hunyuan_vae": made_with(hunyuan),
+        "kvae": made_with(kvae),
         "config": asdict(config),
     }
     processes.wait()  # none is to find the manifest of another
     old = own_manifest(out)
     processes.wait()
     for key in old:
-        if old[key] != manifest[key]:
+        same = same_vae(old[key], manifest[key]) if key in VAES else old[key] == manifest[key]
+        if not same:
+            before, now = without_signature(old[key]), without_signature(manifest[key])
             raise UserError(
-                f"{out}: holds pairs made with another {key}: {old[key]}; now {manifest[key]}. "
-                "Choose another --output-root"
+                f"{out}: holds pairs made with another {key}: {before}; now {now}. Choose another --output-root"
             )
     if processes.main:
         write_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")

@@ -15,8 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..adapters.files import VAEWeights
 from ..adapters.spaces import LatentSpace, space
+from ..kvae.foreign import build
 from ..kvae.paths import write_bytes
+from ..kvae.signature import same_weights
 from .errors import UserError
 
 SUFFIX = ".safetensors.zst"
@@ -174,10 +177,11 @@ def read_manifest(root: str | Path) -> dict:
     (first, manifest), *others = found.items()
     for folder, other in others:
         for key in VAES:
-            if other[key] != manifest[key]:
+            if not same_vae(other[key], manifest[key]):
+                one, two = without_signature(manifest[key]), without_signature(other[key])
                 raise UserError(
                     f"{root}: {first} and {folder} hold pairs of different VAEs "
-                    f"({key}: {manifest[key]}, {other[key]}); an adapter is trained on those of one pair of VAEs"
+                    f"({key}: {one}, {two}); an adapter is trained on those of one pair of VAEs"
                 )
     return manifest | {"settings": {folder: each["settings"] for folder, each in found.items()}}
 
@@ -187,11 +191,36 @@ def own_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        weights_of(manifest)  # or a ValueError
         return {key: manifest[key] for key in ("settings", *VAES)}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not the manifest of an extraction; delete it, or extract again") from None
+
+
+def same_vae(one: dict, other: dict) -> bool:
+    """Whether two entries of manifests are of one VAE: of the same file, or of the same weights in two files."""
+    if one["space"] != other["space"]:
+        return False
+    if one.get("sha256") == other.get("sha256"):
+        return True
+    signatures = [each["signature"] for each in (one, other) if each.get("signature")]
+    return len(signatures) == 2 and same_weights(*signatures)
+
+
+def weights_of(manifest: dict) -> dict[str, VAEWeights]:
+    """The weights of the VAEs that a manifest names, by their spaces: for the adapters trained on its pairs.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not the manifest of an extraction.
+    """
+    return {manifest[key]["space"]: build(VAEWeights, manifest[key]) for key in VAES if key in manifest}
+
+
+def without_signature(entry: dict) -> dict:
+    """What a person reads of an entry of a manifest."""
+    return {key: value for key, value in entry.items() if key != "signature"}
 
 
 def read_spaces(root: str | Path) -> tuple[LatentSpace, LatentSpace]:

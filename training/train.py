@@ -41,7 +41,7 @@ from .evaluate import latent_figures
 from .interrupts import BetweenSteps
 from .log import add_to_log, read_log, rewind_log
 from .options import DEVICE, option, write_config
-from .pairs import extractions, read_manifest, read_spaces
+from .pairs import extractions, read_manifest, read_spaces, weights_of, without_signature
 from .processes import Processes
 from .recipe import DEFAULT, PUBLISHED, Recipe
 from .report import curves_png, write_report
@@ -57,8 +57,8 @@ VAL_PAIRS = 2000
 class TrainConfig:
     latent_root: str = option(..., "folder of pairs, from extract or pack")
     val_latent_root: str = option("", "folder of pairs to validate on; without one, 1 video in 20 is held out")
-    out_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "file for the Hunyuan → KVAE adapter")
-    out_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "file for the KVAE → Hunyuan adapter")
+    out_h2k: str = option("hunyuan_to_kvae.safetensors", "file for the Hunyuan → KVAE adapter")
+    out_k2h: str = option("kvae_to_hunyuan.safetensors", "file for the KVAE → Hunyuan adapter")
     network: str = option("residual", "adapter network", choices=tuple(NETWORKS))
     epochs: int = option(20, "passes over the pairs")
     batch_size: int = option(8, "clips of a step, over all processes")
@@ -410,13 +410,14 @@ def _resume(state: State, job: Job) -> bool:
 
 def _write_adapters(state: State, job: Job, seconds: float) -> dict[str, LatentAdapter]:
     """The best weights of each direction, in files that say what they are."""
+    manifest = read_manifest(job.config.latent_root)
     training = {
         "pairs": len(job.train),
         "pairs_sha256": job.train.digest(),
         "steps": state.step,
         "seconds": round(seconds),
         "config": asdict(job.config),
-        "extraction": read_manifest(job.config.latent_root),
+        "extraction": {key: without_signature(each) for key, each in manifest.items()},
     }
     adapters = {}
     for name, label in (("h2k", "Hunyuan→KVAE"), ("k2h", "KVAE→Hunyuan")):
@@ -428,7 +429,7 @@ def _write_adapters(state: State, job: Job, seconds: float) -> dict[str, LatentA
             "val_pairs": len(job.val),
         }
         source, target = job.spaces if name == "h2k" else job.spaces[::-1]
-        adapters[name] = LatentAdapter(network, source, target, training, metrics)
+        adapters[name] = LatentAdapter(network, source, target, training, metrics, weights_of(manifest))
         save_adapter(job.adapter_files[name], adapters[name])
         print(f"Saved {label} adapter to: {job.adapter_files[name]} (validation MSE {mse:.6f})")
     return adapters
