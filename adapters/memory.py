@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 M = TypeVar("M")
 T = TypeVar("T")
@@ -48,3 +50,28 @@ def with_less_memory(work: Callable[[M], Iterator[T]], methods: Sequence[Callabl
                 raise
             said = str(error) or type(error).__name__
     raise torch.OutOfMemoryError(said)
+
+
+def room_for(shape: Sequence[int], device: torch.device | str, what: str) -> Tensor:
+    """An empty float32 tensor, of which nothing is in memory before it is written: where there is no room, it is said
+    at once.
+
+    Args:
+        what: of what there is too much, and what to do; completes "N GB of …".
+
+    Raises:
+        MemoryError: there is none on a CPU.
+        torch.OutOfMemoryError: there is none on a GPU; hosts know what to do then.
+    """
+    try:
+        return torch.empty(tuple(shape), device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) and not _overflows(shape):
+            raise
+        raise MemoryError(f"There is no memory for {4 * prod(shape) / 1e9:,.0f} GB of {what}") from None
+
+
+def _overflows(shape: Sequence[int]) -> bool:
+    return 4 * prod(shape) >= 1 << 63

@@ -19,12 +19,12 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from ..kvae import KVAE, BudgetError, Method, Plan, plan_decode, plan_encode
+from ..kvae import KVAE, SEGMENT_FRAMES, BudgetError, Method, Plan, plan_decode, plan_encode
 from ..kvae.model import Progress
 from .files import LatentAdapter
 from .hybrid import HybridVAE, NativeVAE
 from .inspect import check_finite, check_latent, check_shape, check_tensor
-from .memory import is_out_of_memory, with_less_memory
+from .memory import room_for, with_less_memory
 from .spaces import LatentSpace
 
 Methods = tuple[Callable[[], Method], ...]  # to try in turn
@@ -99,8 +99,9 @@ class ServedVAE(nn.Module):
         """The frames of each clip in turn, segment by segment: [1, 3, 17, H, W], [1, 3, 16, H, W] …
 
         Raises:
-            ValueError, WeightsError, BudgetError, torch.OutOfMemoryError: as `decode`.
+            ValueError, WeightsError, BudgetError, MemoryError, torch.OutOfMemoryError: as `decode`.
         """
+        self.check_room(z_Bcthw.shape, stream=True)
         check_latent(z_Bcthw, self.space)
         reports = self._progress(len(z_Bcthw), z_Bcthw.shape[2])
         for z, report in zip(z_Bcthw.split(1), reports, strict=True):
@@ -117,6 +118,20 @@ class ServedVAE(nn.Module):
         b, _, t, h, w = z_shape
         return b, 3, self.space.time * (t - 1) + 1, self.space.space * h, self.space.space * w
 
+    def check_room(self, z_shape: Sequence[int], stream: bool) -> None:
+        """Whether there is room for all frames of latents of this shape, or for those of one segment of a stream.
+
+        Raises:
+            ValueError: it is not the shape of latents of this space.
+            MemoryError, torch.OutOfMemoryError: there is none.
+        """
+        if not stream:
+            self._frames(z_shape)
+            return
+        *_, H, W = self.decode_output_shape(z_shape)
+        what = f"frames, {SEGMENT_FRAMES} of {W}x{H}: make them smaller"
+        room_for((SEGMENT_FRAMES, 3, H, W), self.output_device, what)
+
     def memory_used_decode(self, z_shape: Sequence[int], dtype: torch.dtype) -> float:
         """Bytes that decoding latents of this shape needs beside the weights."""
         return self._scaled(self._plan(plan_decode, z_shape, self.budget), dtype)
@@ -127,18 +142,9 @@ class ServedVAE(nn.Module):
         return self._scaled(self._plan(plan_encode, x_shape, self.budget), dtype) + clip
 
     def _frames(self, z_shape: Sequence[int]) -> Tensor:
-        shape = self.decode_output_shape(z_shape)
-        try:
-            return torch.empty(shape, device=self.output_device)
-        except torch.OutOfMemoryError:
-            raise  # of a GPU: the host knows what to do
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryError(
-                f"{shape[0]} x {shape[2]} frames of {shape[4]}x{shape[3]} are {4 * prod(shape) / 1e9:.0f} GB, for "
-                "which there is no memory: write them to a file as they come (KVAE Decode to Video), or make fewer"
-            ) from None
+        b, _, T, H, W = shape = self.decode_output_shape(z_shape)
+        what = f"frames, {b} x {T} of {W}x{H}: write them to a file as they come (KVAE Decode to Video), or make fewer"
+        return room_for(shape, self.output_device, what)
 
     def _whole(self, x_B3THW: Tensor) -> Tensor:
         """The first 4n + 1 frames, once they are checked."""
