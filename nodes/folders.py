@@ -139,7 +139,8 @@ def latent_path(file: object) -> str:
     folder = os.path.realpath(folder or folder_paths.get_input_directory())
     try:
         path = os.path.realpath(os.path.join(folder, name))
-        if os.path.commonpath([folder, path]) == folder and os.path.isfile(path):
+        within = os.path.commonpath([os.path.normcase(folder), os.path.normcase(path)]) == os.path.normcase(folder)
+        if within and os.path.isfile(path):
             return path
     except ValueError:  # a NUL in it, or another drive
         pass

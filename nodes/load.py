@@ -87,6 +87,9 @@ class KVAELoad(io.ComfyNode):
     def execute(
         cls, kvae_name: str, latents: str, decode_adapter: str, encode_adapter: str, dtype: str, memory_gb: float
     ) -> io.NodeOutput:
+        for name, value, known in (("latents", latents, (HUNYUAN, NATIVE)), ("dtype", dtype, (AUTO, *DTYPES))):
+            if value not in known:  # a linked text is not checked against the list
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
         patcher = load_patcher(*folders.stamp(folders.kvae_path(kvae_name)), DTYPES.get(dtype) or working_dtype())
         kvae = patcher.model
         adapters = (

@@ -211,6 +211,9 @@ def test_settings_that_mean_nothing_are_refused(run, load):
             run("KVAEDecode", samples=latent, vae=vae, scaling="raw", memory_gb=bad)
         with pytest.raises(ValueError, match="memory_gb is .*; expected a number of GB"):
             load(memory_gb=bad)
+    for wrong in ({"latents": "native"}, {"dtype": "fp8"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is '.*'; expected one of "):
+            load(**wrong)
     with pytest.raises(ValueError, match="This adapter is a NoneType; expected one from Load Latent Adapter"):
         run("KVAEConvertLatent", samples=latent, adapter=None)
 
