@@ -182,7 +182,7 @@ def test_out_of_memory_goes_on_with_less_and_loses_nothing(small_kvae, caplog):
 
 def test_frames_beyond_all_memory_are_refused_in_words(served):
     z = torch.zeros(1).expand(1, 16, 100_000, 2000, 2000)
-    with pytest.raises(MemoryError, match="122,879 GB of frames, 1 x 399997 of 16000x16000"):
+    with pytest.raises(MemoryError, match="1,228,791 GB of frames, 1 x 399997 of 16000x16000"):
         served.decode(z)
 
 

@@ -114,7 +114,7 @@ logging.basicConfig(level=logging.WARNING)
 torch.manual_seed(0)
 torch.set_num_threads(1)
 kvae = KVAE(KVAEConfig((32, 64, 64, 64), (32, 64, 64, 64), num_res_blocks=1)).eval().requires_grad_(False).fold()
-served, z, x = ServedVAE(kvae), torch.randn(1, 16, 5, 20, 28), torch.rand(1, 3, 17, 160, 224)
+served, z, x = ServedVAE(kvae), torch.randn(1, 16, 3, 20, 24), torch.rand(1, 3, 9, 160, 192)
 plan, shape, work = {
     "decode": (plan_decode, z.shape, lambda: served.decode(z)),
     "decode_stream": (plan_decode, z.shape, lambda: [frames.mean() for frames in served.decode_stream(z)]),
