@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kvae.files import Weights, WeightsError, save_weights, what_is
+from ..kvae.finite import all_finite
 from ..kvae.foreign import build, parse_object
 from ..kvae.layers import Cache
 from ..kvae.signature import same_weights
@@ -260,7 +261,7 @@ def _sound(weights: Weights, key: str) -> Tensor:
     tensor = weights[key]
     if not tensor.is_floating_point():
         raise WeightsError(f"{weights.path}: {key} is of {tensor.dtype}; expected weights of a float type")
-    if not torch.isfinite(tensor.float()).all():
+    if not all_finite(tensor):
         raise WeightsError(f"{weights.path}: {key} holds values that are not finite numbers; train or get it again")
     return tensor.to(torch.float32, copy=True)  # the file's own bytes are mapped: it could not be replaced on Windows
 

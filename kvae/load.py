@@ -14,6 +14,7 @@ from torch import Tensor
 from .config import FAMILY, KVAEConfig
 from .files import Weights, WeightsError, save_weights, what_is
 from .find import FILE_NAMES, find_weights
+from .finite import all_finite
 from .foreign import build, parse_object
 from .model import KVAE
 from .paths import read_text
@@ -96,8 +97,8 @@ def _told(shapes: Shapes) -> dict:
     """
 
     def side(key: str, dim: int) -> int:
-        if len(shapes.get(key, ())) <= dim:
-            raise ValueError(f"{key} is missing")
+        if len(shapes.get(key, ())) <= dim or not shapes[key][dim]:
+            raise ValueError(f"{key} is missing or empty")
         return shapes[key][dim]
 
     found = {m[1] for key in shapes if (m := re.match(r"encoder\.down\.([^.]+)\.", key))}
@@ -169,9 +170,7 @@ def _sound(path: Path, key: str, tensor: Tensor) -> Tensor:
     """
     if not tensor.is_floating_point():
         raise WeightsError(f"{path}: {key} is of {tensor.dtype}; expected weights of a float type")
-    # a sum is not finite where a value is not; of eight bits there are no sums
-    wide = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.bfloat16)
-    if not torch.isfinite(wide.sum(dtype=torch.float32)):
+    if not all_finite(tensor):
         raise WeightsError(f"{path}: {key} holds values that are not finite numbers; download or make it again")
     return tensor
 
