@@ -383,7 +383,7 @@ def test_interrupt_and_full_disk_end_in_one_line(tmp_path):
 
     def no_room():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # the manifest fits, a pair does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))  # the manifest fits, a pair does not
 
     argv = ["extract", "--videos-root", str(tmp_path / "videos"), "--output-root", str(tmp_path / "full"), *SIZE]
     process = command(*argv, preexec_fn=no_room)
