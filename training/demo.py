@@ -24,7 +24,7 @@ from . import evaluate, extract, train
 from .dataset import open_pairs, spread, video_of
 from .errors import UserError
 from .options import DEVICE, option, write_config
-from .pairs import clip_name, find_pairs
+from .pairs import clip_name, find_pairs, read_header
 from .pictures import side_by_side
 from .vaes import TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
 from .videos import find_videos, frame_rate, write_video
@@ -115,7 +115,8 @@ def _hold_out(latents: Path, train_root: Path, val_root: Path) -> None:
     """The last quarter of each video's clips is held out; of videos with one clip, every fourth video."""
     by_video: dict[str, list[Path]] = defaultdict(list)
     for path in find_pairs(latents):
-        by_video[video_of(clip_name(path, latents))].append(path)
+        _, source = read_header(path)
+        by_video[video_of(clip_name(path, latents), source.video if source else None)].append(path)
     for folder in (train_root, val_root):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

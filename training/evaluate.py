@@ -31,8 +31,9 @@ from ..kvae.paths import write_text
 from .closed_form import fit_both_ways
 from .dataset import Pairs, open_pairs, spread
 from .errors import UserError
+from .manifests import read_manifest, read_spaces, same_vae
 from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option, write_config
-from .pairs import Pair, Source, read_manifest, read_spaces, same_vae
+from .pairs import Pair, Source
 from .pictures import contact_sheet
 from .report import write_report
 from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae, made_with
@@ -99,19 +100,18 @@ class AffineBaseline:
 
     def __init__(self, pairs: Pairs, config: EvaluateConfig):
         if config.train_latent_root:
+            self.second = np.zeros(len(pairs), dtype=bool)
             self.maps = [_maps(open_pairs(config.train_latent_root), config.device)] * 2
         else:
-            if len(pairs) < 2:
-                raise UserError(f"{config.latent_root}: one pair only, so no affine map: give --train-latent-root")
-            # halves of neighbours: clips of one video are neighbours, and must not be fitted and judged at once
-            self.middle = len(pairs) // 2
-            halves = np.split(np.arange(len(pairs)), [self.middle])
-            self.maps = [_maps(pairs.take(half), config.device) for half in reversed(halves)]
-        self.halved = not config.train_latent_root
+            try:
+                self.second = pairs.halves()
+            except UserError as error:
+                raise UserError(f"{config.latent_root}: {error}: give --train-latent-root") from None
+            self.maps = [_maps(pairs.take(half), config.device) for half in (self.second, ~self.second)]
 
     def __call__(self, i: int, direction: str) -> Map:
         """The map of a direction ("h2k" or "k2h") for pair i."""
-        return self.maps[int(self.halved and i >= self.middle)][direction]
+        return self.maps[int(self.second[i])][direction]
 
 
 def _maps(pairs: Pairs, device: str) -> dict[str, Map]:
@@ -148,17 +148,17 @@ def latent_figures(
             errors.setdefault(name, []).append((z - target).square().mean().item())
         for name in by_channel:
             z, target = found[name]
-            by_channel[name] = by_channel[name] + (z - target).double().square().mean((0, 2, 3, 4)).cpu()
+            by_channel[name] = by_channel[name] + (z - target).cpu().double().square().mean((0, 2, 3, 4))
         for name, z in (("z_h", z_h), ("z_k", z_k)):
             first, second = moments[name]
-            z = z.double()
-            moments[name] = [first + z.mean((0, 2, 3, 4)).cpu(), second + z.square().mean((0, 2, 3, 4)).cpu()]
+            z = z.cpu().double()  # there, as Apple's GPUs have no float64
+            moments[name] = [first + z.mean((0, 2, 3, 4)), second + z.square().mean((0, 2, 3, 4))]
     count = len(pairs)
     mean = {name: first / count for name, (first, _) in moments.items()}
     variance = {name: second / count - mean[name].square() for name, (_, second) in moments.items()}
     figures, channels, worst = {}, {}, {}
     for name, each in errors.items():
-        total = variance["z_k" if name.removesuffix(" affine").endswith("K") else "z_h"].mean().item()
+        total = max(1e-12, variance["z_k" if name.removesuffix(" affine").endswith("K") else "z_h"].mean().item())
         figures[name] = {"mse": sum(each) / count, "share": sum(each) / count / total}
         if name in by_channel:
             order = sorted(range(count), key=lambda i: -each[i])[:WORST_CLIPS]
