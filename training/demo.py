@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.files import load_adapter
+from ..serving.video_writer import write_video
 from . import evaluate, extract, train
 from .dataset import open_pairs, spread, video_of
 from .errors import UserError
@@ -27,7 +28,7 @@ from .options import DEVICE, option, write_config
 from .pairs import clip_name, find_pairs, read_header
 from .pictures import side_by_side
 from .vaes import TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
-from .videos import find_videos, frame_rate, write_video
+from .videos import Clip, find_videos, times_of
 
 MAX_CLIPS = 40  # what two CPU cores encode in a minute or two
 H2K, K2H = "demo_hunyuan_to_kvae.safetensors", "demo_kvae_to_hunyuan.safetensors"  # of the tiny VAEs alone
@@ -145,8 +146,8 @@ def side_by_sides(config: evaluate.EvaluateConfig, out: Path, count: int = 3) ->
         videos = [original, *(y[0, :, : original.shape[1]].cpu().round().byte() for y in decodes)]
         made.append(out / f"{Path(pairs.name(i)).name}.mp4")
         source = pairs[i].source
-        fps = frame_rate(Path(config.videos_root) / source.video) if source else 25.0
-        write_video(made[-1], side_by_side(evaluate.COLUMNS, videos), fps)
+        clip = source and Clip(Path(config.videos_root) / source.video, source.frames, source.first)
+        write_video(made[-1], side_by_side(evaluate.COLUMNS, videos), times_of(clip) if clip else 25)
     return made
 
 

@@ -264,7 +264,7 @@ def original_frames(name: str, pair: Pair, config: EvaluateConfig) -> Tensor:
             f"{video}: no such file; --videos-root must be the folder that {config.latent_root} was extracted from"
         )
     count = source.frames if source.first is not None else 4 * (pair.z_h.shape[1] - 1) + 1
-    frames = read_clip(Clip(video, count, source.first), source.height, source.width)
+    frames = read_clip(Clip(video, count, source.first), source.height, source.width, source.fit)
     return frames.flip(-1) if source.mirrored else frames
 
 

@@ -23,12 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..kvae import WeightsError, padded_frames
+from ..serving.fit import CROP, STRETCH
 from .ahead import ahead
 from .errors import UserError
-from .manifests import ExtractionManifest
+from .manifests import ExtractionManifest, own_manifest
 from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option
 from .pair_names import MIRRORED, PairNames
-from .pairs import Pair, Source, write_pair
+from .pairs import Pair, Source, pairs_under, write_pair
 from .processes import Processes
 from .vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kandinsky_vae, made_with
 from .videos import Clip, cut, find_videos, read_clips
@@ -55,6 +56,12 @@ class ExtractConfig:
     num_frames: int = option(33, "frames of a clip")
     height: int = option(240, "pixels, a multiple of 8 or 16, as the VAEs need")
     width: int = option(320, "pixels, a multiple of 8 or 16, as the VAEs need")
+    fit: str = option(
+        "",
+        "how a clip gets that size: its middle, of those proportions, or all of it, stretched, as the published "
+        "adapters were trained (default: crop, or what the folder was begun with)",
+        choices=(CROP, STRETCH),
+    )
     sampling: str = option(
         "consecutive",
         "consecutive frames, or uniform: spread over the whole video, as the published adapters were trained",
@@ -83,6 +90,7 @@ def run(config: ExtractConfig) -> int:
     processes = Processes(config.device)
     root, out = Path(config.videos_root), Path(config.output_root)
     _check(config)
+    config = replace(config, fit=config.fit or _begun_with(out))
     videos = find_videos(root, config.split)
     everything = videos if config.split == "all" else find_videos(root)  # a part is named as it is in the whole
     names = PairNames(root, out, everything, config.clips_per_video > 1)
@@ -212,6 +220,8 @@ def _described(config: ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> dict
     free = "videos_root", "output_root", "split", "max_clips", "mirror", "batch_size", "device", "hunyuan_vae", "kvae"
     for name in free:
         del settings[name]
+    if config.fit == STRETCH:
+        del settings["fit"]  # as in folders that are older than the choice
     return {
         "command": "extract",
         "settings": settings,
@@ -228,6 +238,12 @@ def _check(config: ExtractConfig) -> None:
         raise UserError(f"--batch-size is {config.batch_size}; expected at least 1")
     if config.clips_per_video > 1 and config.sampling == "uniform":
         raise UserError("--sampling uniform spreads one clip over the video; --clips-per-video must be 1")
+
+
+def _begun_with(out: Path) -> str:
+    """How the clips of the pairs in a folder were brought to their size."""
+    manifest = own_manifest(out) if any(pairs_under(out)) else None
+    return manifest["settings"].get("fit", STRETCH) if manifest else CROP
 
 
 def _check_size(config: ExtractConfig, multiple: int) -> None:
@@ -274,7 +290,7 @@ def _jobs(video: Path, clips: int, names: PairNames, config: ExtractConfig) -> I
                 else:
                     missing.setdefault(clip, []).append(job)
         if missing:
-            read = read_clips(list(missing), config.height, config.width)
+            read = read_clips(list(missing), config.height, config.width, config.fit)
             for jobs, frames in zip(missing.values(), read, strict=True):
                 for job in jobs:
                     yield replace(job, frames=frames.flip(-1) if job.mirrored else frames)
@@ -325,4 +341,5 @@ def _source(job: Job, root: Path, config: ExtractConfig) -> Source:
         height=config.height,
         width=config.width,
         mirrored=job.mirrored,
+        fit=config.fit,
     )

@@ -44,6 +44,7 @@ class Source:
     height: int
     width: int
     mirrored: bool = False  # left to right
+    fit: str = "stretch"  # to that size: see serving/fit.py
 
     def __post_init__(self) -> None:
         if not lies_inside(self.video):
