@@ -147,8 +147,20 @@ def latent_path(file: object) -> str:
     raise WeightsError(missing)
 
 
-def output_path(prefix: object, ending: str) -> tuple[str, str, str]:
+def has_latent(name: str) -> bool:
+    """Whether `latent_path` knows it."""
+    try:
+        latent_path(name)
+    except WeightsError:
+        return False
+    return True
+
+
+def output_path(prefix: object, ending: str, width: int = 0, height: int = 0) -> tuple[str, str, str]:
     """(path, file, subfolder) of the next file of that prefix in ComfyUI's output folder.
+
+    Args:
+        width, height: in pixels, for %width% and %height% in the prefix.
 
     Raises:
         WeightsError: the prefix makes no name of a file, or its folder cannot be made.
@@ -161,7 +173,7 @@ def output_path(prefix: object, ending: str) -> tuple[str, str, str]:
                 f"filename_prefix: {prefix[:40]}… has a name of over {MOST_NAME} bytes; choose a shorter one"
             )
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            prefix, folder_paths.get_output_directory()
+            prefix, folder_paths.get_output_directory(), width, height
         )
     file = f"{name}_{counter:05}_{ending}"
     return os.path.join(folder, file), file, subfolder

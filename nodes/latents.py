@@ -130,6 +130,7 @@ class KVAELoadLatent(io.ComfyNode):
 
 
 def _latent_files() -> list[str]:
+    """The names to choose from: of files that can be read, so of no link that leads out of ComfyUI's folders."""
     found = []
     for folder, below, ending, suffix in (
         (folder_paths.get_input_directory(), "", (".latent", ".safetensors"), ""),
@@ -138,4 +139,4 @@ def _latent_files() -> list[str]:
         for path, _, names in os.walk(os.path.join(folder, below)):
             relative = os.path.relpath(path, folder)
             found += [os.path.normpath(os.path.join(relative, n)) + suffix for n in sorted(names) if n.endswith(ending)]
-    return found
+    return [name for name in found if folders.has_latent(name)]

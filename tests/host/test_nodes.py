@@ -283,6 +283,7 @@ def test_latents_are_read_from_comfyuis_folders_alone(run, comfy, elsewhere):
         with pytest.raises(ValueError, match="no such latent file; put it into ComfyUI's input folder"):
             run("KVAELoadLatent", file=name, scaling="auto")
         assert node.validate_inputs(name) == node.validate_inputs("absent.latent").replace("absent.latent", name)
+    assert not set(elsewhere) & set(node.define_schema().inputs[0].options)
     for name in (5, ["1"]):
         assert "no such latent file" in node.validate_inputs(name)
 
