@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
-import folder_paths
 from comfy_api.latest import InputImpl, io, ui
 
 from ..adapters.frames import cut_stream, kept_frames
-from ..kvae.paths import file_errors
 from ..serving.video_writer import CODECS, VideoWriter
+from . import folders
 from .coding import latent_for, latent_inputs, within
 from .latent_dict import FRAMES
 from .metadata import workflow_of
@@ -66,12 +63,7 @@ class KVAEDecodeToVideo(io.ComfyNode):
         z = latent_for(vae, samples, scaling)
         vae = within(vae, memory_gb)
         _, _, decoded, height, width = vae.first_stage_model.decode_output_shape(z.shape)
-        with file_errors(filename_prefix):
-            folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-                filename_prefix, folder_paths.get_output_directory(), width, height
-            )
-        file = f"{name}_{counter:05}_.mp4"
-        path = os.path.join(folder, file)
+        path, file, subfolder = folders.output_path(filename_prefix, ".mp4", width, height)
         segments = cut_stream(vae.decode_stream(z), decoded, kept_frames(decoded, samples.get(FRAMES)))
         with VideoWriter(path, width, height, fps, codec, crf, audio, workflow_of(cls)) as writer:
             for frames in segments:

@@ -31,7 +31,7 @@ from .vaes import TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
 from .videos import Clip, find_videos, times_of
 
 MAX_CLIPS = 40  # what two CPU cores encode in a minute or two
-H2K, K2H = "adapter_hunyuan_to_kvae3d.safetensors", "adapter_kvae3d_to_hunyuan.safetensors"
+H2K, K2H = "demo_hunyuan_to_kvae.safetensors", "demo_kvae_to_hunyuan.safetensors"  # of the tiny VAEs alone
 
 
 @dataclass

@@ -31,12 +31,12 @@ from ..kvae.paths import write_text
 from .closed_form import fit_both_ways
 from .dataset import Pairs, open_pairs, spread
 from .errors import UserError
-from .manifests import read_manifest, read_spaces
+from .manifests import read_manifest, read_spaces, same_vae
 from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option, write_config
 from .pairs import Pair, Source
 from .pictures import contact_sheet
 from .report import write_report
-from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae, made_with
 from .videos import EXTENSIONS, Clip, read_clip
 
 Map = Callable[[Tensor], Tensor]
@@ -50,8 +50,8 @@ COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "H
 class EvaluateConfig:
     latent_root: str = option(..., "folder of pairs to evaluate on, from extract or pack")
     videos_root: str = option("", "the videos they came from; without it there are no pixel figures")
-    adapter_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "Hunyuan → KVAE adapter")
-    adapter_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
+    adapter_h2k: str = option("hunyuan_to_kvae.safetensors", "Hunyuan → KVAE adapter")
+    adapter_k2h: str = option("kvae_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
     hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
     kvae: str = option("tiny", KVAE_HELP)
     train_latent_root: str = option("", "pairs to fit the affine maps on; without it, the other half of these pairs")
@@ -74,6 +74,9 @@ def run(config: EvaluateConfig) -> int:
         hunyuan = load_hunyuan_vae(config.hunyuan_vae, config.device)
         kvae = load_kandinsky_vae(config.kvae, config.device)
         _check_vaes(config, hunyuan, kvae)
+        for adapter in (h2k, k2h):
+            for vae in (hunyuan, kvae):
+                adapter.check_fits(vae.space.name, vae.signature)
         chosen = spread(len(pairs), config.num_pixel_samples)
         result["pixel"] = pixel_figures(pairs, chosen, Decoding(hunyuan, kvae, h2k, k2h, affine), config)
     adapters = {"h2k": Path(config.adapter_h2k), "k2h": Path(config.adapter_k2h)}
@@ -273,9 +276,9 @@ def _published_source(name: str, pair: Pair, root: Path) -> Source:
 
 def _check_vaes(config: EvaluateConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> None:
     """Pixels decoded by other VAEs than the pairs were made with would mean nothing."""
-    made_with = read_manifest(config.latent_root)
+    manifest = read_manifest(config.latent_root)
     for key, vae in (("hunyuan_vae", hunyuan), ("kvae", kvae)):
-        if made_with and made_with[key]["sha256"] != vae.digest:
+        if manifest and not same_vae(manifest[key], made_with(vae)):
             raise UserError(
                 f"{config.latent_root}: its pairs were made with another {key} than {vae.source}; "
                 f"give the same --{key.replace('_', '-')}"

@@ -31,7 +31,7 @@ from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option
 from .pair_names import MIRRORED, PairNames
 from .pairs import Pair, Source, pairs_under, write_pair
 from .processes import Processes
-from .vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kandinsky_vae
+from .vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kandinsky_vae, made_with
 from .videos import Clip, cut, find_videos, read_clips
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -225,8 +225,8 @@ def _described(config: ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> dict
     return {
         "command": "extract",
         "settings": settings,
-        "hunyuan_vae": {"space": hunyuan.space.name, "sha256": hunyuan.digest},
-        "kvae": {"space": kvae.space.name, "sha256": kvae.digest},
+        "hunyuan_vae": made_with(hunyuan),
+        "kvae": made_with(kvae),
         "config": asdict(config),
     }
 

@@ -29,8 +29,8 @@ LEAST_VARIANCE = 1e-6  # of latents, as a share of their mean square: float16 te
 class TrainConfig:
     latent_root: str = option(..., "folder of pairs, from extract or pack")
     val_latent_root: str = option("", "folder of pairs to validate on; without one, 1 video in 20 is held out")
-    out_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "file for the Hunyuan → KVAE adapter")
-    out_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "file for the KVAE → Hunyuan adapter")
+    out_h2k: str = option("hunyuan_to_kvae.safetensors", "file for the Hunyuan → KVAE adapter")
+    out_k2h: str = option("kvae_to_hunyuan.safetensors", "file for the KVAE → Hunyuan adapter")
     network: str = option("residual", "adapter network", choices=tuple(NETWORKS))
     epochs: int = option(20, "passes over the pairs")
     batch_size: int = option(8, "clips of a step, over all processes")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..adapters.files import VAEWeights
 from ..adapters.spaces import LatentSpace, space
-from ..kvae.foreign import parse_object
+from ..kvae.foreign import build, parse_object
 from ..kvae.paths import read_text, write_text
+from ..kvae.signature import same_weights
 from .errors import UserError
 from .pairs import pairs_under
 from .walk import files_under
@@ -50,10 +52,11 @@ def read_manifest(root: str | Path) -> dict:
     (first, manifest), *others = found.items()
     for folder, other in others:
         for key in VAES:
-            if other[key] != manifest[key]:
+            if not same_vae(other[key], manifest[key]):
+                one, two = without_signature(manifest[key]), without_signature(other[key])
                 raise UserError(
                     f"{root}: {first} and {folder} hold pairs of different VAEs "
-                    f"({key}: {manifest[key]}, {other[key]}); an adapter is trained on those of one pair of VAEs"
+                    f"({key}: {one}, {two}); an adapter is trained on those of one pair of VAEs"
                 )
     return manifest | {"settings": {folder: each["settings"] for folder, each in found.items()}}
 
@@ -70,11 +73,36 @@ def own_manifest(folder: Path) -> dict:
         for key in VAES:
             if not all(isinstance(manifest[key][each], str) for each in ("space", "sha256")):
                 raise ValueError(f"its {key} is none")
+        weights_of(manifest)  # or a ValueError
         return {key: manifest[key] for key in ("settings", *VAES)}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not the manifest of an extraction ({error}); put the right one there, or use a new folder"
         ) from None
+
+
+def same_vae(one: dict, other: dict) -> bool:
+    """Whether two entries of manifests are of one VAE: of the same file, or of the same weights in two files."""
+    if one["space"] != other["space"]:
+        return False
+    if one["sha256"] == other["sha256"]:
+        return True
+    signatures = [each["signature"] for each in (one, other) if each.get("signature")]
+    return len(signatures) == 2 and same_weights(*signatures)
+
+
+def weights_of(manifest: dict) -> dict[str, VAEWeights]:
+    """The weights of the VAEs that a manifest names, by their spaces: for the adapters trained on its pairs.
+
+    Raises:
+        ValueError: it says of one what cannot be.
+    """
+    return {manifest[key]["space"]: build(VAEWeights, manifest[key]) for key in VAES if key in manifest}
+
+
+def without_signature(entry: dict) -> dict:
+    """What a person reads of an entry of a manifest."""
+    return {key: value for key, value in entry.items() if key != "signature"}
 
 
 def read_spaces(root: str | Path) -> tuple[LatentSpace, LatentSpace]:
@@ -111,10 +139,11 @@ class ExtractionManifest:
         if not theirs:
             raise UserError(f"{folder}: holds pairs and does not say how they were made; choose another --output-root")
         for key in theirs:
-            if theirs[key] != described[key]:
+            same = same_vae(theirs[key], described[key]) if key in VAES else theirs[key] == described[key]
+            if not same:
+                before, now = without_signature(theirs[key]), without_signature(described[key])
                 raise UserError(
-                    f"{folder}: holds pairs made with another {key}: {theirs[key]}; now {described[key]}. "
-                    "Choose another --output-root"
+                    f"{folder}: holds pairs made with another {key}: {before}; now {now}. Choose another --output-root"
                 )
 
     def write(self, more: dict | None = None) -> None:

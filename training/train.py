@@ -48,7 +48,7 @@ from .job import (
     what_pairs,
 )
 from .log import add_to_log, keep_rows, read_log
-from .manifests import read_manifest, read_spaces
+from .manifests import read_manifest, read_spaces, weights_of, without_signature
 from .options import write_config
 from .processes import Processes
 from .recipe import DEFAULT, PUBLISHED, Recipe
@@ -307,13 +307,14 @@ def _save(state: State, job: Job) -> None:
 
 def _write_adapters(state: State, job: Job, seconds: float) -> dict[str, LatentAdapter]:
     """The best weights of each direction, in files that say what they are."""
+    manifest = read_manifest(job.config.latent_root)
     training = {
         "pairs": len(job.train),
         "pairs_sha256": job.train.digest(),
         "steps": state.step,
         "seconds": round(seconds),
         "config": asdict(job.config),
-        "extraction": read_manifest(job.config.latent_root),
+        "extraction": {key: without_signature(each) for key, each in manifest.items()},
     }
     adapters = {}
     for name, label in (("h2k", "Hunyuan→KVAE"), ("k2h", "KVAE→Hunyuan")):
@@ -325,7 +326,7 @@ def _write_adapters(state: State, job: Job, seconds: float) -> dict[str, LatentA
             "val_pairs": len(job.val),
         }
         source, target = job.spaces if name == "h2k" else job.spaces[::-1]
-        adapters[name] = LatentAdapter(network, source, target, training, metrics)
+        adapters[name] = LatentAdapter(network, source, target, training, metrics, weights_of(manifest))
         save_adapter(job.adapter_files[name], adapters[name])
         print(f"Saved {label} adapter to: {job.adapter_files[name]} (validation MSE {mse:.6f})")
     return adapters
