@@ -29,6 +29,7 @@ def figures(y: Tensor, x: Tensor) -> dict[str, float]:
     square = bias = change = ssim_sum = torch.zeros((), dtype=torch.float64)
     before = None
     for a, b in zip(y, x, strict=True):  # frame by frame, as a clip may be gigabytes
+        a, b = a.cpu(), b.cpu()  # some devices have no float64
         error = (a - b).double() * 255
         square = square + error.square().mean()
         bias = bias + error.mean((0, 1))

@@ -1,21 +1,27 @@
 """Adapter files: a network between two latent spaces that says so itself.
 
 The metadata of the safetensors file holds `source_space`, `target_space`, `network` (JSON), `latents`, `pixels`,
-`training` (JSON: on what, how) and `metrics` (JSON). The published files hold none: they are known by their keys.
+`weights` (JSON: of which VAEs), `training` (JSON: on what, how) and `metrics` (JSON). The published files hold none:
+they are known by their keys.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kvae.files import Weights, WeightsError, save_weights, what_is
+from ..kvae.finite import all_finite
+from ..kvae.foreign import build, parse_object
 from ..kvae.layers import Cache
+from ..kvae.signature import same_weights
 from .networks import NETWORKS, Network, Published, build_network
 from .spaces import LatentSpace, space
 
@@ -24,12 +30,24 @@ PUBLISHED_NAMES = {
     "adapter_hunyuan_to_kvae3d.safetensors": ("hunyuan_video", "kvae_3d_1.0"),
     "adapter_kvae3d_to_hunyuan.safetensors": ("kvae_3d_1.0", "hunyuan_video"),
 }
+MOST_SHOWN = 600  # characters of a line of `about`
+
+
+@dataclass(frozen=True)
+class VAEWeights:
+    """Which weights a VAE had: the hash of their file, and what they are whatever file they are in."""
+
+    sha256: str = ""
+    signature: tuple[float, ...] = ()  # see kvae.signature
 
 
 class LatentAdapter(nn.Module):
     """A network together with the spaces it maps between, raw latents to raw latents.
 
-    `training` says what it was trained on and how, `metrics` what it reached.
+    Args:
+        training: what it was trained on and how.
+        metrics: what it reached.
+        weights: of the VAE of each space, by the space's name, as far as they are known.
     """
 
     def __init__(
@@ -39,19 +57,37 @@ class LatentAdapter(nn.Module):
         target: LatentSpace,
         training: dict[str, Any] | None = None,
         metrics: dict[str, Any] | None = None,
+        weights: Mapping[str, VAEWeights] | None = None,
     ):
         super().__init__()
         self.network = network
         self.source, self.target = source, target
         self.training_info, self.metrics = training or {}, metrics or {}
+        self.weights = dict(weights or {})
 
     def about(self) -> str:
-        """What it maps, on what it was trained and what it reached, one line each."""
-        weights = sum(parameter.numel() for parameter in self.network.parameters())
-        lines = [f"{self.source.name} → {self.target.name}, {type(self.network).__name__}, {weights:,} weights"]
-        lines += [f"training {key}: {value}" for key, value in self.training_info.items()]
-        lines += [f"{key}: {value}" for key, value in self.metrics.items()]
-        return "\n".join(lines)
+        """What it maps, on what it was trained and what it reached, one line each; of paths, the last part alone."""
+        count = sum(parameter.numel() for parameter in self.network.parameters())
+        lines = [f"{self.source.name} → {self.target.name}, {type(self.network).__name__}, {count:,} weights"]
+        lines += [f"training {key}: {_without_folders(value)}" for key, value in self.training_info.items()]
+        lines += [f"{key}: {_without_folders(value)}" for key, value in self.metrics.items()]
+        return "\n".join(line if len(line) <= MOST_SHOWN else f"{line[:MOST_SHOWN]}…" for line in lines)
+
+    def fits(self, name: str, signature: Sequence[float]) -> bool:
+        """Whether it is for the VAE of the space `name` that has these weights, as far as the two are known."""
+        return same_weights(self.weights[name].signature, signature) if name in self.weights else True
+
+    def check_fits(self, name: str, signature: Sequence[float]) -> None:
+        """Refuse a VAE with other weights than it was trained for.
+
+        Raises:
+            WeightsError: it is for other weights of that space.
+        """
+        if not self.fits(name, signature):
+            raise WeightsError(
+                f"this {self.source.name} → {self.target.name} adapter was made for a {name} VAE with other weights: "
+                "their latents mean something else; use the adapter that was made for this VAE, or train one"
+            )
 
     def forward(self, z_Bcthw: Tensor, cache: Cache | None = None) -> Tensor:
         """[B, c, t, h, w] raw in the source space → [B, c', t, h, w] raw in the target space, in the dtype given.
@@ -79,6 +115,7 @@ def save_adapter(path: str | os.PathLike, adapter: LatentAdapter) -> None:
         "network": json.dumps({"name": name} | adapter.network.config),
         "latents": "raw [B, c, t, h, w], before any scaling_factor",
         "pixels": f"{adapter.source.name} {adapter.source.pixels}; {adapter.target.name} {adapter.target.pixels}",
+        "weights": json.dumps({name: asdict(weights) for name, weights in adapter.weights.items()}),
         "training": json.dumps(adapter.training_info),
         "metrics": json.dumps(adapter.metrics),
     }
@@ -97,10 +134,24 @@ def direction_of(path: str | os.PathLike) -> tuple[str, str] | None:
     return PUBLISHED_NAMES.get(Path(path).name)
 
 
+def weights_of(path: str | os.PathLike) -> dict[str, tuple[float, ...]]:
+    """Signatures of the VAEs an adapter file was made for, by the names of their spaces, from its header alone.
+
+    Raises:
+        WeightsError: missing, damaged, or not safetensors.
+    """
+    try:
+        return {name: each.signature for name, each in _made_for(Weights(path).metadata).items()}
+    except WeightsError:
+        raise
+    except ValueError as error:
+        raise WeightsError(f"{path}: its metadata is not that of an adapter ({error})") from None
+
+
 def load_adapter(
     path: str | os.PathLike, direction: tuple[str, str] | None = None, device: str | torch.device = "cpu"
 ) -> LatentAdapter:
-    """Read an adapter, strictly, in float32 and eval mode.
+    """Read an adapter, strictly, in float32 and eval mode, frozen.
 
     Args:
         direction: (source, target) space names. Checked against the file's own; needed for a published file that no
@@ -110,36 +161,119 @@ def load_adapter(
         WeightsError: not an adapter, damaged, without a direction, or of another direction than asked.
     """
     weights = Weights(path)
-    if weights.metadata.get("format") == FORMAT:
-        try:
-            found = weights.metadata["source_space"], weights.metadata["target_space"]
-            source, target = space(found[0]), space(found[1])
-            settings = json.loads(weights.metadata["network"])
-            network = build_network(settings.pop("name"), **settings)
-            training = json.loads(weights.metadata.get("training", "{}"))
-            metrics = json.loads(weights.metadata.get("metrics", "{}"))
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise WeightsError(f"{path}: its metadata is not that of an adapter ({error})") from None
-    else:
-        network = Published(16, 16)
-        if weights.shapes != {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}:
-            raise WeightsError(f"{path}: this is {what_is(weights.shapes)}; expected a latent adapter")
-        known = PUBLISHED_NAMES.get(Path(path).name) or direction
-        if known is None:
-            raise WeightsError(
-                f"{path}: a published adapter does not say which way it maps; name it "
-                f"{' or '.join(PUBLISHED_NAMES)}, or give the direction"
-            )
-        found = known
-        source, target, training, metrics = space(found[0]), space(found[1]), {}, {}
+    with torch.device("meta"):  # a description may be of anything, and costs nothing there
+        adapter = _described(weights) if _says_what_it_is(weights) else _published(weights, direction)
+    found = adapter.source.name, adapter.target.name
     if direction and direction != found:
         raise WeightsError(
             f"{path}: this adapter maps {found[0]} → {found[1]}; expected {direction[0]} → {direction[1]}"
             + (": the two files are swapped" if direction == found[::-1] else "")
         )
-    expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    expected = _shapes(adapter.network)
     if weights.shapes != expected:
         wrong = sorted(key for key in expected.keys() | weights.shapes if expected.get(key) != weights.shapes.get(key))
         raise WeightsError(f"{path}: {len(wrong)} tensors do not fit its own description, first {wrong[0]}")
-    network.load_state_dict({key: weights[key] for key in expected})
-    return LatentAdapter(network, source, target, training, metrics).to(device).eval()
+    adapter.network.load_state_dict({key: _sound(weights, key) for key in expected}, assign=True)
+    return adapter.to(device).eval().requires_grad_(False)
+
+
+def _says_what_it_is(weights: Weights) -> bool:
+    """Whether the metadata describes it.
+
+    Raises:
+        WeightsError: it does, in a format that is not known.
+    """
+    found = weights.metadata.get("format", "")
+    if found != FORMAT and found.startswith(FORMAT.partition("/")[0]):
+        raise WeightsError(
+            f"{weights.path}: an adapter of the format {found}; {FORMAT} is known here: update this pack"
+        )
+    return found == FORMAT
+
+
+def _described(weights: Weights) -> LatentAdapter:
+    """The adapter that the metadata describes, without its weights.
+
+    Raises:
+        WeightsError: it describes none.
+    """
+    metadata = weights.metadata
+    try:
+        source, target = space(metadata["source_space"]), space(metadata["target_space"])
+        settings = parse_object(metadata["network"])
+        if isinstance(settings.get("blocks"), int) and settings["blocks"] > len(weights.shapes):
+            raise ValueError(f"{settings['blocks']} blocks in {len(weights.shapes)} tensors")
+        network = build_network(str(settings.pop("name")), **settings)
+        channels = network.config["in_channels"], network.config["out_channels"]
+        if channels != (source.channels, target.channels):
+            raise ValueError(f"a network from {channels[0]} to {channels[1]} channels, {source.name} → {target.name}")
+        return LatentAdapter(
+            network,
+            source,
+            target,
+            parse_object(metadata.get("training", "{}")),
+            parse_object(metadata.get("metrics", "{}")),
+            _made_for(metadata),
+        )
+    except (ArithmeticError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise WeightsError(f"{weights.path}: its metadata is not that of an adapter ({error})") from None
+
+
+def _made_for(metadata: Mapping[str, str]) -> dict[str, VAEWeights]:
+    """Raises a ValueError where the metadata is not of an adapter."""
+    return {name: build(VAEWeights, each) for name, each in parse_object(metadata.get("weights", "{}")).items()}
+
+
+def _published(weights: Weights, direction: tuple[str, str] | None) -> LatentAdapter:
+    """An adapter as the published files hold it, without its weights.
+
+    Raises:
+        WeightsError: it has other tensors, or says nothing of its direction and has none of the published names.
+    """
+    path, network = weights.path, Published(16, 16)
+    if weights.shapes != _shapes(network):
+        kind = what_is(weights.shapes)
+        if kind == "a latent adapter":
+            raise WeightsError(
+                f"{path}: this is a latent adapter that does not say what it maps (no metadata of the format {FORMAT}) "
+                "and not of the published shape; use the file as it was written"
+            )
+        raise WeightsError(f"{path}: this is {kind}; expected a latent adapter")
+    known = PUBLISHED_NAMES.get(path.name) or direction
+    if known is None:
+        raise WeightsError(
+            f"{path}: a published adapter does not say which way it maps; name it "
+            f"{' or '.join(PUBLISHED_NAMES)}, or give the direction"
+        )
+    return LatentAdapter(network, space(known[0]), space(known[1]))
+
+
+def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+
+
+def _sound(weights: Weights, key: str) -> Tensor:
+    """A tensor of the file, in float32.
+
+    Raises:
+        WeightsError: it is not of floats, or not finite.
+    """
+    tensor = weights[key]
+    if not tensor.is_floating_point():
+        raise WeightsError(f"{weights.path}: {key} is of {tensor.dtype}; expected weights of a float type")
+    if not all_finite(tensor):
+        raise WeightsError(f"{weights.path}: {key} holds values that are not finite numbers; train or get it again")
+    return tensor.to(torch.float32, copy=True)  # the file's own bytes are mapped: it could not be replaced on Windows
+
+
+def _without_folders(value: Any) -> Any:
+    """What a file says, fit to be shown to others: of an absolute path, on any system, the last part."""
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    if isinstance(value, str):
+        for kind in (PurePosixPath, PureWindowsPath):
+            if kind(value).is_absolute():
+                return kind(value).name
+    return value

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kvae.finite import all_finite
 from .spaces import SPACES, LatentSpace
 
 # Channels of video latents that people meet but that no adapter here maps.
@@ -47,13 +48,55 @@ def check_latent(z: Tensor, space: LatentSpace, known: str | None = None) -> Non
     Raises:
         ValueError: names what was found, what was expected and what to do.
     """
+    check_tensor(z, "latent")
     check_shape(z.shape, space, known)
-    bad = int((~torch.isfinite(z)).sum())
-    if bad:
+    check_finite(z, "latent")
+
+
+def check_tensor(x: object, what: str) -> None:
+    """Refuse what is not a dense tensor of floats.
+
+    Args:
+        what: "latent" or "pixels", for the message.
+
+    Raises:
+        ValueError: it is none.
+    """
+    expected = "expected a tensor of float32, bfloat16 or float16"
+    if not isinstance(x, Tensor):
+        raise ValueError(f"This {what} is a {type(x).__name__}; {expected}. Check what made it.")
+    if x.layout != torch.strided:
+        raise ValueError(f"This {what} is {str(x.layout).removeprefix('torch.')}; {expected}. Check what made it.")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"This {what} is of {str(x.dtype).removeprefix('torch.')}; {expected}. Check what made it.")
+
+
+def check_values(z: object) -> None:
+    """Refuse what is not a latent with values: no dense tensor of floats, or one of the meta device.
+
+    Raises:
+        ValueError: it is not.
+    """
+    check_tensor(z, "latent")
+    if z.is_meta:  # type: ignore[attr-defined]
+        raise ValueError("This latent is on the meta device: it has a shape, but no values. Check what made it.")
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Refuse NaN and infinite values. On the meta device there are none.
+
+    Raises:
+        ValueError: says how many there are, and where they come from as a rule.
+    """
+    if all_finite(x):
+        return
+    bad = int((~torch.isfinite(x.detach())).sum())
+    if what == "latent":
         raise ValueError(
-            f"{bad} of {z.numel()} values of this latent are NaN or infinite; it would decode to a black picture. "
+            f"{bad} of {x.numel()} values of this latent are NaN or infinite; it would decode to a black picture. "
             "The sampler failed: run the diffusion model in bfloat16 rather than float16, or lower its guidance."
         )
+    raise ValueError(f"{bad} of {x.numel()} values of these pixels are NaN or infinite. Check what made them.")
 
 
 def check_shape(shape: Sequence[int], space: LatentSpace, known: str | None = None) -> None:
@@ -85,7 +128,12 @@ def _advice(shape: Sequence[int]) -> str:
 
 
 def describe(z: Tensor, known: str | None = None) -> str:
-    """A report on a latent: shape, what it decodes to, statistics, which space it looks like and why."""
+    """A report on a latent: shape, what it decodes to, statistics, which space it looks like and why.
+
+    Raises:
+        ValueError: it is no tensor of floats, or its values are nowhere (the meta device).
+    """
+    check_values(z)
     spaces = [space for space in fitting_spaces(z.shape) if known in (None, space.name)]
     kind = f"a latent of {known}, {list(z.shape)}" if known else what_latent(z.shape)
     lines = [f"This is {kind}, {str(z.dtype).removeprefix('torch.')} on {z.device}."]
@@ -108,7 +156,7 @@ def _verdict(spaces: list[LatentSpace], std: float, known: str | None) -> list[s
     if std == 0:
         return ["All values are equal: this is an empty latent, not sampled yet."]
     if known:
-        return ["Its space is known for sure: the node that made it says so."]
+        return [f"Its space, {known}, is known for sure: what made it says so."]
     lines = []
     for space in spaces:
         # A sampler's latents have a deviation near 1; a raw one is that divided by the scaling factor.

@@ -70,10 +70,15 @@ class Affine(nn.Module):
 
     Args:
         kernel: 1, or 3 for the 3x3x3 neighbourhood.
+
+    Raises:
+        ValueError: another kernel.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3):
         super().__init__()
+        if kernel not in (1, 3):
+            raise ValueError(f"kernel is {kernel}; expected 1 or 3")
         self.config = {"in_channels": in_channels, "out_channels": out_channels, "kernel": kernel}
         self.radius = kernel // 2
         self.affine = CausalConv3d(in_channels, out_channels, kernel)
@@ -147,16 +152,20 @@ class Residual(nn.Module):
 
 Network = Published | Affine | Residual
 NETWORKS: dict[str, type[Network]] = {"published": Published, "affine": Affine, "residual": Residual}
+MOST = 4096  # channels, blocks or taps of a network; those in use have up to 128
 
 
 def build_network(name: str, **config: int) -> Network:
     """An untrained network.
 
     Raises:
-        ValueError: the name or a setting is unknown.
+        ValueError: the name or a setting is unknown, or no network has settings like these.
     """
     if name not in NETWORKS:
         raise ValueError(f"no adapter network is called {name!r}; the known ones are {', '.join(NETWORKS)}")
+    for setting, value in config.items():
+        if type(value) is not int or not (setting != "blocks") <= value <= MOST:
+            raise ValueError(f"{setting} is {repr(value)[:60]}; expected a whole number up to {MOST}")
     try:
         return NETWORKS[name](**config)
     except TypeError as error:

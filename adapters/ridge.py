@@ -10,6 +10,8 @@ Only sums are kept (433 x 433 numbers for 16 channels and 3x3x3), so the number 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,13 +38,27 @@ class Ridge:
         """Take in paired latents, [B, c, t, h, w] and [B, c', t, h, w]."""
         x = self._neighbourhoods(source_Bcthw.float())
         y = target_Bcthw.float().movedim(1, -1).flatten(0, -2)
-        # float32 products of one clip, float64 sums over clips: as good as float64 throughout, and much faster
+        # float32 products of one clip, float64 sums over clips: as good as float64 throughout, and much faster; float64
+        # on the CPU only, as Apple's GPUs have none
         self.count += len(x)
-        self.sum_x += x.sum(0, dtype=torch.float64).cpu()
-        self.sum_y += y.sum(0, dtype=torch.float64).cpu()
-        self.sum_yy += y.square().sum(0, dtype=torch.float64).cpu()
-        self.sum_xx += (x.T @ x).double().cpu()
-        self.sum_xy += (x.T @ y).double().cpu()
+        self.sum_x += x.sum(0).cpu().double()
+        self.sum_y += y.sum(0).cpu().double()
+        self.sum_yy += y.square().sum(0).cpu().double()
+        self.sum_xx += (x.T @ x).cpu().double()
+        self.sum_xy += (x.T @ y).cpu().double()
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Take in what other processes have summed.
+
+        Args:
+            total: gives the sum of a float64 vector over all of them.
+        """
+        sums = [self.sum_x, self.sum_y, self.sum_yy, self.sum_xx, self.sum_xy]
+        mine = [torch.tensor([self.count], dtype=torch.float64), *(each.flatten() for each in sums)]
+        count, *parts = total(torch.cat(mine)).split([len(each) for each in mine])
+        self.count = int(count)
+        for each, part in zip(sums, parts, strict=True):
+            each.copy_(part.view_as(each))
 
     def solve(self) -> Affine:
         """The map of least squared error, slightly ridged.
@@ -67,6 +83,10 @@ class Ridge:
     def target_variance(self) -> float:
         """Variance of the targets around each channel's mean, averaged over channels."""
         return (self.sum_yy / self.count - (self.sum_y / self.count).square()).mean().item()
+
+    def target_square(self) -> float:
+        """Mean square of the targets."""
+        return (self.sum_yy / self.count).mean().item()
 
     def target_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each target channel, [c', 1, 1, 1] float32."""

@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .memory import room_for
+
 
 def sample_clip(frames: int, height: int, width: int) -> Tensor:
-    """[T, H, W, 3] in 0..1: a colour gradient that drifts, a disc that crosses it, fine stripes and a grey ramp."""
+    """[T, H, W, 3] in 0..1: a colour gradient that drifts, a disc that crosses it, fine stripes and a grey ramp.
+
+    Raises:
+        MemoryError: there is no room for so many.
+    """
+    room_for((frames, height, width, 3), "cpu", f"frames, {frames} of {width}x{height}: make fewer or smaller ones")
     t = torch.linspace(0, 1, frames)[:, None, None]
     y = torch.linspace(0, 1, height)[None, :, None]
     x = torch.linspace(0, 1, width)[None, None, :]

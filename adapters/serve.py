@@ -11,7 +11,7 @@ for frames in vae.decode_stream(z):                       # 17, 16, 16 … frame
 
 from __future__ import annotations
 
-import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
@@ -19,14 +19,15 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from ..kvae import KVAE, BudgetError, Method, Plan, plan_decode, plan_encode
+from ..kvae import KVAE, SEGMENT_FRAMES, BudgetError, Method, Plan, plan_decode, plan_encode
 from ..kvae.model import Progress
 from .files import LatentAdapter
 from .hybrid import HybridVAE, NativeVAE
-from .inspect import check_latent, check_shape
-from .spaces import native_space
+from .inspect import check_finite, check_latent, check_shape, check_tensor
+from .memory import room_for, with_less_memory
+from .spaces import LatentSpace
 
-logger = logging.getLogger(__name__)
+Methods = tuple[Callable[[], Method], ...]  # to try in turn
 WORKSPACE = 1.1  # what the convolution library takes for itself, beside what is counted
 
 
@@ -51,13 +52,8 @@ class ServedVAE(nn.Module):
         self, kvae: KVAE, decode_adapter: LatentAdapter | None = None, encode_adapter: LatentAdapter | None = None
     ):
         super().__init__()
-        self.vae: NativeVAE
-        if decode_adapter or encode_adapter:
-            self.vae = HybridVAE(kvae, decode_adapter, encode_adapter)
-            self.space = decode_adapter.source if decode_adapter else encode_adapter.target  # type: ignore[union-attr]
-        else:
-            self.vae = NativeVAE(kvae)
-            self.space = native_space(kvae.config)
+        adapted = decode_adapter or encode_adapter
+        self.vae = HybridVAE(kvae, decode_adapter, encode_adapter) if adapted else NativeVAE(kvae)
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         self.free_memory: Callable[[], int | None] = lambda: None
         self.budget: int | None = None
@@ -68,18 +64,23 @@ class ServedVAE(nn.Module):
     def kvae(self) -> KVAE:
         return self.vae.kvae
 
+    @property
+    def space(self) -> LatentSpace:
+        return self.vae.space
+
     def encode(self, x_B3THW: Tensor, device: torch.device | None = None) -> Tensor:
         """[B, 3, T, H, W] → raw latents [B, c, (T − 1) // 4 + 1, H/8, W/8], in the dtype of the weights.
 
         The last one to three frames of a T that is not 4n + 1 are left out: a host counts latents like that.
 
         Raises:
-            ValueError: no frames, or sides that the VAE does not take.
+            ValueError: no frames, sides that the VAE does not take, or pixels that are not finite.
             WeightsError: there is no adapter to encode with.
             BudgetError: see `budget`.
+            torch.OutOfMemoryError: not even the way that takes least fits.
         """
         x = self._whole(x_B3THW)
-        return self._encode(x, self._method(plan_encode, x.shape), device)
+        return self._encode(x, self._methods(plan_encode, x.shape), device)
 
     def decode(self, z_Bcthw: Tensor, output_buffer: Tensor | None = None) -> Tensor:
         """Raw latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W] on `output_device`, or in the buffer given.
@@ -89,24 +90,18 @@ class ServedVAE(nn.Module):
             WeightsError: there is no adapter to decode with.
             BudgetError: see `budget`.
             MemoryError: the frames do not fit.
+            torch.OutOfMemoryError: not even the way that takes least fits.
         """
         x = self._frames(z_Bcthw.shape) if output_buffer is None else output_buffer
-        check_latent(z_Bcthw, self.space)
-        reports = self._progress(len(z_Bcthw), z_Bcthw.shape[2])
-        for clip, z, report in zip(x.split(1), z_Bcthw.split(1), reports, strict=True):
-            try:
-                self._fill(clip, z, self._method(plan_decode, z.shape), report)
-            except torch.OutOfMemoryError:
-                logger.warning("Out of memory; once more in the way that takes least")
-                self._fill(clip, z, self._least(plan_decode, z.shape), report)
-        return x
+        return self._decode(x, z_Bcthw, self._methods(plan_decode, z_Bcthw.shape))
 
     def decode_stream(self, z_Bcthw: Tensor) -> Iterator[Tensor]:
         """The frames of each clip in turn, segment by segment: [1, 3, 17, H, W], [1, 3, 16, H, W] …
 
         Raises:
-            ValueError, WeightsError, BudgetError: as `decode`.
+            ValueError, WeightsError, BudgetError, MemoryError, torch.OutOfMemoryError: as `decode`.
         """
+        self.check_room(z_Bcthw.shape, stream=True)
         check_latent(z_Bcthw, self.space)
         reports = self._progress(len(z_Bcthw), z_Bcthw.shape[2])
         for z, report in zip(z_Bcthw.split(1), reports, strict=True):
@@ -123,6 +118,20 @@ class ServedVAE(nn.Module):
         b, _, t, h, w = z_shape
         return b, 3, self.space.time * (t - 1) + 1, self.space.space * h, self.space.space * w
 
+    def check_room(self, z_shape: Sequence[int], stream: bool) -> None:
+        """Whether there is room for all frames of latents of this shape, or for those of one segment of a stream.
+
+        Raises:
+            ValueError: it is not the shape of latents of this space.
+            MemoryError, torch.OutOfMemoryError: there is none.
+        """
+        if not stream:
+            self._frames(z_shape)
+            return
+        *_, H, W = self.decode_output_shape(z_shape)
+        what = f"frames, {SEGMENT_FRAMES} of {W}x{H}: make them smaller"
+        room_for((SEGMENT_FRAMES, 3, H, W), self.output_device, what)
+
     def memory_used_decode(self, z_shape: Sequence[int], dtype: torch.dtype) -> float:
         """Bytes that decoding latents of this shape needs beside the weights."""
         return self._scaled(self._plan(plan_decode, z_shape, self.budget), dtype)
@@ -133,70 +142,76 @@ class ServedVAE(nn.Module):
         return self._scaled(self._plan(plan_encode, x_shape, self.budget), dtype) + clip
 
     def _frames(self, z_shape: Sequence[int]) -> Tensor:
-        shape = self.decode_output_shape(z_shape)
-        try:
-            return torch.empty(shape, device=self.output_device)
-        except torch.OutOfMemoryError:
-            raise  # of a GPU: the host knows what to do
-        except RuntimeError:
-            raise MemoryError(
-                f"{shape[0]} x {shape[2]} frames of {shape[4]}x{shape[3]} are {4 * prod(shape) / 1e9:.0f} GB, for "
-                "which there is no memory: write them to a file as they come (KVAE Decode to Video), or make fewer"
-            ) from None
+        b, _, T, H, W = shape = self.decode_output_shape(z_shape)
+        what = f"frames, {b} x {T} of {W}x{H}: write them to a file as they come (KVAE Decode to Video), or make fewer"
+        return room_for(shape, self.output_device, what)
 
     def _whole(self, x_B3THW: Tensor) -> Tensor:
-        """The first 4n + 1 frames, once the shape is checked."""
+        """The first 4n + 1 frames, once they are checked."""
         side = self.space.space
+        check_tensor(x_B3THW, "pixels")
         if x_B3THW.ndim != 5 or x_B3THW.shape[2] == 0 or min(x_B3THW.shape[3:]) < side:
             raise ValueError(
                 f"pixels have shape {list(x_B3THW.shape)}; expected [B, 3, T, H, W] with at least one frame "
                 f"and {side} x {side} pixels"
             )
+        check_finite(x_B3THW, "pixels")
         return x_B3THW[:, :, : self.space.time * ((x_B3THW.shape[2] - 1) // self.space.time) + 1]
 
     def _scaled(self, plan: Plan, dtype: torch.dtype) -> float:
         """What the plan, which counts in the dtype of the weights, takes in another."""
         return WORKSPACE * plan.peak * dtype.itemsize / next(self.kvae.parameters()).dtype.itemsize
 
-    def _encode(self, x_B3THW: Tensor, method: Method, device: torch.device | None = None) -> Tensor:
+    def _encode(self, x_B3THW: Tensor, methods: Methods, device: torch.device | None = None) -> Tensor:
         clips = x_B3THW.split(1)
         reports = self._progress(len(clips), (x_B3THW.shape[2] - 1) // self.space.time + 1)
-        z = [self.vae.encode(self._place(c, device), method, report) for c, report in zip(clips, reports, strict=True)]
-        return torch.cat(z)
 
-    def _fill(self, x_13THW: Tensor, z_1cthw: Tensor, method: Method, report: Progress) -> None:
-        """Decode one clip into the frames given."""
-        if method.overlap is not None:
-            x_13THW.zero_()
-        for part in self.vae.decode_parts(self._place(z_1cthw), method, report):
-            part.put(x_13THW)
+        def work(clip: Tensor, report: Progress, method: Method) -> Iterator[Tensor]:
+            yield self.vae.encode(self._place(clip, device), method, report)
+
+        latents = (with_less_memory(partial(work, *each), methods) for each in zip(clips, reports, strict=True))
+        return torch.cat([z for each in latents for z in each])
+
+    def _decode(self, x_B3THW: Tensor, z_Bcthw: Tensor, methods: Methods) -> Tensor:
+        """The frames of all clips, into the tensor given."""
+        check_latent(z_Bcthw, self.space)
+        reports = self._progress(len(z_Bcthw), z_Bcthw.shape[2])
+
+        def work(x: Tensor, z: Tensor, report: Progress, method: Method) -> Iterator[None]:
+            if method.overlap is not None:
+                x.zero_()  # tiles that overlap are added up
+            for part in self.vae.decode_parts(self._place(z), method, report):
+                part.put(x)
+                yield
+
+        for each in zip(x_B3THW.split(1), z_Bcthw.split(1), reports, strict=True):
+            deque(with_less_memory(partial(work, *each), methods), maxlen=0)
+        return x_B3THW
 
     def _decode_clip(self, z_1cthw: Tensor, report: Progress) -> Iterator[Tensor]:
-        """The frames of one clip. Where memory runs out, what is left is decoded in the way that takes least."""
+        """The frames of one clip, each once: a second try begins at the first frame as well."""
         sent = 0
-        for last in (False, True):
-            method = (self._least if last else self._method)(plan_decode, z_1cthw.shape, stream=True)
+
+        def work(method: Method) -> Iterator[Tensor]:
+            nonlocal sent
             done = 0
-            try:
-                for frames in self.vae.decode_stream(self._place(z_1cthw), method):
-                    done += frames.shape[2]
-                    if done > sent:  # else from the first try, which had to begin at the first frame as well
-                        frames, sent = frames[:, :, sent - done :], done
-                        yield frames
-                        report(done)
-                return
-            except torch.OutOfMemoryError:
-                if last:
-                    raise
-                logger.warning("Out of memory after %d frames; going on in the way that takes least", sent)
+            for frames in self.vae.decode_stream(self._place(z_1cthw), method):
+                done += frames.shape[2]
+                if done > sent:
+                    frames, sent = frames[:, :, sent - done :], done
+                    yield frames
+                    report(done)
+
+        return with_less_memory(work, self._methods(plan_decode, z_1cthw.shape, stream=True))
+
+    def _methods(self, plan: Callable[..., Plan], shape: Sequence[int], stream: bool = False) -> Methods:
+        """The way to compute, and the one to fall back on."""
+        return partial(self._method, plan, shape, stream), partial(self._nearest, plan, shape, 0, stream)
 
     def _method(self, plan: Callable[..., Plan], shape: Sequence[int], stream: bool = False) -> Method:
         if self.budget is not None:
             return self._plan(plan, shape, self.budget, stream).method
         return self._nearest(plan, shape, self.free_memory(), stream)
-
-    def _least(self, plan: Callable[..., Plan], shape: Sequence[int], stream: bool = False) -> Method:
-        return self._nearest(plan, shape, 0, stream)
 
     def _nearest(self, plan: Callable[..., Plan], shape: Sequence[int], budget: int | None, stream: bool) -> Method:
         try:

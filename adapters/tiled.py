@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..kvae import Method, Plan, plan_decode, plan_encode
-from .inspect import check_latent
 from .serve import ServedVAE
 
 MOST_TILE = 512  # latents: 4096 pixels
@@ -34,12 +33,8 @@ class TiledVAE(ServedVAE):
             ValueError, WeightsError, BudgetError, MemoryError: as `decode`; or the overlap leaves nothing of the tiles.
         """
         x = self._frames(z_Bcthw.shape)
-        check_latent(z_Bcthw, self.space)
         method = self._tiles(plan_decode, z_Bcthw.shape, (tile_y, tile_x), overlap, side=1)
-        reports = self._progress(len(z_Bcthw), z_Bcthw.shape[2])
-        for clip, z, report in zip(x.split(1), z_Bcthw.split(1), reports, strict=True):
-            self._fill(clip, z, method, report)
-        return x
+        return self._decode(x, z_Bcthw, (lambda: method,))
 
     def encode_tiled(
         self, x_B3THW: Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64, **_: int
@@ -52,7 +47,8 @@ class TiledVAE(ServedVAE):
         x, side = self._whole(x_B3THW), self.space.space
         x = x[..., : x.shape[3] // side * side, : x.shape[4] // side * side]
         tile = tile_y // side, tile_x // side
-        return self._encode(x, self._tiles(plan_encode, x.shape, tile, overlap // side, side))
+        method = self._tiles(plan_encode, x.shape, tile, overlap // side, side)
+        return self._encode(x, (lambda: method,))
 
     def _tiles(
         self, plan: Callable[..., Plan], shape: Sequence[int], tile: tuple[int, int], overlap: int, side: int

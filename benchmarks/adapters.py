@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=24, help="clips of the pixel figures (default 24)")
     parser.add_argument("--write", type=Path, help="Markdown file to write the tables to")
     options = parser.parse_args()
-    work, videos, size = options.work, options.videos_root, {"height": SIDE, "width": SIDE}
+    work, videos, size = options.work, options.videos_root, {"height": SIDE, "width": SIDE, "fit": "stretch"}
     windows = {"clips_per_video": 5, "mirror": "yes"}
     extract.run(extract.ExtractConfig(videos, str(work / "train"), split="train", **size, **windows))  # type: ignore[arg-type]
     extract.run(extract.ExtractConfig(videos, str(work / "val"), split="test", **size))  # type: ignore[arg-type]

@@ -60,6 +60,7 @@ def main() -> None:
             max_clips=options.clips,
             clips_per_video=options.clips_per_video,
             num_frames=frames,
+            fit="stretch",
             height=height,
             width=width,
             batch_size=options.batch_size,

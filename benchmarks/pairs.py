@@ -82,7 +82,13 @@ def extract_all(videos_root: Path, work: Path) -> None:
 
 def extract_one(videos_root: Path, out: Path, size: Size, **changes: Any) -> None:
     frames, height, width = size
-    options: Any = {"split": "train", "num_frames": frames, "height": height, "width": width} | changes
+    options: Any = {
+        "split": "train",
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "fit": "stretch",
+    } | changes
     extract.run(extract.ExtractConfig(str(videos_root), str(out), **options))
 
 

@@ -5,50 +5,55 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .config import FAMILY, KVAEConfig
 from .files import Weights, WeightsError, save_weights, what_is
 from .find import FILE_NAMES, find_weights
+from .finite import all_finite
+from .foreign import build, parse_object
 from .model import KVAE
+from .paths import read_text
 
 _EXPECTED = f"a KVAE-3D VAE ({', '.join(FAMILY)})"
+CONFIG = "kvae_config"  # the config's JSON as bytes, in files of writers that keep tensors alone
+MOST_CONFIG_BYTES = 1 << 16
+MOST_KEYS, MOST_LEVELS = 2000, 8  # the published models have up to 378 and 5
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def load_kvae(name: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> KVAE:
     """A KVAE in eval mode, frozen and folded, every tensor read straight to `dtype` and `device`.
 
     Args:
-        name: a .safetensors file (its config in the metadata, else read off the shapes); a folder with
-            model.safetensors or diffusion_pytorch_model.safetensors, and config.json; or a hub id (owner/name), which
-            is downloaded with huggingface_hub.
+        name: a .safetensors file (its config in the metadata or in the tensor `kvae_config`, else read off the shapes);
+            a folder with model.safetensors or diffusion_pytorch_model.safetensors, and config.json; the name of a
+            published model (KVAE-3D-1.0), or a hub id (owner/name), which are downloaded with huggingface_hub.
 
     Raises:
         WeightsError: the file is missing, damaged, or not a KVAE-3D; the message says what it is.
     """
     path = find_weights(name)
     weights = Weights(path)
-    names = {official_key(key): key for key in weights.shapes}
+    names = {official_key(key): key for key in weights.shapes if key != CONFIG}
     kind = what_is(names)
     if not kind.startswith("a KVAE-3D"):
         raise WeightsError(f"{path}: this is {kind}; expected {_EXPECTED}")
     shapes = {key: weights.shapes[found] for key, found in names.items()}
-    try:
-        beside = path.parent / "config.json"
-        foreign = path.name not in FILE_NAMES or not beside.is_file()  # a file in a folder of many has no config there
-        text = weights.metadata.get("config") or (None if foreign else beside.read_text(encoding="utf-8"))
-        config = KVAEConfig.from_dict(json.loads(text)) if text else config_from_shapes(shapes)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WeightsError(f"{path}: its config is not that of {_EXPECTED} ({error})") from None
+    if len(names) < len(weights.shapes) - (CONFIG in weights.shapes):
+        raise WeightsError(f"{path}: holds the same tensors twice, under official and diffusers keys")
+    config = _config(path, weights, shapes)
     with torch.device("meta"):
         kvae = KVAE(config)
     _check_shapes(path, {key: tuple(p.shape) for key, p in kvae.state_dict().items()}, shapes)
     for key, found in names.items():
         module, leaf = kvae.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
-        tensor = weights[found].to(device=device, dtype=dtype)
+        tensor = _sound(path, found, weights[found]).to(device=device, dtype=dtype)
         setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
     return kvae.eval().fold()
 
@@ -59,6 +64,12 @@ def save_kvae(path: str | os.PathLike, kvae: KVAE, dtype: torch.dtype, metadata:
     save_weights(path, tensors, {"config": json.dumps(kvae.config.to_dict()), **metadata})
 
 
+def described_state(kvae: KVAE) -> dict[str, Tensor]:
+    """The state dict, and the config as a tensor: for a writer that keeps no metadata of ours. `load_kvae` reads it."""
+    text = json.dumps(kvae.config.to_dict()).encode()
+    return {**kvae.state_dict(), CONFIG: torch.tensor(list(text), dtype=torch.uint8)}
+
+
 def official_key(key: str) -> str:
     """A key of the official or the diffusers layout → the official one (diffusers wraps each GroupNorm once more)."""
     if ".norm_layer.norm_layer." in key:
@@ -66,26 +77,105 @@ def official_key(key: str) -> str:
     return re.sub(r"^(encoder\..*norm(?:1|2|_out))\.norm_layer\.", r"\1.", key)
 
 
-def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> KVAEConfig:
+def config_from_shapes(shapes: Shapes) -> KVAEConfig:
     """The config of a file that carries none. What leaves no trace in the shapes is that of the published models:
-    32 groups in a GroupNorm, and the padding, which is of zeros where compression starts at the second level."""
-    levels = 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.down."))
+    32 groups in a GroupNorm, and the padding, which is of zeros where compression starts at the second level.
+
+    Raises:
+        ValueError: they are not the shapes of a KVAE-3D.
+    """
+    told = _told(shapes)
+    return KVAEConfig(**told, padding="zeros" if told["temporal_start_level"] else "replicate")
+
+
+def _told(shapes: Shapes) -> dict:
+    """The fields of a config that the shapes tell: all but `norm_groups` and `padding`. A model of these is no larger
+    than its file.
+
+    Raises:
+        ValueError: they are not the shapes of a KVAE-3D.
+    """
+
+    def side(key: str, dim: int) -> int:
+        if len(shapes.get(key, ())) <= dim or not shapes[key][dim]:
+            raise ValueError(f"{key} is missing or empty")
+        return shapes[key][dim]
+
+    found = {m[1] for key in shapes if (m := re.match(r"encoder\.down\.([^.]+)\.", key))}
+    levels = len(found)
+    if found != {str(i) for i in range(levels)} or levels > MOST_LEVELS:
+        raise ValueError(f"{levels} levels called {', '.join(sorted(found)[:9])}; expected 0, 1, 2 …")
+    blocks = sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.conv\.bias", key)) for key in shapes)
+    if len(shapes) > MOST_KEYS or levels * blocks > len(shapes):
+        raise ValueError(f"{len(shapes)} tensors, {blocks} blocks in a level; a KVAE-3D has some hundreds and 2")
     timed = [i for i in range(levels) if any(k.startswith(f"encoder.down.{i}.downsample.temporal") for k in shapes)]
-    rms = "encoder.norm_out.gamma" in shapes
-    config = KVAEConfig(
-        encoder_widths=tuple(shapes[f"encoder.down.{i}.block.0.conv1.conv.weight"][0] for i in range(levels)),
-        decoder_widths=tuple(shapes[f"decoder.up.{i}.block.0.conv1.conv.weight"][0] for i in range(levels)),
-        num_res_blocks=sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.conv\.bias", k)) for k in shapes),
-        z_channels=shapes["decoder.conv_in.conv.weight"][1],
-        temporal_compress_times=2 ** len(timed),
-        temporal_start_level=min(timed, default=0),
-        norm="rms" if rms else "group",
-        downsample_version=2 if rms else 1,
-    )
-    return replace(config, padding="zeros") if config.temporal_start_level else config
+    encoder = tuple(side(f"encoder.down.{i}.block.0.conv1.conv.weight", 0) for i in range(levels))
+    doubled = levels > 1 and side("encoder.down.0.downsample.linear.weight", 0) == 2 * encoder[0]
+    return {
+        "encoder_widths": encoder,
+        "decoder_widths": tuple(side(f"decoder.up.{i}.block.0.conv1.conv.weight", 0) for i in range(levels)),
+        "num_res_blocks": blocks,
+        "z_channels": side("decoder.conv_in.conv.weight", 1),
+        "temporal_compress_times": 2 ** len(timed),
+        "temporal_start_level": min(timed, default=0),
+        "norm": "rms" if "encoder.norm_out.gamma" in shapes else "group",
+        "downsample_version": 2 if doubled else 1,
+    }
 
 
-def _check_shapes(path: Path, expected: dict[str, tuple], found: dict[str, tuple]) -> None:
+def _config(path: Path, weights: Weights, shapes: Shapes) -> KVAEConfig:
+    """The config that the file or its folder gives, else that of the shapes. It asks for nothing the file has not.
+
+    Raises:
+        WeightsError: it is damaged, or not that of this file.
+    """
+    try:
+        told = _told(shapes)
+        text = weights.metadata.get("config") or _config_tensor(weights) or _config_beside(path)
+        if not text:
+            return config_from_shapes(shapes)
+        config = build(KVAEConfig, KVAEConfig.from_dict(parse_object(text)).to_dict())
+        if config.norm_groups < 1:
+            raise ValueError(f"norm_groups is {config.norm_groups}")
+    except WeightsError:
+        raise
+    except (ArithmeticError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise WeightsError(f"{path}: its config is not that of {_EXPECTED} ({error})") from None
+    for name, value in told.items():
+        if getattr(config, name) != value:
+            raise WeightsError(f"{path}: its config says {name} is {getattr(config, name)}, its tensors say {value}")
+    return config
+
+
+def _config_tensor(weights: Weights) -> str | None:
+    if CONFIG not in weights.shapes:
+        return None
+    shape = weights.shapes[CONFIG]
+    if len(shape) != 1 or shape[0] > MOST_CONFIG_BYTES or weights[CONFIG].dtype != torch.uint8:
+        raise ValueError(f"{CONFIG} is no text")
+    return bytes(weights[CONFIG].tolist()).decode()
+
+
+def _config_beside(path: Path) -> str | None:
+    """A folder of one model has its config there; a file in a folder of many has not."""
+    beside = path.parent / "config.json"
+    return read_text(beside) if path.name in FILE_NAMES and beside.is_file() else None
+
+
+def _sound(path: Path, key: str, tensor: Tensor) -> Tensor:
+    """The tensor, of floats and finite.
+
+    Raises:
+        WeightsError: it is not.
+    """
+    if not tensor.is_floating_point():
+        raise WeightsError(f"{path}: {key} is of {tensor.dtype}; expected weights of a float type")
+    if not all_finite(tensor):
+        raise WeightsError(f"{path}: {key} holds values that are not finite numbers; download or make it again")
+    return tensor
+
+
+def _check_shapes(path: Path, expected: dict[str, tuple], found: Shapes) -> None:
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
     wrong = [key for key in expected.keys() & found.keys() if expected[key] != found[key]]

@@ -127,8 +127,8 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     with file_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if path.exists():
+            check_regular(path)  # a device's name would become a file's
         _sweep(path.parent)
         partial, descriptor = _new_partial(path.parent)
     try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from comfy_api.latest import io
 
 from ..adapters.frames import kept_frames, to_clip
-from ..adapters.inspect import check_latent
+from ..adapters.inspect import check_finite, check_shape, check_tensor
+from ..adapters.memory import room_for
 from .latent_dict import FRAMES, SPACE, samples_of, space_of
 from .vae import KVAEVae
 
@@ -40,7 +43,7 @@ class KVAEDecode(io.ComfyNode):
     def execute(
         cls, samples: dict, vae: KVAEVae, scaling: str, memory_gb: float, approximate: bool = False
     ) -> io.NodeOutput:
-        z = latent_for(vae, samples, scaling)
+        z = latent_for(vae, samples, scaling, stream=False)
         frames = within(vae, memory_gb, approximate).decode(z)
         return io.NodeOutput(frames[:, : kept_frames(frames.shape[1], samples.get(FRAMES))].flatten(0, 1))
 
@@ -64,6 +67,8 @@ class KVAEEncode(io.ComfyNode):
     @classmethod
     def execute(cls, pixels: torch.Tensor, vae: KVAEVae) -> io.NodeOutput:
         check_vae(vae)
+        check_tensor(pixels, "pixels")
+        room_for(pixels.shape, "cpu", f"pixels, {list(pixels.shape)}: encode fewer or smaller frames")
         clip = to_clip(pixels, vae.kvae_space.time)
         return io.NodeOutput({"samples": vae.encode(clip), SPACE: vae.kvae_space.name, FRAMES: len(pixels)})
 
@@ -97,19 +102,30 @@ def memory_input() -> io.Input:
 
 
 def within(vae: KVAEVae, memory_gb: float, approximate: bool = False) -> KVAEVae:
-    """The VAE with that budget (0: its own), exact or not."""
+    """The VAE with that budget (0: its own), exact or not.
+
+    Raises:
+        ValueError: it is no budget.
+    """
+    if not math.isfinite(memory_gb) or memory_gb < 0:
+        raise ValueError(f"memory_gb is {memory_gb}; expected a number of GB, or 0 for what is free")
     return vae.within(round(memory_gb * 1e9) or vae.first_stage_model.budget, approximate)
 
 
-def latent_for(vae: KVAEVae, latent: dict, scaling: str) -> torch.Tensor:
-    """The raw latent [B, c, t, h, w] to decode.
+def latent_for(vae: KVAEVae, latent: dict, scaling: str, stream: bool = True) -> torch.Tensor:
+    """The raw latent [B, c, t, h, w] to decode, as a stream or as a whole.
 
     Raises:
         ValueError: the VAE is not one of ours, or the latent is not for it.
+        MemoryError: there is no room for its frames.
     """
     check_vae(vae)
+    if scaling not in (RAW, SCALED):
+        raise ValueError(f"scaling is {scaling!r}; expected {RAW} or {SCALED}")
     z = samples_of(latent)
-    check_latent(z, vae.kvae_space, space_of(latent))
+    check_shape(z.shape, vae.kvae_space, space_of(latent))
+    vae.first_stage_model.check_room(z.shape, stream)
+    check_finite(z, "latent")
     return vae.kvae_space.unscale(z) if scaling == SCALED else z
 
 

@@ -10,6 +10,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..adapters.figures import difference, figures, table
+from ..adapters.inspect import check_tensor
+from ..adapters.memory import room_for
 from .latent_dict import samples_of
 
 
@@ -59,6 +61,8 @@ class KVAECompare(io.ComfyNode):
         if (pixels is None) == (samples is None):
             raise ValueError("Compare VAEs needs a clip or a latent, one of the two: connect pixels or samples.")
         if pixels is not None:
+            check_tensor(pixels, "pixels")
+            room_for(pixels.shape, "cpu", f"pixels, {list(pixels.shape)}: compare fewer or smaller frames")
             pixels = whole(pixels)
         z = None if samples is None else samples_of(samples)
         a, b = (run(vae, pixels, z) for vae in (vae_a, vae_b))

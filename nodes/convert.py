@@ -71,6 +71,8 @@ class KVAEConvertLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: dict, adapter: LatentAdapter) -> io.NodeOutput:
+        if not isinstance(adapter, LatentAdapter):
+            raise ValueError(f"This adapter is a {type(adapter).__name__}; expected one from Load Latent Adapter.")
         z = samples_of(samples)
         check_latent(z, adapter.source, space_of(samples))
         device = comfy.model_management.get_torch_device()

@@ -8,11 +8,14 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..adapters.inspect import describe
-from ..adapters.latent_files import load_latent, save_latent
+from ..adapters.latent_files import MODELS, load_latent, save_latent
+from ..kvae import WeightsError
+from . import folders
 from .latent_dict import FRAMES, SPACE, samples_of, space_of
 from .metadata import workflow_of
 
-SCALINGS = {"auto": None, "raw": False, "scaled": True}
+AUTO = "auto"
+SCALINGS = {AUTO: None, "raw": False, "scaled": True}
 SAVED = "latents"  # the folder in ComfyUI's output that Save Latent writes to, unless told otherwise
 
 
@@ -62,11 +65,7 @@ class KVAESaveLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: dict, filename_prefix: str) -> io.NodeOutput:
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
-        )
-        file = f"{name}_{counter:05}_.latent"
-        path = os.path.join(folder, file)
+        path, file, subfolder = folders.output_path(filename_prefix, ".latent")
         save_latent(path, samples_of(samples), space_of(samples), samples.get(FRAMES), workflow_of(cls))
         return io.NodeOutput(samples, ui={"latents": [ui.SavedResult(file, subfolder, io.FolderType.output)]})
 
@@ -91,6 +90,13 @@ class KVAELoadLatent(io.ComfyNode):
                     options=list(SCALINGS),
                     tooltip="Whether it holds raw latents or a sampler's scaled ones. auto goes by the kind of file.",
                 ),
+                io.Combo.Input(
+                    "model",
+                    options=[AUTO, *MODELS],
+                    optional=True,
+                    tooltip="What the latent is of. auto goes by the file; where it can be read in two ways, an error "
+                    "asks. diffusers saves latents of Kandinsky 5 with the channels last, all others with them first.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The latent, raw."),
@@ -100,17 +106,23 @@ class KVAELoadLatent(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        if file is not None and not folder_paths.exists_annotated_filepath(file):
-            return f"{file}: no such latent file; put it into ComfyUI's input folder and refresh the page (press R)."
+        try:
+            if file is not None:  # None: linked to another node
+                folders.latent_path(file)
+        except WeightsError as error:
+            return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **_) -> float:
-        return os.path.getmtime(folder_paths.get_annotated_filepath(file))
+    def fingerprint_inputs(cls, file: str, **_) -> list:
+        return folders.stamp(folders.latent_path(file))
 
     @classmethod
-    def execute(cls, file: str, scaling: str) -> io.NodeOutput:
-        found = load_latent(folder_paths.get_annotated_filepath(file), SCALINGS[scaling])
+    def execute(cls, file: str, scaling: str, model: str = AUTO) -> io.NodeOutput:
+        if scaling not in SCALINGS:
+            raise ValueError(f"scaling is {scaling!r}; expected one of {', '.join(SCALINGS)}")
+        path = folders.latent_path(file)  # again: by now it may be a link to another place
+        found = load_latent(path, SCALINGS[scaling], None if model == AUTO else model)
         latent = {"samples": found.z, SPACE: found.space, FRAMES: found.frames}
         latent = {key: value for key, value in latent.items() if value is not None}
         report = f"Read as a {found.kind}.\n{describe(found.z, found.space)}"
@@ -118,6 +130,7 @@ class KVAELoadLatent(io.ComfyNode):
 
 
 def _latent_files() -> list[str]:
+    """The names to choose from: of files that can be read, so of no link that leads out of ComfyUI's folders."""
     found = []
     for folder, below, ending, suffix in (
         (folder_paths.get_input_directory(), "", (".latent", ".safetensors"), ""),
@@ -126,4 +139,4 @@ def _latent_files() -> list[str]:
         for path, _, names in os.walk(os.path.join(folder, below)):
             relative = os.path.relpath(path, folder)
             found += [os.path.normpath(os.path.join(relative, n)) + suffix for n in sorted(names) if n.endswith(ending)]
-    return found
+    return [name for name in found if folders.has_latent(name)]

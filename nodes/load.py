@@ -87,6 +87,9 @@ class KVAELoad(io.ComfyNode):
     def execute(
         cls, kvae_name: str, latents: str, decode_adapter: str, encode_adapter: str, dtype: str, memory_gb: float
     ) -> io.NodeOutput:
+        for name, value, known in (("latents", latents, (HUNYUAN, NATIVE)), ("dtype", dtype, (AUTO, *DTYPES))):
+            if value not in known:  # a linked text is not checked against the list
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
         patcher = load_patcher(*folders.stamp(folders.kvae_path(kvae_name)), DTYPES.get(dtype) or working_dtype())
         kvae = patcher.model
         adapters = (
@@ -117,16 +120,18 @@ def hunyuan_adapters(
     Raises:
         WeightsError: neither is there, one is not what it is chosen for, or several fit.
     """
+    if decode == encode == NONE:
+        raise WeightsError(f'Both adapters are none: choose one of them, or latents "{NATIVE}".')
     native = native_space(kvae.config).name
     there, back = ("hunyuan_video", native), (native, "hunyuan_video")
-    decoder, encoder = _adapter(decode, there, kvae_name), _adapter(encode, back, kvae_name)
+    decoder, encoder = _adapter(decode, there, kvae_name, kvae), _adapter(encode, back, kvae_name, kvae)
     if decoder is None and encoder is None:
         raise WeightsError(folders.no_adapters(*there))
     return decoder, encoder
 
 
-def _adapter(choice: str, direction: tuple[str, str], kvae_name: str) -> LatentAdapter | None:
+def _adapter(choice: str, direction: tuple[str, str], kvae_name: str, kvae: KVAE) -> LatentAdapter | None:
     if choice == NONE:
         return None
-    path = folders.find_adapter(*direction, kvae_name) if choice == AUTO else folders.adapter_path(choice)
+    path = folders.find_adapter(*direction, kvae_name, kvae) if choice == AUTO else folders.adapter_path(choice)
     return load_adapter(path, direction) if path else None

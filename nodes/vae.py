@@ -20,6 +20,7 @@ from comfy.model_patcher import ModelPatcher
 from ..adapters.serve import to_image
 from ..adapters.tiled import TiledVAE
 from ..kvae import KVAE
+from ..kvae.load import described_state
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -92,8 +93,9 @@ class KVAEVae(comfy.sd.VAE):
         return self.first_stage_model.encode_tiled(x, tile_x, tile_y, overlap[1]).float().to(self.output_device)
 
     def get_sd(self) -> dict[str, torch.Tensor]:
-        """What ComfyUI's Save VAE writes: the KVAE's weights under their own names, which Load KVAE reads."""
-        return self.first_stage_model.kvae.state_dict()
+        """What ComfyUI's Save VAE writes: the KVAE's weights under their own names, and its config as one more tensor,
+        since that node keeps no metadata but its own. Load KVAE reads it; the adapters stay in their files."""
+        return described_state(self.first_stage_model.kvae)
 
     def decode_stream(self, z_Bcthw: torch.Tensor) -> Iterator[torch.Tensor]:
         """Frames as IMAGEs [17 or 16, H, W, 3] in 0..1: a segment at a time, so that memory does not grow."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
-import folder_paths
 from comfy_api.latest import InputImpl, io, ui
 
 from ..adapters.frames import cut_stream, kept_frames
+from ..serving.video_writer import CODECS, VideoWriter
+from . import folders
 from .coding import latent_for, latent_inputs, within
 from .latent_dict import FRAMES
 from .metadata import workflow_of
 from .vae import KVAEVae
-from .video_writer import CODECS, VideoWriter
 
 
 class KVAEDecodeToVideo(io.ComfyNode):
@@ -27,7 +25,7 @@ class KVAEDecodeToVideo(io.ComfyNode):
             inputs=[
                 *latent_inputs(),
                 io.Float.Input(
-                    "fps", default=24.0, min=1.0, max=240.0, step=0.01, tooltip="Frames per second of the video."
+                    "fps", default=24.0, min=1.0, max=240.0, step=0.001, tooltip="Frames per second of the video."
                 ),
                 io.Combo.Input(
                     "codec", options=list(CODECS), tooltip="h264 plays everywhere; h265 and av1 make smaller files."
@@ -65,11 +63,7 @@ class KVAEDecodeToVideo(io.ComfyNode):
         z = latent_for(vae, samples, scaling)
         vae = within(vae, memory_gb)
         _, _, decoded, height, width = vae.first_stage_model.decode_output_shape(z.shape)
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory(), width, height
-        )
-        file = f"{name}_{counter:05}_.mp4"
-        path = os.path.join(folder, file)
+        path, file, subfolder = folders.output_path(filename_prefix, ".mp4", width, height)
         segments = cut_stream(vae.decode_stream(z), decoded, kept_frames(decoded, samples.get(FRAMES)))
         with VideoWriter(path, width, height, fps, codec, crf, audio, workflow_of(cls)) as writer:
             for frames in segments:

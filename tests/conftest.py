@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvae_comfyui.kvae import KVAE, KVAEConfig
-from kvae_comfyui.training.videos import write_video
+from kvae_comfyui.serving.video_writer import write_video
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

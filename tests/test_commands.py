@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +19,14 @@ from safetensors.torch import save_file
 
 from conftest import make_videos, shared
 from kvae_comfyui.adapters.files import load_adapter
-from kvae_comfyui.kvae import KVAE, KVAEConfig
+from kvae_comfyui.kvae import KVAE, KVAEConfig, load_kvae, save_kvae
 from kvae_comfyui.training import train as training
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.evaluate import EvaluateConfig, original_frames
 from kvae_comfyui.training.pairs import Pair, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.recipe import PUBLISHED
 from kvae_comfyui.training.report import write_report
-from kvae_comfyui.training.vaes import load_hunyuan_vae
+from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = ["--num-frames", "9", "--height", "48", "--width", "64", "--device", "cpu"]
@@ -272,7 +273,7 @@ def test_demo(tmp_path, capsys):
     closing = capsys.readouterr().out.rpartition("Done in ")[2]
     assert "python -m training extract --videos-root VIDEOS" in closing
     for name in (
-        *("adapter_hunyuan_to_kvae3d.safetensors", "adapter_kvae3d_to_hunyuan.safetensors", "contact_sheet.png"),
+        *("demo_hunyuan_to_kvae.safetensors", "demo_kvae_to_hunyuan.safetensors", "contact_sheet.png"),
         *("evaluation.txt", "evaluation.json", "train.png", "train.jsonl", "v_Wave_g01_c01.000.mp4"),
     ):
         assert (out / name).stat().st_size > 0
@@ -382,11 +383,34 @@ def test_interrupt_and_full_disk_end_in_one_line(tmp_path):
 
     def no_room():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # the manifest fits, a pair does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))  # the manifest fits, a pair does not
 
     argv = ["extract", "--videos-root", str(tmp_path / "videos"), "--output-root", str(tmp_path / "full"), *SIZE]
     process = command(*argv, preexec_fn=no_room)
     _, err = process.communicate()
     assert process.returncode == 2
     assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
-    assert [p.name for p in (tmp_path / "full").iterdir()] == ["manifest.json"]
+    assert not list((tmp_path / "full").iterdir())  # no pair, no manifest
+
+
+def test_trained_adapters_know_the_weights_of_the_vaes_and_evaluation_keeps_to_them(job, tmp_path, capsys):
+    """The same weights in another file and precision are accepted, others refused, by the pairs and by the adapters."""
+    h2k = load_adapter(job / "adapters" / "h2k.safetensors")
+    assert h2k.weights == load_adapter(TINY_ADAPTERS["h2k"]).weights  # of the tiny VAEs, by which the pairs were made
+    assert "signature" not in json.dumps(h2k.training_info)
+    kvae = load_kvae(TINY["kvae"])
+    save_kvae(tmp_path / "bf16.safetensors", kvae, torch.bfloat16, {})
+    options = [*evaluate_options(job), "--kvae", str(tmp_path / "bf16.safetensors"), "--num-pixel-samples", "1"]
+    options[options.index("--output-root") + 1] = str(tmp_path / "evaluation")
+    assert main(["evaluate", *options]) == 0
+    capsys.readouterr()
+    with torch.no_grad():
+        for parameter in kvae.parameters():
+            parameter.neg_()
+    save_kvae(tmp_path / "other.safetensors", kvae, torch.float32, {})
+    options[options.index("--kvae") + 1] = str(tmp_path / "other.safetensors")
+    assert "its pairs were made with another kvae" in refusal(["evaluate", *options], capsys)
+    shutil.copytree(job / "latents", tmp_path / "latents")
+    (tmp_path / "latents" / "manifest.json").unlink()  # the pairs say nothing then, the adapters still do
+    options[options.index("--latent-root") + 1] = str(tmp_path / "latents")
+    assert "made for a kvae_3d_1.0 VAE with other weights" in refusal(["evaluate", *options], capsys)

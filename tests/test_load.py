@@ -1,6 +1,12 @@
 """Loading is strict, knows both key layouts, and says what a wrong file is."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +15,10 @@ from safetensors.torch import save_file
 
 from kvae_comfyui.kvae import FAMILY, KVAE, KVAEConfig, WeightsError, load_kvae, save_kvae
 from kvae_comfyui.kvae.files import save_weights
-from kvae_comfyui.kvae.load import config_from_shapes
+from kvae_comfyui.kvae.load import config_from_shapes, described_state, official_key
+from kvae_comfyui.kvae.signature import same_weights, signature
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def same(a, b):
@@ -116,3 +125,200 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         save_weights(path, {"a": torch.ones(2)}, {"number": 1})  # metadata must be text
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+TINY_CONFIG = KVAEConfig((16, 32), (16, 32), num_res_blocks=1, temporal_compress_times=2, norm_groups=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_res_blocks": 10**9}, "its config says num_res_blocks is 1000000000, its tensors say 1"),
+        ({"num_res_blocks": 1.5}, "num_res_blocks is 1.5"),
+        ({"num_res_blocks": True}, "num_res_blocks is True"),
+        ({"encoder_widths": [16] * 1000, "decoder_widths": [16] * 1000}, "its config says encoder_widths"),
+        ({"encoder_widths": [16, 10**30]}, "its config says encoder_widths"),
+        ({"encoder_widths": "wide"}, "its config is not that of"),
+        ({"encoder_widths": None}, "its config is not that of"),
+        ({"z_channels": 10**12}, "its config says z_channels is 1000000000000"),
+        ({"z_channels": -1}, "its config says z_channels"),
+        ({"temporal_start_level": 10**18}, "its config is not that of"),
+        ({"norm_groups": 0}, "its config is not that of"),
+        ({"norm_groups": -4}, "norm_groups is -4"),
+        ({"norm": "rms"}, "its config says norm is rms"),
+        ({"padding": ["zeros"]}, "its config is not that of"),
+        ({"ch": 1e308, "ch_mult": [1e308]}, "its config is not that of"),
+        ({"ch": float("nan")}, "its config is not that of"),
+        ({"model": 5}, "its config is not that of"),
+        ({"model": {"encoder_params": [], "decoder_params": {}}}, "its config is not that of"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ("[]", "expected an object"),
+        ("null", "expected an object"),
+        ("1" * 5000, "its config is not that of"),
+        ("{", "its config is not that of"),
+    ],
+)
+def test_a_config_asks_for_no_more_than_its_file_holds(tmp_path, change, words):
+    """And is of the right types: refused in one line before anything is built."""
+    kvae, path = KVAE(TINY_CONFIG), tmp_path / "kvae.safetensors"
+    text = change if isinstance(change, str) else json.dumps(TINY_CONFIG.to_dict() | change)
+    save_file(kvae.state_dict(), path, {"config": text})
+    with pytest.raises(WeightsError, match=re.escape(words)) as caught:
+        load_kvae(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"encoder.down.99999999.block.0.conv1.conv.weight": (16, 16, 3, 3, 3)},
+        {"encoder.down.x.block.0.conv1.conv.weight": (16, 16, 3, 3, 3)},
+        {f"encoder.down.{i}.block.0.conv1.conv.weight": (1,) for i in range(2, 1000)},
+        {f"encoder.down.0.block.{i}.conv1.conv.bias": (1,) for i in range(1, 1500)},
+        {f"encoder.down.0.block.{i}.conv1.conv.bias": (1,) for i in range(1, 3000)},
+    ],
+    ids=["level 99999999", "level x", "a thousand levels", "blocks without end", "keys without end"],
+)
+def test_keys_ask_for_no_more_than_their_file_holds(tmp_path, extra):
+    tensors = KVAE(TINY_CONFIG).state_dict() | {key: torch.zeros(shape) for key, shape in extra.items()}
+    save_file(tensors, tmp_path / "kvae.safetensors")
+    with pytest.raises(WeightsError, match="its config is not that of a KVAE-3D VAE"):
+        load_kvae(tmp_path / "kvae.safetensors")
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    state = KVAE(TINY_CONFIG).state_dict()
+    config = {"config": json.dumps(TINY_CONFIG.to_dict())}
+    key = "decoder.mid.block_1.conv1.conv.weight"
+    for bad, words in (
+        (torch.full_like(state[key], torch.nan), f"{key} holds values that are not finite"),
+        (state[key].clone().flatten().index_fill(0, torch.tensor(7), torch.inf).view_as(state[key]), "not finite"),
+        (state[key].to(torch.int8), f"{key} is of torch.int8; expected weights of a float type"),
+    ):
+        save_file(state | {key: bad}, tmp_path / "kvae.safetensors", config)
+        with pytest.raises(WeightsError, match=words):
+            load_kvae(tmp_path / "kvae.safetensors")
+
+
+def test_a_config_travels_as_a_tensor_where_no_metadata_does(tmp_path):
+    """As ComfyUI's Save VAE writes what it is given: tensors alone."""
+    kvae = KVAE(replace(TINY_CONFIG, padding="zeros"))
+    path = tmp_path / "vae.safetensors"
+    save_file(described_state(kvae), path, {"prompt": "{}"})
+    loaded = load_kvae(path)
+    assert loaded.config == kvae.config
+    assert same(loaded, kvae)
+    assert loaded.state_dict().keys() == kvae.state_dict().keys()
+    for bad in (torch.zeros(4, dtype=torch.uint8), torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8)):
+        save_file(described_state(kvae) | {"kvae_config": bad}, path)
+        with pytest.raises(WeightsError, match="its config is not that of"):
+            load_kvae(path)
+
+
+def test_both_layouts_in_one_file_are_refused(tmp_path, small_kvae):
+    state = small_kvae.state_dict()
+    twice = state["encoder.norm_out.weight"].clone()
+    save_file(state | {"encoder.norm_out.norm_layer.weight": twice}, tmp_path / "kvae.safetensors")
+    with pytest.raises(WeightsError, match="the same tensors twice"):
+        load_kvae(tmp_path / "kvae.safetensors")
+
+
+# ---- names
+
+
+def in_cache(cache: Path, repository: str, files: dict[str, bytes]) -> None:
+    """A hub's cache with one repository in it."""
+    folder = cache / "hub" / f"models--{repository.replace('/', '--')}"
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    for name, data in files.items():
+        (folder / "snapshots" / ("0" * 40) / name).write_bytes(data)
+
+
+FIND = """
+import sys
+from kvae_comfyui.kvae import WeightsError
+from kvae_comfyui.kvae.find import find_weights
+
+for name in sys.argv[1:]:
+    try:
+        print("->", find_weights(name))
+    except WeightsError as error:
+        print("->", error)
+"""
+
+
+def find(names: list[str], folder: Path, **env: str) -> list[str]:
+    """What a process with the hub's cache in that folder finds for each name, or says of it."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env = clean | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | env
+    done = subprocess.run([sys.executable, "-c", FIND, *names], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return re.findall("^-> (.*)$", done.stdout, re.MULTILINE)
+
+
+def test_the_names_of_published_models_are_those_of_the_hub(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    in_cache(tmp_path / "hf", "kandinskylab/KVAE-3D-1.0", {"model.safetensors": b"x", "config.json": b"{}"})
+    in_cache(tmp_path / "hf", "kandinskylab/KVAE-3D-2.0-t4s8", {"model.safetensors": b"x"})
+    mine = tmp_path / "KVAE-3D-2.0-t4s8"
+    mine.mkdir()
+    (mine / "model.safetensors").write_bytes(b"mine")
+    name, repository, local = find(["KVAE-3D-1.0", "kandinskylab/KVAE-3D-1.0", mine.name], tmp_path)
+    assert name == repository
+    assert name.startswith(str(tmp_path / "hf")) and name.endswith("model.safetensors")
+    assert local == os.path.join("KVAE-3D-2.0-t4s8", "model.safetensors")  # what is here wins
+
+
+def test_what_cannot_be_found_is_one_line(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    expected = {
+        "KVAE-3D-2.0-t4s8": "kandinskylab/KVAE-3D-2.0-t4s8: no such file or folder, and the hub says",
+        "someone/" + "x" * 120: "and the hub says",
+        "-x/y": "give a .safetensors file, a folder, KVAE-3D-1.0",
+        "x" * 5000: "choose a shorter name",
+        "nonsense": "no such file or folder; give",
+    }
+    for said, words in zip(find(list(expected), tmp_path), expected.values(), strict=True):
+        assert words in said
+    (said,) = find(["someone/else"], tmp_path, HF_ENDPOINT="http://[::1")
+    assert "HF_ENDPOINT is no address" in said
+    (said,) = find(["someone/else"], tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
+    assert "and the hub says" in said
+    with pytest.raises(WeightsError, match="not a name that a file can have"):
+        load_kvae("a\0b")
+
+
+# ---- signatures
+
+
+def test_a_signature_tells_weights_apart_and_survives_conversions(tmp_path, small_kvae):
+    known = signature(small_kvae.state_dict())
+    assert len(known) == 64
+    theirs = AutoencoderKLKVAEVideo(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1).eval()
+    theirs.load_state_dict({diffusers_key(key, theirs): value for key, value in small_kvae.state_dict().items()})
+    theirs.save_pretrained(tmp_path / "diffusers")
+    assert signature(load_kvae(tmp_path / "diffusers").state_dict()) == known
+    for dtype in (torch.bfloat16, torch.float16):
+        save_kvae(tmp_path / "half.safetensors", small_kvae, dtype, {})
+        half = load_kvae(tmp_path / "half.safetensors", dtype).to(memory_format=torch.channels_last_3d)
+        assert signature(half.state_dict()) != known
+        assert same_weights(known, signature(half.state_dict()))
+    torch.manual_seed(7)
+    assert not same_weights(known, signature(KVAE(small_kvae.config).state_dict()))
+    further = {
+        key: value + 0.2 * value.std() * torch.randn_like(value) for key, value in small_kvae.state_dict().items()
+    }
+    assert not same_weights(known, signature(further))
+    assert not same_weights(known, known[:-1])
+    with torch.device("meta"):
+        assert signature(KVAE(small_kvae.config).state_dict()) == ()
+    assert same_weights(known, ())  # nothing is known
+
+
+def diffusers_key(key: str, theirs) -> str:
+    """The key under which diffusers' model has it."""
+    (found,) = (each for each in theirs.state_dict() if official_key(each) == key)
+    return found

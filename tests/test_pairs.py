@@ -1,13 +1,31 @@
 """Pair files: the published format both ways, and every way to be broken named."""
 
+import json
+import os
+from dataclasses import asdict
+from pathlib import PurePosixPath, PureWindowsPath
+
+import numpy as np
 import pytest
 import torch
 import zstandard
 from safetensors.torch import load, save
 
-from kvae_comfyui.training.dataset import open_pairs
+from kvae_comfyui.kvae import WeightsError
+from kvae_comfyui.training.cli import main
+from kvae_comfyui.training.dataset import open_pairs, video_of
 from kvae_comfyui.training.errors import UserError
-from kvae_comfyui.training.pairs import Pair, Shape, Source, find_pairs, read_pair, read_shape, write_pair
+from kvae_comfyui.training.manifests import read_spaces
+from kvae_comfyui.training.pairs import (
+    Pair,
+    Shape,
+    Source,
+    find_pairs,
+    lies_inside,
+    read_header,
+    read_pair,
+    write_pair,
+)
 
 SHAPE = (16, 3, 4, 6)
 SOURCE = Source("a/b.avi", 12, 7, 2, 32, 48)
@@ -26,7 +44,7 @@ def test_round_trip(tmp_path):
     assert back.source == SOURCE
     assert torch.equal(back.z_h, pair.z_h.half()) and torch.equal(back.z_k, pair.z_k.half())
     assert find_pairs(tmp_path) == [path]
-    assert read_shape(path) == Shape(16, *SHAPE)
+    assert read_header(path) == (Shape(16, *SHAPE), SOURCE)
 
 
 def test_a_published_reader_reads_ours(tmp_path):
@@ -64,7 +82,7 @@ def test_broken_files_are_named(tmp_path):
         (good[: len(good) // 2], "cut short or not zstd"),
         (b"not zstd at all", "cut short or not zstd"),
         (b"", "cut short or not zstd"),
-        (zstandard.ZstdCompressor().compress(b"hello"), "holds no safetensors"),
+        (zstandard.ZstdCompressor().compress(b"hello"), "around safetensors"),
     ):
         path.write_bytes(data)
         with pytest.raises(UserError, match=message) as error:
@@ -72,7 +90,7 @@ def test_broken_files_are_named(tmp_path):
         assert str(path) in str(error.value)
         if data != good[: len(data)] or not data:  # the shape is at the start, and nothing else is read for it
             with pytest.raises(UserError, match="cut short or not zstd"):
-                read_shape(path)
+                read_header(path)
 
 
 def test_a_small_file_cannot_claim_all_memory(tmp_path):
@@ -99,3 +117,152 @@ def test_batches(tmp_path):
     z_h, z_k = open_pairs(tmp_path).batch([2, 1], torch.device("cpu"))
     assert z_h.shape == (2, *SHAPE) and z_h.dtype == torch.float32
     assert z_h[:, 0, 0, 0, 0].tolist() == [2, 1] and z_k[:, 0, 0, 0, 0].tolist() == [-2, -1]
+
+
+def test_what_is_no_number_in_float16_is_not_written_and_not_read(tmp_path):
+    """Finite in float32 is not enough: beyond 65,504 nothing is left in float16."""
+    path, z = tmp_path / "x.safetensors.zst", torch.randn(SHAPE)
+    for bad in (7e4, float("inf"), float("nan")):
+        wrong = z.clone()
+        wrong[0, 0, 0, 0] = bad
+        for pair in (Pair(wrong, z, None), Pair(z, wrong, None)):
+            with pytest.raises(UserError, match="not finite numbers in float16; not written"):
+                write_pair(path, pair)
+            assert not path.exists()
+            with pytest.raises(UserError, match="not finite numbers in float16; delete it and extract again"):
+                read_pair(pack(tmp_path / "y.safetensors.zst", {"z_h": pair.z_h, "z_k": pair.z_k}))
+    with pytest.raises(UserError, match="expected float16"):
+        read_pair(pack(path, {"z_h": z.int(), "z_k": z.int()}))
+
+
+def test_a_pair_may_be_of_several_frames_of_zstandard(tmp_path):
+    """As `pzstd` writes them, with a frame to skip in front, and empty ones between."""
+    data = save({"z_h": torch.ones(SHAPE).half(), "z_k": torch.zeros(SHAPE).half()})
+    compress = zstandard.ZstdCompressor().compress
+    path = tmp_path / "x.safetensors.zst"
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"note"
+    path.write_bytes(skipped + compress(data[:100]) + compress(b"") + compress(data[100:]))
+    assert read_pair(path).z_h.sum() == torch.ones(SHAPE).sum()
+    assert read_header(path) == (Shape(16, *SHAPE), None)
+
+
+NUMBERS = ("first", "frames", "padded", "height", "width")
+WRONG = [
+    *({"video": video} for video in ("/etc/passwd", "../../a.avi", "a/../../b.avi", "", None)),
+    *({key: number} for key in NUMBERS for number in (-1, 10**30, "7", 1.5, True)),
+]
+SOURCES_OF_OTHERS = [
+    "null", "[]", "3", '"a.avi"', "{", "[" * 100_000, '{"video": "a.avi"}',
+    *(json.dumps(asdict(SOURCE) | wrong) for wrong in WRONG),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", SOURCES_OF_OTHERS, ids=range(len(SOURCES_OF_OTHERS)))
+def test_a_source_that_is_not_as_ours_is_left_out(tmp_path, source):
+    z = torch.ones(SHAPE).half()
+    path = tmp_path / "x.safetensors.zst"
+    path.write_bytes(zstandard.ZstdCompressor().compress(save({"z_h": z, "z_k": z.clone()}, {"source": source})))
+    assert read_pair(path).source is None
+    assert read_header(path) == (Shape(16, *SHAPE), None)
+
+
+def test_a_source_of_a_newer_version_is_read(tmp_path):
+    z = torch.ones(SHAPE).half()
+    path = tmp_path / "x.safetensors.zst"
+    source = json.dumps(asdict(SOURCE) | {"turned": 90})
+    path.write_bytes(zstandard.ZstdCompressor().compress(save({"z_h": z, "z_k": z.clone()}, {"source": source})))
+    assert read_pair(path).source == read_header(path)[1] == SOURCE
+
+
+def test_names_that_stay_in_their_folder():
+    for name in ("a.mp4", "a/b.mp4", "..a/b..mp4", "a\\b.mp4", "C: drive.mp4"):
+        assert lies_inside(name, PurePosixPath)
+    for name in ("", "/", "/a.mp4", "..", "a/../../b"):
+        assert not lies_inside(name, PurePosixPath)
+    for name in ("..\\..\\a", "C:\\a", "C:a", "\\a", "\\\\server\\share\\a", "a/../../b"):
+        assert not lies_inside(name, PureWindowsPath)
+
+
+def test_links_are_followed_and_none_leads_in_circles(tmp_path):
+    """Nothing twice: a link into a folder that lies here anyhow shows no pair again."""
+    root, elsewhere = tmp_path / "pairs", tmp_path / "other disk"
+    for folder in (root / "a", root / "b", elsewhere / "deep"):
+        write_pair(folder / "clip.safetensors.zst", Pair(torch.ones(SHAPE), torch.ones(SHAPE), None))
+    (root / "linked").symlink_to(elsewhere)
+    (root / "again").symlink_to(elsewhere / "deep")
+    (root / "a" / "up").symlink_to(root)
+    (root / "a" / "beside").symlink_to(root / "b")
+    (elsewhere / "back").symlink_to(tmp_path)
+    (root / "file.safetensors.zst").symlink_to(root / "a" / "clip.safetensors.zst")
+    found = [path.relative_to(root).as_posix().removesuffix(".safetensors.zst") for path in find_pairs(root)]
+    assert found == ["a/clip", "again/clip", "b/clip", "file"]
+    assert len({path.resolve() for path in find_pairs(root)}) == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="named pipes")
+def test_a_pipe_among_pairs_is_a_line_and_no_wait(tmp_path, capsys):
+    write_pair(tmp_path / "pairs" / "a.safetensors.zst", Pair(torch.ones(SHAPE), torch.ones(SHAPE), None))
+    os.mkfifo(tmp_path / "pairs" / "b.safetensors.zst")
+    for argv in (["train"], ["pack", "--output-root", str(tmp_path / "out")]):
+        assert main([*argv, "--latent-root", str(tmp_path / "pairs")]) == 2
+        assert "pipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "video"),
+    [
+        ("a/b", None, "a/b"),
+        ("a/b.003", None, "a/b"),
+        ("a/b.003.mirrored", None, "a/b"),
+        ("a/b.mirrored", None, "a/b"),
+        ("Screen Recording 2026-01-05 at 10.16.30", None, "Screen Recording 2026-01-05 at 10.16.30"),
+        ("scene.0000a", None, "scene.0000a"),
+        ("clip.1080p", None, "clip.1080p"),
+        ("clip.000.003", None, "clip.000"),
+        ("wide/a/b.003", None, "a/b"),
+        ("wide/c.003", "a/b.avi", "a/b.avi"),
+    ],
+)
+def test_the_video_of_a_clip_is_its_path(name, said, video):
+    assert video_of(name, said, ["wide", "tall"]) == video
+
+
+def test_halves_are_of_whole_videos(tmp_path):
+    """Five clips of one video, one of each of three others: none is on both sides."""
+    z = torch.ones(SHAPE)
+    for video, clips in (("a", 5), ("b", 1), ("c", 1), ("d.x", 1), ("d.y", 1)):
+        for i in range(clips):
+            source = Source(f"{video}.avi", 9 * i, 9, 0, 32, 48)
+            write_pair(tmp_path / f"{video}.{i:03d}.safetensors.zst", Pair(z, z, source))
+    pairs = open_pairs(tmp_path)
+    assert len(np.unique(pairs.videos())) == 5
+    assert pairs.halves().tolist() == [False] * 5 + [True] * 4
+    with pytest.raises(UserError, match="one video only"):
+        pairs.take(np.arange(5)).halves()
+
+
+def test_names_of_another_encoding_have_digests(tmp_path):
+    name = b"caf\xe9.safetensors.zst".decode(errors="surrogateescape")
+    source = Source(b"caf\xe9.mp4".decode(errors="surrogateescape"), 0, 9, 0, 32, 48)
+    try:
+        write_pair(tmp_path / name, Pair(torch.ones(SHAPE), torch.ones(SHAPE), source))
+    except WeightsError:
+        pytest.skip("the file system takes UTF-8 only")
+    pairs = open_pairs(tmp_path)
+    assert read_pair(tmp_path / name).source == source
+    assert len(pairs.digest()) == len(pairs.fingerprint()) == 64 and len(pairs.videos()) == 1
+
+
+MANIFESTS_OF_OTHERS = [
+    "", "{", "[]", "null", "[" * 100_000, '{"settings": {}}', '{"settings": {}, "hunyuan_vae": null, "kvae": {}}',
+    '{"settings": [], "hunyuan_vae": {"space": "a", "sha256": "b"}, "kvae": {"space": "a", "sha256": "b"}}',
+    '{"settings": {}, "hunyuan_vae": {"space": "a"}, "kvae": {"space": "a"}}',
+    '{"settings": {}, "hunyuan_vae": {"space": 1, "sha256": "b"}, "kvae": {"space": "a", "sha256": "b"}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MANIFESTS_OF_OTHERS, ids=range(len(MANIFESTS_OF_OTHERS)))
+def test_a_manifest_that_is_none_is_a_line(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="not the manifest of an extraction"):
+        read_spaces(tmp_path)

@@ -151,6 +151,14 @@ def test_pipes_devices_and_folders_are_not_opened(tmp_path):
         read_bytes(tmp_path / "absent")
 
 
+@POSIX
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(WeightsError, match="a pipe"):
+        write_text(tmp_path / "pipe", "text")
+    assert names(tmp_path) == ["pipe"] and not (tmp_path / "pipe").is_file()
+
+
 def test_a_file_that_is_too_large_or_no_text_is_refused(tmp_path):
     (tmp_path / "a").write_bytes(b"\xff" * 11)
     with pytest.raises(WeightsError, match="so large"):

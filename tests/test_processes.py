@@ -1,53 +1,46 @@
-"""Several processes through accelerate do what one does; and none of them loses more than the unsaved steps."""
+"""Several processes do what one does; and none of them loses more than the unsaved steps."""
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from conftest import make_videos
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.training.cli import main
+from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.pairs import Pair, find_pairs, read_pair, write_pair
+from kvae_comfyui.training.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs gloo and POSIX signals")
 
 
-def launch(*argv, more=()):
-    """`accelerate launch -m training …` on a free port."""
+def launch(*argv, program=("-m", "training"), **env):
+    """`torchrun -m training …` in two processes, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--main_process_port", port, "--dynamo_backend", "no", *more]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     return subprocess.Popen(
-        [*command, "-m", "training", *argv],
-        cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        [*command, *program, *argv],
+        cwd=ROOT, env=ENV | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
 
-def run(*argv, more=()):
-    process = launch(*argv, more=more)
+def run(*argv, **how):
+    process = launch(*argv, **how)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
+    assert out.count("2 processes, on cpu") == 1
     return out
 
 
@@ -75,8 +68,10 @@ def curve(out):
 
 
 def test_two_processes_train_as_one_does(tmp_path, latents):
+    """Though each draws other random numbers."""
     assert main(train(latents, tmp_path / "one", "--epochs", "3")) == 0
-    out = run(*train(latents, tmp_path / "two", "--epochs", "3"), more=["--gradient_accumulation_steps", "2"])
+    argv = train(latents, tmp_path / "two", "--epochs", "3")
+    out = run(*argv, program=[str(ROOT / "tests" / "two_ranks.py")], ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2")
     assert out.count("Training on 11 latent pairs") == 1
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert len(one) == len(two) == 7
@@ -86,13 +81,32 @@ def test_two_processes_train_as_one_does(tmp_path, latents):
     for key in h:
         torch.testing.assert_close(h[key], k[key], rtol=1e-3, atol=1e-4)
     assert abs(one[-1]["val_k2h"] / one[0]["val_k2h"] - 1) > 1e-3  # the steps are large enough to tell curves apart
+    first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pt") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
 def test_mixed_precision_keeps_to_the_curve(tmp_path, latents):
     assert main(train(latents, tmp_path / "float32", "--epochs", "1")) == 0
-    run(*train(latents, tmp_path / "bf16", "--epochs", "1"), more=["--mixed_precision", "bf16"])
+    run(*train(latents, tmp_path / "bf16", "--epochs", "1"), ACCELERATE_MIXED_PRECISION="bf16")
     exact, rounded = curve(tmp_path / "float32")[-1], curve(tmp_path / "bf16")[-1]
     assert rounded == pytest.approx(exact, rel=1e-2) and rounded != exact
+
+
+def test_one_process_of_accelerate_says_so(capsys, monkeypatch):
+    """Its launcher starts one where several were asked for, unless there are several GPUs."""
+    Processes("cpu")
+    assert not capsys.readouterr().out
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert Processes("cpu").count == 1
+    assert "accelerate launch started one process" in capsys.readouterr().out
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="4 processes for 2 GPUs; start as many as there are, or use --device cpu"):
+        Processes("cuda")
 
 
 def test_a_killed_training_ends_where_an_unkilled_one_does(tmp_path, latents, capsys):
@@ -104,7 +118,8 @@ def test_a_killed_training_ends_where_an_unkilled_one_does(tmp_path, latents, ca
     deadline = time.time() + 200
     while not state.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)  # all of them at once
+    for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        each.kill()
     process.communicate()
     assert state.exists() and not (tmp_path / "parts" / "h.safetensors").exists()
     assert main(train(latents, tmp_path / "parts", *options)) == 0

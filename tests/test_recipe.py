@@ -4,8 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kvae_comfyui.adapters.networks import build_network
+from kvae_comfyui.adapters.ridge import Ridge
 from kvae_comfyui.benchmarks.ingredients import (
     ByJacobians,
     WithDecodes,
@@ -104,3 +108,24 @@ def test_every_ingredient_differs_from_the_default():
         assert options or recipe != DEFAULT, name
         TrainConfig("", **options)
         build_network("residual", in_channels=16, out_channels=16, **recipe.network)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses what Apple's GPUs refuse; used with tensors that have a device and no values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves((args, kwargs, out)):
+            if isinstance(each, torch.Tensor) and each.device.type == "mps":
+                assert each.dtype != torch.float64, func
+                self.used = True
+        return out
+
+
+def test_the_closed_form_needs_no_float64_of_an_apple_gpu():
+    with FakeTensorMode(), NoFloat64() as mode:
+        z = torch.empty(2, 16, 3, 8, 8, device="mps")
+        ridge = Ridge(16, 16, 3)
+        ridge.add(z.half(), z)
+        assert ridge.sum_xx.dtype == torch.float64 and ridge.sum_xx.device.type == "cpu"
+        assert mode.used

@@ -11,18 +11,17 @@ import torch
 from safetensors.torch import save_file
 
 from kvae_comfyui.adapters.networks import Residual
-from kvae_comfyui.training import crops, shards
+from kvae_comfyui.training import crops, packing, shards
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.crops import crop_shape, random_crop, weights
 from kvae_comfyui.training.dataset import batches, open_pairs
 from kvae_comfyui.training.errors import UserError
+from kvae_comfyui.training.manifests import read_manifest
 from kvae_comfyui.training.pairs import (
     Pair,
     Shape,
     Source,
-    extractions,
     find_pairs,
-    read_manifest,
     read_pair,
     write_pair,
 )
@@ -37,7 +36,7 @@ def make_pairs(folder, count=6, grid=(3, 4, 6)):
         z_h, z_k = torch.randn(16, t, h, w), torch.randn(8, t, h, w)
         source = None if i == 1 else Source(f"class/v{i}.avi", 3 * i, 4 * t - 3, 0, 8 * h, 8 * w)
         write_pair(folder / "class" / f"v{i}.000.safetensors.zst", Pair(z_h, z_k, source))
-    manifest = {"settings": {}, "hunyuan_vae": {"space": "a"}, "kvae": {"space": "b"}}
+    manifest = {"settings": {}, "hunyuan_vae": {"space": "a", "sha256": "1"}, "kvae": {"space": "b", "sha256": "2"}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -56,7 +55,7 @@ def contents(folder):
 
 def test_packed_and_unpacked_the_files_are_the_same(tmp_path, monkeypatch):
     root = make_pairs(tmp_path / "pairs")
-    monkeypatch.setattr(shards, "SHARD_BYTES", 8_000)  # two or three pairs
+    monkeypatch.setattr(packing, "SHARD_BYTES", 8_000)  # two or three pairs
     assert pack(root, tmp_path / "shards") == 0
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     assert unpack(tmp_path / "shards", tmp_path / "again") == 0
@@ -73,7 +72,7 @@ def test_extractions_side_by_side_are_one_folder(tmp_path):
     for root in (tmp_path / "pairs", tmp_path / "shards"):
         assert read_manifest(root)["settings"] == {"large": {}, "small": {"height": 64}}
         assert len(open_pairs(root)) == 12
-        assert len(np.unique(open_pairs(root).videos(extractions(root)))) == 6  # each is in both
+        assert len(np.unique(open_pairs(root).videos())) == 6  # each is in both
     (small / "manifest.json").write_text((large / "manifest.json").read_text().replace('"b"', '"c"'))
     with pytest.raises(UserError, match="large and small hold pairs of different VAEs .kvae: .*'b'.*'c'"):
         read_manifest(tmp_path / "pairs")
@@ -109,7 +108,7 @@ def test_the_index_says_what_the_channels_are(tmp_path):
 
 def test_packing_goes_on_where_it_stopped_and_takes_new_pairs(tmp_path, monkeypatch, capsys):
     root = make_pairs(tmp_path / "pairs")
-    monkeypatch.setattr(shards, "SHARD_BYTES", 8_000)
+    monkeypatch.setattr(packing, "SHARD_BYTES", 8_000)
     write, written = shards.write_shard, []
 
     def interrupted(*args):
@@ -118,11 +117,11 @@ def test_packing_goes_on_where_it_stopped_and_takes_new_pairs(tmp_path, monkeypa
         written.append(args)
         write(*args)
 
-    monkeypatch.setattr(shards, "write_shard", interrupted)
+    monkeypatch.setattr(packing, "write_shard", interrupted)
     assert pack(root, tmp_path / "shards") == 130
     with pytest.raises(UserError, match="no index.json in it"):
         open_pairs(tmp_path / "shards")
-    monkeypatch.setattr(shards, "write_shard", write)
+    monkeypatch.setattr(packing, "write_shard", write)
     before = contents(tmp_path / "shards")
     assert pack(root, tmp_path / "shards") == 0
     write_pair(root / "new.safetensors.zst", Pair(torch.randn(16, 3, 4, 6), torch.randn(8, 3, 4, 6), None))

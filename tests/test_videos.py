@@ -1,12 +1,15 @@
 """Reading videos: which frames, which size, which files are refused."""
 
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from made_videos import greys, make, which
 
 from conftest import make_videos, moving_picture
+from kvae_comfyui.serving.video_writer import write_video
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.evaluate import psnr
 from kvae_comfyui.training.videos import (
@@ -14,18 +17,16 @@ from kvae_comfyui.training.videos import (
     count_frames,
     cut,
     find_videos,
-    frame_rate,
     read_clip,
     read_clips,
-    resize,
-    write_video,
+    times_of,
 )
 
 
 def test_written_videos_read_back(tmp_path):
     frames = moving_picture(9, 48, 64)
     write_video(tmp_path / "a.mp4", frames, 12)
-    assert frame_rate(tmp_path / "a.mp4") == 12
+    assert times_of(Clip(tmp_path / "a.mp4", 33, 0)) == [Fraction(i, 12) for i in range(9)]
     assert count_frames(tmp_path / "a.mp4") == 9
     back = read_clip(Clip(tmp_path / "a.mp4", 33, 0), 48, 64)
     assert back.shape == frames.shape and back.dtype == torch.uint8
@@ -63,25 +64,18 @@ def test_windows_do_not_overlap(tmp_path):
     assert all(b - a >= 9 for a, b in pairwise(starts))
 
 
-def test_resize_keeps_the_mean_and_the_colours():
-    x = moving_picture(2, 96, 128)
-    y = resize(x, 24, 40)
-    assert y.shape == (3, 2, 24, 40)
-    torch.testing.assert_close(y.float().mean((1, 2, 3)), x.float().mean((1, 2, 3)), rtol=0.02, atol=1)
-
-
 def test_what_is_not_a_video(tmp_path):
     (video,) = make_videos(tmp_path / "v", 1, frames=20)
     (tmp_path / "text.avi").write_text("this is not a video")
     (tmp_path / "cut.mp4").write_bytes(video.read_bytes()[:200])
-    write_video(tmp_path / "whole.avi", moving_picture(40, 96, 128), 25)
+    make(tmp_path / "whole.avi", moving_picture(40, 96, 128).permute(1, 2, 3, 0).numpy())
     data = (tmp_path / "whole.avi").read_bytes()
     (tmp_path / "half.avi").write_bytes(data[: len(data) * 6 // 10])
     write_video(tmp_path / "short.mp4", moving_picture(4, 48, 64), 25)
     for name, message in (
         ("text.avi", "not a video"),
-        ("cut.mp4", "not a video"),
-        ("half.avi", "cut short, .* of its 40 frames decode"),
+        ("cut.mp4", "has no video stream"),
+        ("half.avi", "cut short, it ends after .* of 1.60 seconds"),
         ("short.mp4", "only 4 frames decode; expected at least 5"),
         ("absent.mp4", "no such file"),
     ):
@@ -118,3 +112,48 @@ def test_ucf101_splits(tmp_path):
     assert split("train") == ["v_A_g07_c01"]  # by the official list
     with pytest.raises(UserError, match="no test split found"):
         find_videos(tmp_path / "train", "test")
+
+
+def test_a_list_of_a_split_names_copies_with_another_extension(tmp_path):
+    videos = tmp_path / "videos"
+    for name in ("A/v_A_g08_c01.mp4", "A/v_A_g09_c01.mp4", "A/v_A_g01_c01.mp4"):
+        (videos / name).parent.mkdir(parents=True, exist_ok=True)
+        (videos / name).touch()
+    (videos / "trainlist01.txt").write_bytes("A/v_A_g08_c01.avi 1\nB/caf\xe9.avi 2\n".encode("latin-1"))
+    assert [path.name for path in find_videos(videos, "train")] == ["v_A_g08_c01.mp4"]
+    (videos / "testlist01.txt").write_text("A/v_Other_g01_c01.avi\n")  # of other videos: the names tell
+    assert [path.name for path in find_videos(videos, "test")] == ["v_A_g01_c01.mp4"]
+
+
+def test_folders_of_a_split_are_seen_wherever_they_are(tmp_path):
+    for name in ("UCF101_subset/train/A/x.mp4", "UCF101_subset/val/A/y.mp4", "UCF101_subset/test/A/z.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.stem for path in find_videos(tmp_path, "train")] == ["x"]
+    assert [path.stem for path in find_videos(tmp_path, "test")] == ["z"]  # val is for something else, then
+    (tmp_path / "UCF101_subset/test/A/z.mp4").unlink()
+    assert [path.stem for path in find_videos(tmp_path, "test")] == ["y"]
+
+
+def test_videos_behind_links_are_found_once(tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "a.mp4").touch()
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "b.mp4").touch()
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(root)  # a loop
+    (root / "dead.mp4").symlink_to(tmp_path / "nothing.mp4")
+    assert find_videos(root) == [root / "b.mp4", root / "linked" / "deep" / "a.mp4"]
+
+
+def test_windows_are_cut_from_what_is_shown(tmp_path):
+    """An AVI that announces three frames for each that it has."""
+    path = make(tmp_path / "a.avi", greys(20), "mjpeg", "yuvj420p", times=range(0, 60, 3))
+    clips = cut(path, 9, 4)
+    assert [clip.first for clip in clips] == [0, 11]
+    for clip, frames in zip(clips, read_clips(clips, 48, 64), strict=True):
+        assert which(frames.permute(1, 2, 3, 0).numpy()) == list(range(clip.first, clip.first + 9))
+    uniform = read_clip(Clip(path, 10, None), 48, 64)
+    assert which(uniform.permute(1, 2, 3, 0).numpy()) == np.linspace(0, 19, 10).astype(int).tolist()
+    assert times_of(clips[1]) == [Fraction(3 * i, 25) for i in range(9)]

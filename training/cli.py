@@ -16,8 +16,8 @@ from .options import add_options
 INTERRUPTED = 130
 COMMANDS = {  # of each: the module, its function, a summary
     "extract": ("extract", "run", "latent pairs from videos"),
-    "pack": ("shards", "run_pack", "latent pairs into memory-mapped shards"),
-    "unpack": ("shards", "run_unpack", "shards back into latent pairs"),
+    "pack": ("packing", "run_pack", "latent pairs into memory-mapped shards"),
+    "unpack": ("packing", "run_unpack", "shards back into latent pairs"),
     "train": ("train", "run", "both adapters from latent pairs"),
     "evaluate": ("evaluate", "run", "adapters measured in latents and in pixels"),
     "reconstruct": ("reconstruct", "run", "one video through one VAE"),

@@ -5,15 +5,18 @@
         z_h, z_k, weight = pairs.crops(numbers, 3, seed=0, epoch=0, device=device)
 
 Memory does not grow with the pairs, but for some 20 bytes each: their numbers and their order.
+
+The identity of a video is its path in the videos root, which our pairs know; see `video_of`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +26,9 @@ import torch
 from torch import Tensor
 
 from .crops import Slices, crop_shape, random_crop, weights, whole
-from .pairs import Pair, Shape, clip_name, find_pairs, read_pair, read_shape
+from .errors import UserError
+from .manifests import extractions
+from .pairs import Pair, Shape, clip_name, find_pairs, holds_pairs, read_header, read_pair
 from .shards import INDEX, Shards
 
 CACHE_BYTES = 4 * 2**30
@@ -34,6 +39,8 @@ Groups = dict[Shape, np.ndarray]
 class Store(Protocol):
     """Where pairs lie. Names are paths in the folder, without suffix."""
 
+    root: Path
+
     def __len__(self) -> int: ...
 
     def names(self) -> Iterator[str]: ...
@@ -42,6 +49,8 @@ class Store(Protocol):
 
     @property
     def shapes(self) -> Shapes: ...
+
+    def videos(self) -> Iterator[str | None]: ...
 
     def read(self, i: int) -> Pair: ...
 
@@ -65,12 +74,23 @@ class PairFiles:
     def name(self, i: int) -> str:
         return clip_name(self.paths[i], self.root)
 
-    @cached_property
+    @property
     def shapes(self) -> Shapes:
+        return self._headers[0]
+
+    def videos(self) -> Iterator[str | None]:
+        """What the pairs say they were made of."""
+        return iter(self._headers[1])
+
+    @cached_property
+    def _headers(self) -> tuple[Shapes, list[str | None]]:
         numbers: dict[Shape, int] = {}
-        kind = (numbers.setdefault(read_shape(path), len(numbers)) for path in self.paths)
-        kind_of_pair = np.fromiter(kind, np.int32, len(self.paths))
-        return list(numbers), kind_of_pair
+        kinds, videos = np.empty(len(self.paths), np.int32), []
+        for i, path in enumerate(self.paths):
+            shape, source = read_header(path)
+            kinds[i] = numbers.setdefault(shape, len(numbers))
+            videos.append(source.video if source else None)
+        return (list(numbers), kinds), videos
 
     def read(self, i: int) -> Pair:
         if i in self._cache:
@@ -91,10 +111,14 @@ def open_pairs(root: str | Path) -> Pairs:
     """The pairs of a folder, packed or not.
 
     Raises:
-        UserError: the folder is missing, or holds none.
+        UserError: the folder is missing, holds none, or holds both pair files and shards.
     """
     root = Path(root)
-    packed = (root / INDEX).is_file() or any(root.glob("*.safetensors"))
+    if (root / INDEX).exists():
+        if holds_pairs(root):
+            raise UserError(f"{root}: holds pairs and shards of pairs; keep each in a folder of its own")
+        return Pairs(Shards(root))
+    packed = not holds_pairs(root) and any(root.glob("*.safetensors"))
     return Pairs(Shards(root) if packed else PairFiles(root))
 
 
@@ -128,22 +152,40 @@ class Pairs:
 
     def digest(self) -> str:
         """sha256 of the pairs' names: which clips these are."""
+        return _sha256(name for name, _ in self._chosen(self.store.names()))
+
+    def fingerprint(self) -> str:
+        """sha256 of the pairs' names and shapes: what must be the same for a training to go on."""
+        kinds, kind = self.store.shapes
+        return _sha256(f"{name} {kinds[kind[i]]}" for name, i in self._chosen(self.store.names()))
+
+    def videos(self) -> np.ndarray:
+        """uint32 [pairs]: equal for clips of one video."""
+        folders = extractions(self.store.root)
+        both = zip(self.store.names(), self.store.videos(), strict=True)
+        videos = (video_of(name, video, folders) for name, video in both)
+        hashes = (zlib.crc32(_bytes(video)) for video in videos)
+        return np.fromiter(hashes, np.uint32, len(self.store))[self.numbers]
+
+    def halves(self) -> np.ndarray:
+        """bool [pairs]: which are of the second half. Clips of one video are of one half.
+
+        Raises:
+            UserError: all are of one video.
+        """
+        _, first, which = np.unique(self.videos(), return_index=True, return_inverse=True)
+        if len(first) < 2:
+            raise UserError("pairs of one video only, which cannot be halved")
+        in_order = np.argsort(first)
+        ends = np.cumsum(np.bincount(which)[in_order])
+        of_first = max(1, int(np.argmin(np.abs(ends - len(self) / 2))) + 1)
+        return ~np.isin(which, in_order[: min(of_first, len(first) - 1)])
+
+    def _chosen(self, names: Iterable[str]) -> Iterator[tuple[str, int]]:
+        """Those of all names that are among these pairs, each with its number in the store."""
         chosen = np.zeros(len(self.store), dtype=bool)
         chosen[self.numbers] = True
-        sha256 = hashlib.sha256()
-        for name, taken in zip(self.store.names(), chosen, strict=True):
-            if taken:
-                sha256.update(f"{name}\n".encode())
-        return sha256.hexdigest()
-
-    def videos(self, extractions: Sequence[str] = ()) -> np.ndarray:
-        """uint32 [pairs]: equal for clips of one video (`name` or `name.003`, in its folder).
-
-        Args:
-            extractions: folders that hold the same videos' clips, side by side.
-        """
-        hashes = (zlib.crc32(video_of(name, extractions).encode()) for name in self.store.names())
-        return np.fromiter(hashes, np.uint32, len(self.store))[self.numbers]
+        return ((name, i) for i, (name, taken) in enumerate(zip(names, chosen, strict=True)) if taken)
 
     def shape(self, i: int) -> Shape:
         """Of one pair."""
@@ -200,12 +242,30 @@ def spread(total: int, count: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def video_of(name: str, extractions: Sequence[str] = ()) -> str:
-    """The video of a clip: `folder/name` or `folder/name.003`, without the folder of its extraction."""
+def video_of(name: str, video: str | None, extractions: Sequence[str] = ()) -> str:
+    """The video that a clip is of: the path that its pair says, else the clip's own without what `extract` adds to it.
+
+    Args:
+        name: the clip's path in the folder of pairs, without suffix.
+        video: of the pair's source, where it has one.
+        extractions: folders that hold the same videos' clips, side by side.
+    """
+    if video:
+        return video
     extraction = next((each for each in extractions if name.startswith(f"{each}/")), "")
-    name = name.removeprefix(f"{extraction}/")
-    folder, _, stem = name.rpartition("/")
-    return f"{folder}/{stem.split('.')[0]}"
+    return re.sub(r"(\.\d{3})?(\.mirrored)?$", "", name.removeprefix(f"{extraction}/"))
+
+
+def _sha256(lines: Iterable[str]) -> str:
+    sha256 = hashlib.sha256()
+    for line in lines:
+        sha256.update(_bytes(line) + b"\n")
+    return sha256.hexdigest()
+
+
+def _bytes(name: str) -> bytes:
+    """A name of another encoding is one, too."""
+    return name.encode(errors="surrogatepass")
 
 
 def _rng(*key: int) -> np.random.Generator:

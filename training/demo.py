@@ -20,17 +20,18 @@ from pathlib import Path
 import torch
 
 from ..adapters.files import load_adapter
+from ..serving.video_writer import write_video
 from . import evaluate, extract, train
 from .dataset import open_pairs, spread, video_of
 from .errors import UserError
 from .options import DEVICE, option, write_config
-from .pairs import clip_name, find_pairs
+from .pairs import clip_name, find_pairs, read_header
 from .pictures import side_by_side
 from .vaes import TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
-from .videos import find_videos, frame_rate, write_video
+from .videos import Clip, find_videos, times_of
 
 MAX_CLIPS = 40  # what two CPU cores encode in a minute or two
-H2K, K2H = "adapter_hunyuan_to_kvae3d.safetensors", "adapter_kvae3d_to_hunyuan.safetensors"
+H2K, K2H = "demo_hunyuan_to_kvae.safetensors", "demo_kvae_to_hunyuan.safetensors"  # of the tiny VAEs alone
 
 
 @dataclass
@@ -115,7 +116,8 @@ def _hold_out(latents: Path, train_root: Path, val_root: Path) -> None:
     """The last quarter of each video's clips is held out; of videos with one clip, every fourth video."""
     by_video: dict[str, list[Path]] = defaultdict(list)
     for path in find_pairs(latents):
-        by_video[video_of(clip_name(path, latents))].append(path)
+        _, source = read_header(path)
+        by_video[video_of(clip_name(path, latents), source.video if source else None)].append(path)
     for folder in (train_root, val_root):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -144,8 +146,8 @@ def side_by_sides(config: evaluate.EvaluateConfig, out: Path, count: int = 3) ->
         videos = [original, *(y[0, :, : original.shape[1]].cpu().round().byte() for y in decodes)]
         made.append(out / f"{Path(pairs.name(i)).name}.mp4")
         source = pairs[i].source
-        fps = frame_rate(Path(config.videos_root) / source.video) if source else 25.0
-        write_video(made[-1], side_by_side(evaluate.COLUMNS, videos), fps)
+        clip = source and Clip(Path(config.videos_root) / source.video, source.frames, source.first)
+        write_video(made[-1], side_by_side(evaluate.COLUMNS, videos), times_of(clip) if clip else 25)
     return made
 
 

@@ -31,11 +31,12 @@ from ..kvae.paths import write_text
 from .closed_form import fit_both_ways
 from .dataset import Pairs, open_pairs, spread
 from .errors import UserError
+from .manifests import read_manifest, read_spaces, same_vae
 from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option, write_config
-from .pairs import Pair, Source, read_manifest, read_spaces
+from .pairs import Pair, Source
 from .pictures import contact_sheet
 from .report import write_report
-from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae, made_with
 from .videos import EXTENSIONS, Clip, read_clip
 
 Map = Callable[[Tensor], Tensor]
@@ -49,8 +50,8 @@ COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "H
 class EvaluateConfig:
     latent_root: str = option(..., "folder of pairs to evaluate on, from extract or pack")
     videos_root: str = option("", "the videos they came from; without it there are no pixel figures")
-    adapter_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "Hunyuan → KVAE adapter")
-    adapter_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
+    adapter_h2k: str = option("hunyuan_to_kvae.safetensors", "Hunyuan → KVAE adapter")
+    adapter_k2h: str = option("kvae_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
     hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
     kvae: str = option("tiny", KVAE_HELP)
     train_latent_root: str = option("", "pairs to fit the affine maps on; without it, the other half of these pairs")
@@ -73,6 +74,9 @@ def run(config: EvaluateConfig) -> int:
         hunyuan = load_hunyuan_vae(config.hunyuan_vae, config.device)
         kvae = load_kandinsky_vae(config.kvae, config.device)
         _check_vaes(config, hunyuan, kvae)
+        for adapter in (h2k, k2h):
+            for vae in (hunyuan, kvae):
+                adapter.check_fits(vae.space.name, vae.signature)
         chosen = spread(len(pairs), config.num_pixel_samples)
         result["pixel"] = pixel_figures(pairs, chosen, Decoding(hunyuan, kvae, h2k, k2h, affine), config)
     adapters = {"h2k": Path(config.adapter_h2k), "k2h": Path(config.adapter_k2h)}
@@ -96,19 +100,18 @@ class AffineBaseline:
 
     def __init__(self, pairs: Pairs, config: EvaluateConfig):
         if config.train_latent_root:
+            self.second = np.zeros(len(pairs), dtype=bool)
             self.maps = [_maps(open_pairs(config.train_latent_root), config.device)] * 2
         else:
-            if len(pairs) < 2:
-                raise UserError(f"{config.latent_root}: one pair only, so no affine map: give --train-latent-root")
-            # halves of neighbours: clips of one video are neighbours, and must not be fitted and judged at once
-            self.middle = len(pairs) // 2
-            halves = np.split(np.arange(len(pairs)), [self.middle])
-            self.maps = [_maps(pairs.take(half), config.device) for half in reversed(halves)]
-        self.halved = not config.train_latent_root
+            try:
+                self.second = pairs.halves()
+            except UserError as error:
+                raise UserError(f"{config.latent_root}: {error}: give --train-latent-root") from None
+            self.maps = [_maps(pairs.take(half), config.device) for half in (self.second, ~self.second)]
 
     def __call__(self, i: int, direction: str) -> Map:
         """The map of a direction ("h2k" or "k2h") for pair i."""
-        return self.maps[int(self.halved and i >= self.middle)][direction]
+        return self.maps[int(self.second[i])][direction]
 
 
 def _maps(pairs: Pairs, device: str) -> dict[str, Map]:
@@ -145,17 +148,17 @@ def latent_figures(
             errors.setdefault(name, []).append((z - target).square().mean().item())
         for name in by_channel:
             z, target = found[name]
-            by_channel[name] = by_channel[name] + (z - target).double().square().mean((0, 2, 3, 4)).cpu()
+            by_channel[name] = by_channel[name] + (z - target).cpu().double().square().mean((0, 2, 3, 4))
         for name, z in (("z_h", z_h), ("z_k", z_k)):
             first, second = moments[name]
-            z = z.double()
-            moments[name] = [first + z.mean((0, 2, 3, 4)).cpu(), second + z.square().mean((0, 2, 3, 4)).cpu()]
+            z = z.cpu().double()  # there, as Apple's GPUs have no float64
+            moments[name] = [first + z.mean((0, 2, 3, 4)), second + z.square().mean((0, 2, 3, 4))]
     count = len(pairs)
     mean = {name: first / count for name, (first, _) in moments.items()}
     variance = {name: second / count - mean[name].square() for name, (_, second) in moments.items()}
     figures, channels, worst = {}, {}, {}
     for name, each in errors.items():
-        total = variance["z_k" if name.removesuffix(" affine").endswith("K") else "z_h"].mean().item()
+        total = max(1e-12, variance["z_k" if name.removesuffix(" affine").endswith("K") else "z_h"].mean().item())
         figures[name] = {"mse": sum(each) / count, "share": sum(each) / count / total}
         if name in by_channel:
             order = sorted(range(count), key=lambda i: -each[i])[:WORST_CLIPS]
@@ -261,7 +264,7 @@ def original_frames(name: str, pair: Pair, config: EvaluateConfig) -> Tensor:
             f"{video}: no such file; --videos-root must be the folder that {config.latent_root} was extracted from"
         )
     count = source.frames if source.first is not None else 4 * (pair.z_h.shape[1] - 1) + 1
-    frames = read_clip(Clip(video, count, source.first), source.height, source.width)
+    frames = read_clip(Clip(video, count, source.first), source.height, source.width, source.fit)
     return frames.flip(-1) if source.mirrored else frames
 
 
@@ -273,9 +276,9 @@ def _published_source(name: str, pair: Pair, root: Path) -> Source:
 
 def _check_vaes(config: EvaluateConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> None:
     """Pixels decoded by other VAEs than the pairs were made with would mean nothing."""
-    made_with = read_manifest(config.latent_root)
+    manifest = read_manifest(config.latent_root)
     for key, vae in (("hunyuan_vae", hunyuan), ("kvae", kvae)):
-        if made_with and made_with[key]["sha256"] != vae.digest:
+        if manifest and not same_vae(manifest[key], made_with(vae)):
             raise UserError(
                 f"{config.latent_root}: its pairs were made with another {key} than {vae.source}; "
                 f"give the same --{key.replace('_', '-')}"

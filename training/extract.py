@@ -1,7 +1,7 @@
 """Latent pairs from videos: each clip through both VAEs, one file a clip.
 
     python -m training extract --videos-root UCF101 --output-root latents --hunyuan-vae DIR --kvae DIR
-    accelerate launch --num_processes 8 -m training extract …
+    torchrun --nproc_per_node 8 -m training extract …
 
 Videos are decoded and resized in threads while the VAEs run, and pairs are written while they run on. Several
 processes share the videos. What is already there is skipped, so an interrupted run goes on where it stopped, with any
@@ -10,31 +10,37 @@ number of processes.
 
 from __future__ import annotations
 
-import json
+import errno
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..kvae import padded_frames
-from ..kvae.paths import write_text
+from ..kvae import WeightsError, padded_frames
+from ..serving.fit import CROP, STRETCH
 from .ahead import ahead
 from .errors import UserError
+from .manifests import ExtractionManifest, own_manifest
 from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option
-from .pairs import MANIFEST, SUFFIX, Pair, Source, own_manifest, write_pair
+from .pair_names import MIRRORED, PairNames
+from .pairs import Pair, Source, pairs_under, write_pair
 from .processes import Processes
-from .vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kandinsky_vae
+from .vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kandinsky_vae, made_with
 from .videos import Clip, cut, find_videos, read_clips
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DECODERS = 4  # threads, one video each
 BATCH_SIZE = 4 if DEVICE == "cuda" else 1  # of several clips, a CPU's caches hold less
+# of a pair that cannot be written: faults of its name; any other fault is the disk's, and the next pair's too
+OF_THE_NAME = {
+    *(errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP)
+}
 
 
 @dataclass
@@ -50,6 +56,12 @@ class ExtractConfig:
     num_frames: int = option(33, "frames of a clip")
     height: int = option(240, "pixels, a multiple of 8 or 16, as the VAEs need")
     width: int = option(320, "pixels, a multiple of 8 or 16, as the VAEs need")
+    fit: str = option(
+        "",
+        "how a clip gets that size: its middle, of those proportions, or all of it, stretched, as the published "
+        "adapters were trained (default: crop, or what the folder was begun with)",
+        choices=(CROP, STRETCH),
+    )
     sampling: str = option(
         "consecutive",
         "consecutive frames, or uniform: spread over the whole video, as the published adapters were trained",
@@ -78,21 +90,35 @@ def run(config: ExtractConfig) -> int:
     processes = Processes(config.device)
     root, out = Path(config.videos_root), Path(config.output_root)
     _check(config)
+    config = replace(config, fit=config.fit or _begun_with(out))
     videos = find_videos(root, config.split)
+    everything = videos if config.split == "all" else find_videos(root)  # a part is named as it is in the whole
+    names = PairNames(root, out, everything, config.clips_per_video > 1)
     hunyuan = load_hunyuan_vae(config.hunyuan_vae, str(processes.device), DTYPES[config.dtype])
     kvae = load_kandinsky_vae(config.kvae, str(processes.device), DTYPES[config.dtype])
     check_grids(hunyuan.space, kvae.space)
     _check_size(config, kvae.space.space)
-    manifest = _open_manifest(out, config, hunyuan, kvae, processes)
-    shares = _shares(videos, config)[processes.rank :: processes.count]
-    counts, failed = _extract(shares, hunyuan, kvae, config, processes)
-    everywhere = processes.gather((counts, failed))
-    counts = {key: sum(each[key] for each, _ in everywhere) for key in counts}
+    processes.wait()  # none is to find what another has begun
+    manifest = ExtractionManifest(out, _described(config, hunyuan, kvae))
+    processes.wait()
+    extraction = Extraction(config, names, hunyuan, kvae, manifest, processes)
+    try:
+        extraction.run(_shares(videos, config)[processes.rank :: processes.count])
+    except BaseException:
+        if processes.count == 1:  # of several, none knows what another is about to write
+            manifest.withdraw()
+        raise
+    everywhere = processes.gather((extraction.counts, extraction.failed))
+    counts = {key: sum(each[key] for each, _ in everywhere) for key in extraction.counts}
     failed = {video: reason for _, each in everywhere for video, reason in each.items()}
+    counts["skipped"] = len(failed)
     if processes.main:
-        write_text(out / MANIFEST, json.dumps(manifest | {"counts": counts, "failed": failed}, indent=2) + "\n")
         for reason in failed.values():
-            print(f"skipped: {reason}", file=sys.stderr)
+            print(f"skipped: {reason}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+        if counts["extracted"] or counts["already_there"]:
+            manifest.write({"counts": counts, "failed": failed})
+        else:
+            manifest.withdraw()
     processes.say(
         f"{counts['extracted']} pairs extracted, {counts['already_there']} already there, {len(failed)} skipped → {out}"
     )
@@ -101,40 +127,108 @@ def run(config: ExtractConfig) -> int:
     return 1 if failed else 0
 
 
-def _extract(
-    shares: list[tuple[Path, int]], hunyuan: VideoVAE, kvae: VideoVAE, config: ExtractConfig, processes: Processes
-) -> tuple[dict[str, int], dict[str, str]]:
-    """The pairs of these clips of videos; how many there are now, and why some videos gave none."""
-    root, out = Path(config.videos_root), Path(config.output_root)
-    made, present = 0, 0
-    failed: dict[str, str] = {}
-    streams = (_jobs(video, clips, root, out, config) for video, clips in shares)
-    total = sum(clips for _, clips in shares) * len(_sides(config))
-    with (
-        tqdm(total=total, desc="extract", unit="clip", disable=None if processes.main else True) as bar,
-        ThreadPoolExecutor(1) as writer,
-    ):
-        written: list[Future] = []
+@dataclass
+class Extraction:
+    """The work of one process, and what came of it. What goes wrong with a clip is told of it and ends nothing."""
+
+    config: ExtractConfig
+    names: PairNames
+    hunyuan: VideoVAE
+    kvae: VideoVAE
+    manifest: ExtractionManifest
+    processes: Processes
+    counts: dict[str, int] = field(default_factory=lambda: {"extracted": 0, "already_there": 0})
+    failed: dict[str, str] = field(default_factory=dict)  # by video, in its folder
+
+    def run(self, shares: list[tuple[Path, int]]) -> None:
+        """The pairs of so many clips of these videos."""
+        config = self.config
+        streams = (_jobs(video, clips, self.names, config) for video, clips in shares)
+        total = sum(clips for _, clips in shares) * len(_sides(config))
         # the published draws are one clip's each: in a batch they would depend on the neighbours
         size = 1 if config.posterior == "sample" else config.batch_size
-        for batch in _batched(ahead(streams, DECODERS, size), size):
-            bar.update(len(batch))
-            for job in batch:
-                if job.failure:
-                    failed[str(job.clip.video.relative_to(root))] = job.failure
-                present += job.frames is None and not job.failure
-            jobs = [job for job in batch if job.frames is not None]
-            pairs = _encode(jobs, root, hunyuan, kvae, config, processes.device) if jobs else []
-            _wait(written)
-            written = [writer.submit(write_pair, job.path, pair) for job, pair in zip(jobs, pairs, strict=True)]
-            made += len(jobs)
-        _wait(written)
-    return {"extracted": made, "already_there": present, "skipped": len(failed)}, failed
+        with (
+            tqdm(total=total, desc="extract", unit="clip", disable=None if self.processes.main else True) as bar,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            written: list[tuple[Job, Future]] = []
+            for batch in _batched(ahead(streams, DECODERS, size), size):
+                bar.update(len(batch))
+                for job in batch:
+                    self.counts["already_there"] += job.frames is None and not job.failure
+                    if job.failure:
+                        self._skip(job, job.failure)
+                pairs = self._encode([job for job in batch if job.frames is not None])
+                self._wait(written)
+                if pairs:
+                    self.manifest.write_first()
+                written = [(job, writer.submit(write_pair, job.path, pair)) for job, pair in pairs]
+            self._wait(written)
+
+    def _encode(self, jobs: list[Job]) -> list[tuple[Job, Pair]]:
+        """The pairs of some clips of one shape; those of a batch that fails one by one."""
+        if not jobs:
+            return []
+        try:
+            pairs = _encode(jobs, self.names.root, self.hunyuan, self.kvae, self.config, self.processes.device)
+            return list(zip(jobs, pairs, strict=True))
+        except Exception as error:
+            if _out_of_memory(error):
+                raise
+            if len(jobs) == 1:
+                self._skip(jobs[0], f"{jobs[0].clip.video}: {_reason(error)}")
+                return []
+        return [pair for job in jobs for pair in self._encode([job])]
+
+    def _wait(self, written: list[tuple[Job, Future]]) -> None:
+        """Until these pairs are written.
+
+        Raises:
+            WeightsError: the disk is full, or can take no pair for another reason.
+        """
+        for job, future in written:
+            try:
+                future.result()
+                self.counts["extracted"] += 1
+            except Exception as error:
+                if _out_of_memory(error) or _of_the_disk(error):
+                    raise
+                self._skip(job, f"{job.clip.video}: {_reason(error)}")
+
+    def _skip(self, job: Job, reason: str) -> None:
+        self.failed.setdefault(job.clip.video.relative_to(self.names.root).as_posix(), reason)
 
 
-def _wait(written: list[Future]) -> None:
-    for future in written:
-        future.result()
+def _reason(error: Exception) -> str:
+    """Why a clip gives no pair. What no one has foreseen is said with its type."""
+    return str(error) if isinstance(error, UserError | WeightsError) else f"{type(error).__name__}: {error}"
+
+
+def _of_the_disk(error: Exception) -> bool:
+    cause = error.__context__ if isinstance(error, WeightsError) else None
+    return isinstance(cause, OSError) and cause.errno not in OF_THE_NAME
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """The next clip, of the same size, would find no more."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _described(config: ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> dict:
+    """What every pair in the folder shares, and the options of this run."""
+    settings = asdict(config)
+    free = "videos_root", "output_root", "split", "max_clips", "mirror", "batch_size", "device", "hunyuan_vae", "kvae"
+    for name in free:
+        del settings[name]
+    if config.fit == STRETCH:
+        del settings["fit"]  # as in folders that are older than the choice
+    return {
+        "command": "extract",
+        "settings": settings,
+        "hunyuan_vae": made_with(hunyuan),
+        "kvae": made_with(kvae),
+        "config": asdict(config),
+    }
 
 
 def _check(config: ExtractConfig) -> None:
@@ -146,39 +240,18 @@ def _check(config: ExtractConfig) -> None:
         raise UserError("--sampling uniform spreads one clip over the video; --clips-per-video must be 1")
 
 
+def _begun_with(out: Path) -> str:
+    """How the clips of the pairs in a folder were brought to their size."""
+    manifest = own_manifest(out) if any(pairs_under(out)) else None
+    return manifest["settings"].get("fit", STRETCH) if manifest else CROP
+
+
 def _check_size(config: ExtractConfig, multiple: int) -> None:
     for name in ("height", "width"):
         if getattr(config, name) % multiple or getattr(config, name) < 2 * multiple:
             raise UserError(
                 f"--{name} is {getattr(config, name)}; expected a multiple of {multiple}, at least {2 * multiple}"
             )
-
-
-def _open_manifest(out: Path, config: ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE, processes: Processes) -> dict:
-    """What every pair in the folder shares. A folder keeps to one set of settings."""
-    settings = asdict(config)
-    free = "videos_root", "output_root", "split", "max_clips", "mirror", "batch_size", "device", "hunyuan_vae", "kvae"
-    for name in free:
-        del settings[name]
-    manifest = {
-        "command": "extract",
-        "settings": settings,
-        "hunyuan_vae": {"space": hunyuan.space.name, "sha256": hunyuan.digest},
-        "kvae": {"space": kvae.space.name, "sha256": kvae.digest},
-        "config": asdict(config),
-    }
-    processes.wait()  # none is to find the manifest of another
-    old = own_manifest(out)
-    processes.wait()
-    for key in old:
-        if old[key] != manifest[key]:
-            raise UserError(
-                f"{out}: holds pairs made with another {key}: {old[key]}; now {manifest[key]}. "
-                "Choose another --output-root"
-            )
-    if processes.main:
-        write_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    return manifest
 
 
 def _shares(videos: list[Path], config: ExtractConfig) -> list[tuple[Path, int]]:
@@ -191,7 +264,7 @@ def _shares(videos: list[Path], config: ExtractConfig) -> list[tuple[Path, int]]
             break
         try:
             clips = min(left, len(cut(video, config.num_frames, config.clips_per_video)))
-        except UserError:
+        except Exception:
             clips = 1  # which will fail again, and be told
         shares.append((video, clips))
         left -= clips
@@ -200,30 +273,30 @@ def _shares(videos: list[Path], config: ExtractConfig) -> list[tuple[Path, int]]
 
 def _sides(config: ExtractConfig) -> dict[str, bool]:
     """What the names of pairs end in, and whether those are mirrored."""
-    return {"": False, ".mirrored": True} if config.mirror == "yes" else {"": False}
+    return {"": False, MIRRORED: True} if config.mirror == "yes" else {"": False}
 
 
-def _jobs(video: Path, clips: int, root: Path, out: Path, config: ExtractConfig) -> Iterator[Job]:
+def _jobs(video: Path, clips: int, names: PairNames, config: ExtractConfig) -> Iterator[Job]:
     """The clips of one video, decoded once; those that are there already without frames."""
-    relative = video.relative_to(root)
     missing: dict[Clip, list[Job]] = {}
     try:
         for i, clip in enumerate(cut(video, config.num_frames, config.clips_per_video)[:clips]):
-            stem = relative.stem if config.clips_per_video == 1 else f"{relative.stem}.{i:03d}"
             clip = replace(clip, first=None) if config.sampling == "uniform" else clip
             for end, mirrored in _sides(config).items():
-                job = Job(out / relative.parent / (stem + end + SUFFIX), clip, mirrored)
-                if job.path.exists():
+                path, there = names.place(video, end if config.clips_per_video == 1 else f".{i:03d}{end}")
+                job = Job(path, clip, mirrored)
+                if there:
                     yield job
                 else:
                     missing.setdefault(clip, []).append(job)
         if missing:
-            read = read_clips(list(missing), config.height, config.width)
+            read = read_clips(list(missing), config.height, config.width, config.fit)
             for jobs, frames in zip(missing.values(), read, strict=True):
                 for job in jobs:
                     yield replace(job, frames=frames.flip(-1) if job.mirrored else frames)
-    except UserError as error:
-        yield Job(out / relative, Clip(video, 0, 0), failure=str(error))
+    except Exception as error:
+        told = isinstance(error, UserError | WeightsError)
+        yield Job(video, Clip(video, 0, 0), failure=_reason(error) if told else f"{video}: {_reason(error)}")
 
 
 def _batched(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
@@ -250,7 +323,8 @@ def _encode(
     generator = None
     if config.posterior == "sample":
         clip = jobs[0].clip
-        seed = zlib.crc32(f"{config.seed} {clip.video.relative_to(root).as_posix()} {clip.first}".encode())
+        key = f"{config.seed} {clip.video.relative_to(root).as_posix()} {clip.first}"
+        seed = zlib.crc32(key.encode(errors="surrogatepass"))
         generator = torch.Generator(device).manual_seed(seed)
     frames = torch.stack([job.frames for job in jobs])  # type: ignore[misc]
     z_h, z_k = (vae.encode(frames, generator).half().cpu() for vae in (hunyuan, kvae))
@@ -267,4 +341,5 @@ def _source(job: Job, root: Path, config: ExtractConfig) -> Source:
         height=config.height,
         width=config.width,
         mirrored=job.mirrored,
+        fit=config.fit,
     )

@@ -16,16 +16,13 @@ from pathlib import Path
 
 from ..kvae import WeightsError
 from ..kvae.files import Weights, what_is
-from ..kvae.find import FILE_NAMES
+from ..kvae.find import FILE_NAMES, HUB
 from ..kvae.load import official_key
 from ..kvae.paths import sha256_of
 from .errors import UserError
 from .options import option
 
-KNOWN = {
-    name: (f"kandinskylab/{name}", "model.safetensors")
-    for name in ("KVAE-3D-1.0", "KVAE-3D-2.0-t4s8", "KVAE-3D-2.0-t4s16")
-}
+KNOWN = {name: (repository, "model.safetensors") for name, repository in HUB.items()}
 
 
 @dataclass

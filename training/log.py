@@ -6,22 +6,34 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..kvae.paths import write_text
+from ..kvae.foreign import parse_object
+from ..kvae.paths import file_errors, read_text, write_text
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Its rows; none where there is no such file."""
+    """Its rows; none where there is no such file. Lines that are none, as a full disk leaves, are left out."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = (_row(line) for line in read_text(path).splitlines())
+    return [row for row in rows if row]
 
 
 def add_to_log(path: Path, row: dict[str, Any]) -> None:
     """A row more."""
-    with path.open("a", encoding="utf-8") as file:
+    with file_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def rewind_log(path: Path, step: int) -> None:
-    """Keep the rows up to a step: what was logged after the state was saved will be logged again."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= step))
+def keep_rows(path: Path, rows: int) -> None:
+    """Keep the first rows: what was logged after the state was saved will be logged again."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in read_log(path)[:rows]))
+
+
+def _row(line: str) -> dict[str, Any]:
+    """Names and numbers; nothing where the line is another thing."""
+    try:
+        row = parse_object(line)
+    except ValueError:
+        return {}
+    fits = "step" in row and all(isinstance(value, int | float) for value in row.values())
+    return row if fits else {}

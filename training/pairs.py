@@ -6,29 +6,36 @@ The published format, both ways. Ours adds metadata (which frames of which video
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
 import zstandard
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..adapters.spaces import LatentSpace, space
-from ..kvae.paths import write_bytes
+from ..kvae.foreign import build, parse_object
+from ..kvae.paths import check_regular, file_errors, read_bytes, write_bytes
 from .errors import UserError
+from .walk import files_under
 
 SUFFIX = ".safetensors.zst"
-MANIFEST = "manifest.json"
-VAES = ("hunyuan_vae", "kvae")  # in a manifest
 MAX_BYTES = 2**30  # a pair of 1080p minutes is far below; anything above is not a pair
 MAX_HEADER = 2**20  # of safetensors; that of a pair is a few hundred bytes
+MAX_SIDE = 2**14  # pixels
+MAX_FRAMES = 2**31
+AGAIN = "delete it and extract again"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Which frames a pair was made of. `first` is None for frames spread evenly over the whole video."""
+    """Which frames a pair was made of. `first` is None for frames spread evenly over the whole video.
+
+    Raises:
+        ValueError: no clip is like that, or the video is not in the videos root.
+    """
 
     video: str  # relative to the videos root
     first: int | None
@@ -37,6 +44,19 @@ class Source:
     height: int
     width: int
     mirrored: bool = False  # left to right
+    fit: str = "stretch"  # to that size: see serving/fit.py
+
+    def __post_init__(self) -> None:
+        if not lies_inside(self.video):
+            raise ValueError(f"video {self.video!r} is not in the videos root")
+        bounds = {
+            "first": (0, MAX_FRAMES), "frames": (1, MAX_FRAMES), "padded": (0, 3),
+            "height": (1, MAX_SIDE), "width": (1, MAX_SIDE),
+        }  # fmt: skip
+        for name, (least, most) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} is {value}; expected {least} to {most}")
 
 
 class Shape(NamedTuple):
@@ -58,55 +78,73 @@ class Pair:
     source: Source | None
 
 
+def lies_inside(name: str, kind: type[PurePath] = PurePath) -> bool:
+    """Whether a path, of a file that others may have written, stays in the folder that it is relative to.
+
+    Args:
+        kind: whose rules; those of this system by default.
+    """
+    path = kind(name)
+    return bool(path.parts) and not (path.anchor or path.drive or ".." in path.parts)
+
+
 def write_pair(path: Path, pair: Pair) -> None:
-    """Write a pair, whole or not at all."""
+    """Write a pair, whole or not at all.
+
+    Raises:
+        UserError: a latent is none, or is too large for float16.
+        WeightsError: it cannot be written there.
+    """
     tensors = {"z_h": pair.z_h.half().contiguous().cpu(), "z_k": pair.z_k.half().contiguous().cpu()}
+    for name, z in tensors.items():
+        if not z.isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are not finite numbers in float16; not written")
     metadata = {"source": json.dumps(asdict(pair.source))} if pair.source else None
     write_bytes(path, zstandard.ZstdCompressor(level=6).compress(save(tensors, metadata)))
 
 
 def read_pair(path: Path) -> Pair:
-    """Read a pair.
+    """Read a pair. What it says of its source is left out where it is not as ours.
 
     Raises:
         UserError: not zstd, cut short, a tensor missing, or of a wrong shape or type.
+        WeightsError: no file, or it cannot be read.
     """
-    data = path.read_bytes()
-    try:
-        if zstandard.frame_content_size(data) > MAX_BYTES:
-            raise UserError(f"{path}: says it unpacks to more than {MAX_BYTES >> 20} MiB; that is no latent pair")
-        data = zstandard.ZstdDecompressor().decompress(data, max_output_size=MAX_BYTES)
-    except zstandard.ZstdError as error:
-        raise UserError(f"{path}: cut short or not zstd ({error}); extract it again") from None
+    data = _unpacked(path)
     try:
         tensors = load(data)
-        metadata = _metadata(data)
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: holds no safetensors ({error}); extract it again") from None
+        header = parse_object(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: cut short or not zstd around safetensors ({error}); {AGAIN}") from None
     pair_shape(path, {name: list(tensor.shape) for name, tensor in tensors.items()})
     z_h, z_k = tensors["z_h"], tensors["z_k"]
-    if not (z_h.is_floating_point() and z_k.is_floating_point() and z_h.isfinite().all() and z_k.isfinite().all()):
-        raise UserError(f"{path}: holds values that are not finite numbers; extract it again")
-    return Pair(z_h.half(), z_k.half(), Source(**json.loads(metadata["source"])) if "source" in metadata else None)
+    if not (z_h.is_floating_point() and z_k.is_floating_point()):
+        raise UserError(f"{path}: z_h is {z_h.dtype}, z_k is {z_k.dtype}; expected float16; {AGAIN}")
+    z_h, z_k = z_h.half(), z_k.half()
+    if not (z_h.isfinite().all() and z_k.isfinite().all()):
+        raise UserError(f"{path}: holds values that are not finite numbers in float16; {AGAIN}")
+    return Pair(z_h, z_k, _source(header))
 
 
-def read_shape(path: Path) -> Shape:
-    """The shape of a pair, from the first bytes of its file.
+def read_header(path: Path) -> tuple[Shape, Source | None]:
+    """The shape of a pair, and what it was made of, from the first bytes of its file.
 
     Raises:
         UserError: not zstd, no safetensors inside, or not a pair.
+        WeightsError: no file, or it cannot be read.
     """
+    check_regular(path)
     try:
-        with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as reader:
+        with file_errors(path), path.open("rb") as file:
+            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
             size = int.from_bytes(reader.read(8), "little")
-            header = json.loads(reader.read(min(size, MAX_HEADER)))
-        shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+            header = parse_object(reader.read(min(size, MAX_HEADER)))
+        shapes = {name: tensor_shape(entry) for name, entry in header.items() if name != "__metadata__"}
     except zstandard.ZstdError as error:
-        raise UserError(f"{path}: cut short or not zstd ({error}); extract it again") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        # an unclosed frame reads as nothing
-        raise UserError(f"{path}: cut short or not zstd around safetensors ({error}); extract it again") from None
-    return pair_shape(path, shapes)
+        raise UserError(f"{path}: cut short or not zstd ({error}); {AGAIN}") from None
+    except ValueError as error:  # an unclosed frame reads as nothing
+        raise UserError(f"{path}: cut short or not zstd around safetensors ({error}); {AGAIN}") from None
+    return pair_shape(path, shapes), _source(header)
 
 
 def pair_shape(path: Path, shapes: dict[str, list[int]]) -> Shape:
@@ -117,93 +155,87 @@ def pair_shape(path: Path, shapes: dict[str, list[int]]) -> Shape:
     """
     missing = [name for name in ("z_h", "z_k") if name not in shapes]
     if missing:
-        raise UserError(f"{path}: has no {missing[0]}; expected z_h and z_k, found {', '.join(shapes) or 'nothing'}")
+        found = ", ".join(shapes)[:200] or "nothing"
+        raise UserError(f"{path}: has no {missing[0]}; expected z_h and z_k, found {found}")
     z_h, z_k = shapes["z_h"], shapes["z_k"]
     if len(z_h) != 4 or len(z_k) != 4 or z_h[1:] != z_k[1:] or 0 in z_h + z_k:
         raise UserError(f"{path}: z_h is {z_h}, z_k is {z_k}; expected two [c, t, h, w] of one grid")
     return Shape(z_h[0], *z_k)
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return header.get("__metadata__", {})
+def _unpacked(path: Path) -> bytes:
+    """What a file unpacks to, of all its frames.
+
+    Raises:
+        UserError: it is not zstd, or unpacks to more than a pair may have.
+    """
+    data = read_bytes(path, MAX_BYTES)
+    parts, size = [], 0
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as reader:
+            while part := reader.read(2**20):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_BYTES:
+                    raise UserError(f"{path}: unpacks to more than {MAX_BYTES >> 20} MiB; that is no latent pair")
+    except zstandard.ZstdError as error:
+        raise UserError(f"{path}: cut short or not zstd ({error}); {AGAIN}") from None
+    return b"".join(parts)
+
+
+def tensor_shape(entry: Any) -> list[int]:
+    """The shape that a safetensors header gives a tensor.
+
+    Raises:
+        ValueError: it gives none.
+    """
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
+        raise ValueError("a tensor without a shape")
+    return shape
+
+
+def source_of(values: Any) -> Source | None:
+    """What a pair was made of, if that is said as ours say it."""
+    try:
+        return build(Source, values)
+    except ValueError:
+        return None
+
+
+def _source(header: dict[str, Any]) -> Source | None:
+    try:
+        return source_of(parse_object(header["__metadata__"]["source"]))
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def find_pairs(root: str | Path) -> list[Path]:
-    """All pair files under a folder, sorted.
+    """All pair files under a folder, sorted, links followed.
 
     Raises:
         UserError: the folder is missing or holds none.
+        WeightsError: a folder in it cannot be read.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; run `python -m training extract` first")
-    paths = sorted(root.rglob("*" + SUFFIX))
+    paths = sorted(pairs_under(root))
     if not paths:
         raise UserError(f"{root}: no {SUFFIX} files in it; run `python -m training extract` first")
     return paths
 
 
+def holds_pairs(root: str | Path) -> bool:
+    """Whether there is a pair file under a folder, or what its name makes one."""
+    return next(pairs_under(root), None) is not None
+
+
+def pairs_under(root: str | Path) -> Iterator[Path]:
+    """The same in no order of use, of a folder that may be missing."""
+    return (path for path in files_under(root) if path.name.endswith(SUFFIX)) if Path(root).is_dir() else iter(())
+
+
 def clip_name(path: Path, root: Path) -> str:
     """What the clip of a pair file is called: its path in the folder, without the suffix."""
     return path.relative_to(root).as_posix().removesuffix(SUFFIX)
-
-
-def find_manifests(root: str | Path) -> list[Path]:
-    """The manifests of a folder and of those in it: extractions of several sizes may lie side by side."""
-    return sorted(Path(root).rglob(MANIFEST))
-
-
-def extractions(root: str | Path) -> list[str]:
-    """The folders in it that were each extracted by themselves."""
-    folders = (path.parent.relative_to(root).as_posix() for path in find_manifests(root))
-    return [folder for folder in folders if folder != "."]
-
-
-def read_manifest(root: str | Path) -> dict:
-    """How the pairs of a folder were made: settings, and the VAEs by hash. Empty for folders that do not say.
-
-    Of several extractions side by side, "settings" holds the settings of each, by folder.
-
-    Raises:
-        UserError: a manifest is unreadable, or the folders in it were made with different VAEs.
-    """
-    found = {path.parent.relative_to(root).as_posix(): own_manifest(path.parent) for path in find_manifests(root)}
-    if set(found) <= {"."}:
-        return found.get(".", {})
-    (first, manifest), *others = found.items()
-    for folder, other in others:
-        for key in VAES:
-            if other[key] != manifest[key]:
-                raise UserError(
-                    f"{root}: {first} and {folder} hold pairs of different VAEs "
-                    f"({key}: {manifest[key]}, {other[key]}); an adapter is trained on those of one pair of VAEs"
-                )
-    return manifest | {"settings": {folder: each["settings"] for folder, each in found.items()}}
-
-
-def own_manifest(folder: Path) -> dict:
-    """The same of one extraction's folder, whatever lies in it."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        return {key: manifest[key] for key in ("settings", *VAES)}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not the manifest of an extraction; delete it, or extract again") from None
-
-
-def read_spaces(root: str | Path) -> tuple[LatentSpace, LatentSpace]:
-    """The spaces of z_h and z_k of a folder; those of the published pairs where it does not say.
-
-    Raises:
-        UserError: no such space.
-    """
-    manifest = read_manifest(root)
-    if not manifest:
-        return space("hunyuan_video"), space("kvae_3d_1.0")
-    try:
-        return space(manifest["hunyuan_vae"]["space"]), space(manifest["kvae"]["space"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root}/{MANIFEST}: {error}") from None

@@ -12,6 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..kvae.paths import written_whole
+
 LABEL_HEIGHT = 18
 FRAMES = 3  # of each clip, on a sheet
 
@@ -28,8 +30,8 @@ def contact_sheet(path: Path, labels: list[str], clips: list[list[Tensor]]) -> N
             image = Image.fromarray(video[:, t].permute(1, 2, 0).contiguous().numpy())
             sheet.paste(image, (column * width, LABEL_HEIGHT + row * height))
     _write_labels(sheet, labels, width)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with written_whole(path) as partial:
+        sheet.save(partial, "PNG")
 
 
 def side_by_side(labels: list[str], videos: list[Tensor]) -> Tensor:

@@ -1,11 +1,14 @@
-"""The processes that `accelerate launch` started, or this one alone.
+"""The processes that one command was started in, or this one alone.
 
-accelerate launch --num_processes 8 -m training extract …
-accelerate launch --num_processes 8 --mixed_precision bf16 --gradient_accumulation_steps 2 -m training train …
+torchrun --nproc_per_node 8 -m training extract …
+ACCELERATE_MIXED_PRECISION=bf16 torchrun --nproc_per_node 8 -m training train …
+accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 -m training train …
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,6 +31,7 @@ class Processes:
     def __init__(self, device: str):
         from accelerate import Accelerator
 
+        _check_devices(device)
         self._accelerator = Accelerator(cpu=device == "cpu")
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
         self.main = self.rank == 0
@@ -36,6 +40,14 @@ class Processes:
         self._precision = self._accelerator.mixed_precision
         if self._precision not in ("no", "bf16"):
             raise UserError(f"--mixed_precision is {self._precision}; expected no or bf16, which needs no loss scaling")
+        if self.count > 1:
+            devices = [str(each) for each in self.gather(str(self.device))]
+            self.say(f"{self.count} processes, on {', '.join(devices)}")
+        elif "ACCELERATE_DYNAMO_BACKEND" in os.environ:  # as its launcher leaves it
+            self.say(
+                "accelerate launch started one process. With --multi_gpu it starts as many as --num_processes says, as "
+                "does `torchrun --nproc_per_node 8 -m training …`"
+            )
 
     def say(self, text: str) -> None:
         """Print once, whatever the number of processes."""
@@ -60,6 +72,28 @@ class Processes:
             return tensor
         return self._accelerator.reduce(tensor.to(self.device), "sum").to(tensor.device)
 
+    def from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite these float32 tensors with those of the first process, in one message."""
+        if self.count == 1:
+            return
+        from accelerate.utils import broadcast
+
+        flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).to(self.device)
+        parts = broadcast(flat, from_process=0).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
     def autocast(self) -> AbstractContextManager:
         """Where matrix products and convolutions run in accelerate's mixed precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+
+
+def _check_devices(device: str) -> None:
+    """accelerate gives each process of a machine a device of its own, whether there are so many or not.
+
+    Raises:
+        UserError: there are more processes than GPUs.
+    """
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if local > 1 and device != "cpu" and 0 < gpus < local:
+        raise UserError(f"{local} processes for {gpus} GPUs; start as many as there are, or use --device cpu")

@@ -1,6 +1,8 @@
 """One video through one VAE: PSNR, and original and reconstruction side by side.
 
 python -m training reconstruct --video-path clip.mp4 --vae kvae --kvae DIR
+
+The middle of the video, in the proportions of --height and --width; each frame is shown as long as it was.
 """
 
 from __future__ import annotations
@@ -8,12 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
+from ..serving.fit import CROP
+from ..serving.video_writer import write_video
 from .errors import UserError
 from .evaluate import flicker, psnr
 from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option, write_config
 from .pictures import side_by_side
-from .vaes import load_hunyuan_vae, load_kandinsky_vae
-from .videos import Clip, frame_rate, read_clip, write_video
+from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+from .videos import MIN_FRAMES, Clip, read_clip, times_of
+
+MOST_SIDE = 8192  # pixels; H.264 has 16384, and two stand side by side
+SIDES = "height", "width"
+MOST_FRAMES = 10_000  # which are held in memory
 
 
 @dataclass
@@ -32,19 +42,31 @@ class ReconstructConfig:
 def run(config: ReconstructConfig) -> int:
     """Encode and decode; returns 0."""
     out = Path(config.output)
-    if out.suffix != ".mp4":
-        raise UserError(f"--output is {out}; expected a name that ends in .mp4")
-    video = Path(config.video_path)
+    _check(config, out)
     load, name = (load_kandinsky_vae, config.kvae) if config.vae == "kvae" else (load_hunyuan_vae, config.hunyuan_vae)
     vae = load(name, config.device)
     if config.height % vae.space.space or config.width % vae.space.space:
         raise UserError(f"{config.height}x{config.width}: expected multiples of {vae.space.space} ({vae.space.name})")
-    frames = read_clip(Clip(video, config.num_frames, 0), config.height, config.width)
-    decoded = vae.decode(vae.encode(frames[None]))[0, :, : frames.shape[1]].cpu()
+    clip = Clip(Path(config.video_path), config.num_frames, 0)
+    frames = read_clip(clip, config.height, config.width, CROP)
+    decoded = _through(vae, frames)
     x = frames.float()
     print(f"{frames.shape[1]} frames: PSNR {psnr(decoded, x):.2f} dB, flicker {flicker(decoded, x):.2f}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_video(out, side_by_side(["original", config.vae], [frames, decoded.round().byte()]), frame_rate(video))
+    write_video(out, side_by_side(["original", config.vae], [frames, decoded.round().byte()]), times_of(clip))
     write_config(out.with_suffix(".json"), "reconstruct", config)
     print(f"→ {out}")
     return 0
+
+
+def _through(vae: VideoVAE, frames: Tensor) -> Tensor:
+    """[3, T, H, W] in 0..255."""
+    return vae.decode(vae.encode(frames[None]))[0, :, : frames.shape[1]].cpu()
+
+
+def _check(config: ReconstructConfig, out: Path) -> None:
+    if out.suffix != ".mp4":
+        raise UserError(f"--output is {out}; expected a name that ends in .mp4")
+    for name, least, most in (("num_frames", MIN_FRAMES, MOST_FRAMES), *((side, 16, MOST_SIDE) for side in SIDES)):
+        value = getattr(config, name)
+        if not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}")

@@ -1,137 +1,37 @@
 """Many latent pairs in few files, mapped into memory: any crop of any clip is read without the rest.
 
-    python -m training pack --latent-root latents --output-root shards
-    python -m training unpack --latent-root shards --output-root latents
-
 A shard, `00000.safetensors`, holds clips of one shape: `z_h` and `z_k`, float16 [N, c, t, h, w]; mean and standard
 deviation of each clip's channels, float32 [N, c] (`mean_h`, `std_h`, `mean_k`, `std_k`); and `clips`, the bytes of a
-JSON list of names and sources. `index.json` lists the shards and the statistics of all channels. Pack again after
-another extraction: what is packed already stays as it is.
+JSON list of names and sources. `index.json` lists the shards and the statistics of all channels. `training.packing`
+makes them.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from ..kvae import WeightsError
 from ..kvae.files import Weights, save_weights
-from ..kvae.paths import write_text
+from ..kvae.foreign import parse_json, parse_object
+from ..kvae.paths import check_regular, read_text
 from .crops import Slices
 from .errors import UserError
-from .options import option
-from .pairs import (
-    SUFFIX,
-    Pair,
-    Shape,
-    Source,
-    clip_name,
-    find_manifests,
-    find_pairs,
-    pair_shape,
-    read_manifest,
-    read_pair,
-    write_pair,
-)
+from .pairs import Pair, Shape, Source, lies_inside, pair_shape, source_of, tensor_shape
 
 FORMAT = "kvae-latent-shards/1"
 INDEX = "index.json"
-SHARD_BYTES = 256 * 2**20  # held in memory while packing
 OPEN_SHARDS = 256  # mapped at once; each is one file handle, and no memory of its own
-
-
-@dataclass
-class PackConfig:
-    latent_root: str = option(..., "folder of pairs, from extract")
-    output_root: str = option(..., "folder for the shards")
-
-
-@dataclass
-class UnpackConfig:
-    latent_root: str = option(..., "folder of shards, from pack")
-    output_root: str = option(..., "folder for the pairs")
-
-
-def run_pack(config: PackConfig) -> int:
-    """Pack; returns 0."""
-    root, out = Path(config.latent_root), Path(config.output_root)
-    paths = find_pairs(root)
-    _copy_manifests(root, out)
-    shards = [_describe(path) for path in sorted(out.glob("*.safetensors"))]
-    packed = {entry["clip"] for shard in shards for entry in _clips(Weights(out / shard["file"])["clips"])}
-    todo = [path for path in paths if clip_name(path, root) not in packed]
-    for clips, pairs in _grouped(todo, root):
-        path = out / f"{len(shards):05d}.safetensors"
-        write_shard(path, clips, pairs)
-        shards.append(_describe(path))
-    index = {
-        "format": FORMAT,
-        "pairs": sum(shard["pairs"] for shard in shards),
-        "statistics": _statistics([out / shard["file"] for shard in shards]),
-        "shards": shards,
-    }
-    write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
-    print(f"{len(todo)} pairs packed, {len(packed)} already there → {len(shards)} shards in {out}")
-    return 0
-
-
-def run_unpack(config: UnpackConfig) -> int:
-    """Unpack; returns 0."""
-    root, out = Path(config.latent_root), Path(config.output_root)
-    shards = Shards(root)
-    _copy_manifests(root, out)
-    made = 0
-    for i, name in enumerate(tqdm(shards.names(), desc="unpack", total=len(shards), unit="clip", disable=None)):
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(f"{root}: a clip is called {name!r}, which lies outside of --output-root; nothing to trust")
-        path = out / (name + SUFFIX)
-        if not path.exists():
-            write_pair(path, shards.read(i))
-            made += 1
-    print(f"{made} pairs unpacked, {len(shards) - made} already there → {out}")
-    return 0
-
-
-def _copy_manifests(root: Path, out: Path) -> None:
-    """The manifest goes with the pairs; a folder keeps to one, or to one for each folder in it."""
-    ours, theirs = read_manifest(root), read_manifest(out)
-    if out.is_dir() and any(out.iterdir()) and ours != theirs:
-        raise UserError(f"{out}: holds pairs made otherwise ({theirs or 'it does not say how'}); choose another folder")
-    for path in find_manifests(root):
-        write_text(out / path.relative_to(root), path.read_text(encoding="utf-8"))
-
-
-def _grouped(paths: list[Path], root: Path) -> Iterator[tuple[list[dict], list[Pair]]]:
-    """Pairs of one shape at a time, as many as fit."""
-    groups: dict[tuple, tuple[list[dict], list[Pair]]] = defaultdict(lambda: ([], []))
-    held = 0
-    for path in tqdm(paths, desc="pack", unit="clip", disable=None):
-        pair = read_pair(path)
-        clips, pairs = groups[pair.z_h.shape, pair.z_k.shape]
-        clips.append({"clip": clip_name(path, root), "source": asdict(pair.source) if pair.source else None})
-        pairs.append(pair)
-        held += _bytes(pair)
-        if held >= SHARD_BYTES:
-            largest = max(groups, key=lambda key: len(groups[key][1]) * _bytes(groups[key][1][0]))
-            clips, pairs = groups.pop(largest)
-            held -= len(pairs) * _bytes(pairs[0])
-            yield clips, pairs
-    yield from groups.values()
-
-
-def _bytes(pair: Pair) -> int:
-    return pair.z_h.nbytes + pair.z_k.nbytes
+AGAIN = "delete it and pack again"
 
 
 def write_shard(path: Path, clips: list[dict], pairs: list[Pair]) -> None:
@@ -146,24 +46,66 @@ def write_shard(path: Path, clips: list[dict], pairs: list[Pair]) -> None:
     save_weights(path, tensors, {"format": FORMAT})
 
 
-def _describe(path: Path) -> dict:
-    """A line of the index, off the shard's own header."""
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of a folder, or what their names make such."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """A line of the index, off the shard's own header.
+
+    Raises:
+        UserError: it is damaged, or no shard.
+    """
     try:
         weights = Weights(path)
     except WeightsError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{path}: damaged, or no shard ({error}); {AGAIN}") from None
     if weights.metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a shard of latent pairs; choose another --output-root")
-    n, *z_h = weights.shapes["z_h"]
-    return {"file": path.name, "pairs": n, "z_h": z_h, "z_k": list(weights.shapes["z_k"][1:])}
+    z_h, z_k = (list(weights.shapes.get(name, ())) for name in ("z_h", "z_k"))
+    pair_shape(path, {"z_h": z_h[1:], "z_k": z_k[1:]})
+    of_clips = {"mean_h": z_h[:2], "std_h": z_h[:2], "mean_k": z_k[:2], "std_k": z_k[:2]}
+    wrong = [name for name, shape in of_clips.items() if list(weights.shapes.get(name, ())) != shape]
+    if wrong or "clips" not in weights.shapes:
+        raise UserError(f"{path}: {', '.join(wrong) or 'clips'}: not as a shard of {z_h[0]} pairs has it; {AGAIN}")
+    return {"file": path.name, "pairs": z_h[0], "z_h": z_h[1:], "z_k": z_k[1:]}
 
 
-def _clips(tensor: Tensor) -> list[dict]:
-    """Names and sources, off a shard's `clips`."""
-    return json.loads(tensor.numpy().tobytes())
+def packed_clips(folder: Path, shards: list[dict[str, Any]]) -> set[str]:
+    """The names of the clips in these shards.
+
+    Raises:
+        UserError: a shard does not say, or a clip is in two of them.
+    """
+    held: dict[str, str] = {}
+    for shard in shards:
+        path = folder / shard["file"]
+        for clip in _clips(path, Weights(path)["clips"], shard["pairs"]):
+            if (name := clip["clip"]) in held:
+                raise UserError(f"{path}: holds {name!r}, as does {held[name]}; delete one of them and pack again")
+            held[name] = shard["file"]
+    return set(held)
 
 
-def _statistics(paths: list[Path]) -> dict[str, dict[str, list[float]]]:
+def _clips(path: Path, tensor: Tensor, pairs: int) -> list[dict[str, Any]]:
+    """Names and sources, off a shard's `clips`.
+
+    Raises:
+        UserError: they are not those of so many clips.
+    """
+    try:
+        clips = parse_json(tensor.numpy().tobytes())
+        if not isinstance(clips, list) or not all(isinstance(c, dict) and type(c.get("clip")) is str for c in clips):
+            raise ValueError("not a list of clips with names")
+        if len(clips) != pairs:
+            raise ValueError(f"{len(clips)} names for {pairs} clips")
+        return clips
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: does not say which clips it holds ({error}); {AGAIN}") from None
+
+
+def statistics(paths: list[Path]) -> dict[str, dict[str, list[float]]]:
     """Mean and standard deviation of every channel over all positions of all clips."""
     out = {}
     for name in ("h", "k"):
@@ -184,25 +126,24 @@ class Shards:
     """Pairs of a folder of shards by number. No latents are held; what is read is copied out of the mapping.
 
     Raises:
-        UserError: the index is not one.
+        UserError: the index is not one, or is not that of the shards that are there.
     """
 
     def __init__(self, root: Path):
         self.root = root
+        if not (root / INDEX).exists():
+            raise UserError(f"{root}: no {INDEX} in it; run `python -m training pack` first, or to its end")
         try:
-            index = json.loads((root / INDEX).read_text(encoding="utf-8"))
+            index = parse_object(read_text(root / INDEX))
             if index["format"] != FORMAT:
                 raise ValueError(f"its format is {index['format']}, not {FORMAT}")
-            self.files = [str(shard["file"]) for shard in index["shards"]]
-            self.shard_shapes = [
-                pair_shape(root / shard["file"], {"z_h": shard["z_h"], "z_k": shard["z_k"]})
-                for shard in index["shards"]
-            ]
-            self.ends = np.array(list(accumulate(int(shard["pairs"]) for shard in index["shards"])))
-        except FileNotFoundError:
-            raise UserError(f"{root}: no {INDEX} in it; run `python -m training pack` first, or to its end") from None
+            entries = [_Entry(root, entry) for entry in index["shards"]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{root / INDEX}: not the index of packed pairs ({error}); pack them again") from None
+        self.files = [entry.file for entry in entries]
+        self.shard_shapes = [entry.shape for entry in entries]
+        self.ends = np.array(list(accumulate(entry.pairs for entry in entries)), dtype=np.int64)
+        self._check_files()
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
         self._clips = lru_cache(1)(self._read_clips)  # pairs are read shard after shard, but for crops, which need none
 
@@ -211,13 +152,40 @@ class Shards:
 
     def names(self) -> Iterator[str]:
         """The clips' names in order; those of one shard are in memory, and of the next while it is read."""
-        for number in range(len(self.files)):
-            yield from (entry["clip"] for entry in self._clips(number))
+        return (entry["clip"] for number in range(len(self.files)) for entry in self._clips(number))
+
+    def videos(self) -> Iterator[str | None]:
+        """What they say they were made of, in order."""
+        entries = (entry for number in range(len(self.files)) for entry in self._clips(number))
+        return (source.video if (source := source_of(entry.get("source"))) else None for entry in entries)
+
+    def check_names(self) -> None:
+        """Refuse names that cannot become files in a folder.
+
+        Raises:
+            UserError: two clips have one name, or one that leads out of the folder.
+        """
+        seen: set[PurePath] = set()
+        for name in self.names():
+            if not lies_inside(name):
+                raise UserError(f"{self.root}: a clip is called {name!r}, which lies outside of --output-root")
+            if PurePath(name) in seen:
+                raise UserError(f"{self.root}: two clips are called {name!r}; one would overwrite the other")
+            seen.add(PurePath(name))
 
     def name(self, i: int) -> str:
         """The clip's path in the folder it was packed from, without suffix."""
         number, row = self._place(i)
         return self._clips(number)[row]["clip"]
+
+    def source(self, i: int) -> Source | None:
+        """What a pair was made of, where it says so."""
+        number, row = self._place(i)
+        return source_of(self._clips(number)[row].get("source"))
+
+    def shape(self, i: int) -> Shape:
+        """Of one pair."""
+        return self.shard_shapes[self._place(i)[0]]
 
     @cached_property
     def shapes(self) -> tuple[list[Shape], np.ndarray]:
@@ -228,38 +196,82 @@ class Shards:
 
     def read(self, i: int) -> Pair:
         """A whole pair."""
-        number, row = self._place(i)
-        z_h, z_k = (self._slice(number, name)[row] for name in ("z_h", "z_k"))
-        source = self._clips(number)[row]["source"]
-        return Pair(z_h, z_k, Source(**source) if source else None)
+        z_h, z_k = self.crop(i, (slice(None), slice(None), slice(None)))
+        return Pair(z_h, z_k, self.source(i))
 
     def crop(self, i: int, where: Slices) -> tuple[Tensor, Tensor]:
-        """Part of a pair: float16 [c, t, h, w] and [c', t, h, w]."""
+        """Part of a pair: float16 [c, t, h, w] and [c', t, h, w].
+
+        Raises:
+            UserError: a value is not a finite number, or the shard is damaged.
+        """
         number, row = self._place(i)
         part = (slice(row, row + 1), slice(None), *where)
-        z_h, z_k = (self._slice(number, name)[part][0] for name in ("z_h", "z_k"))
+        z_h, z_k = (self._open(number).get_slice(name)[part][0] for name in ("z_h", "z_k"))
+        if not (z_h.isfinite().all() and z_k.isfinite().all()):
+            raise UserError(f"{self.root / self.files[number]}: holds values that are not finite numbers; {AGAIN}")
         return z_h, z_k
 
     def _place(self, i: int) -> tuple[int, int]:
         number = int(np.searchsorted(self.ends, i, side="right"))
         return number, int(i - (self.ends[number - 1] if number else 0))
 
-    def _slice(self, number: int, name: str):
-        return self._open(number).get_slice(name)
+    def _pairs(self, number: int) -> int:
+        return int(self.ends[number] - (self.ends[number - 1] if number else 0))
 
-    def _read_clips(self, number: int) -> list[dict]:
-        return _clips(self._open(number).get_tensor("clips"))
-
-    def _open_shard(self, number: int):
+    def _read_clips(self, number: int) -> list[dict[str, Any]]:
         path = self.root / self.files[number]
         try:
-            shard = safe_open(path, framework="pt")
-            found = {name: shard.get_slice(name).get_shape() for name in ("z_h", "z_k")}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: missing or damaged ({error}); delete it and pack again") from None
-        pairs = int(self.ends[number] - (self.ends[number - 1] if number else 0))
-        expected = self.shard_shapes[number]
+            clips = self._open(number).get_tensor("clips")
+        except SafetensorError as error:
+            raise UserError(f"{path}: does not say which clips it holds ({error}); {AGAIN}") from None
+        return _clips(path, clips, self._pairs(number))
+
+    def _check_files(self) -> None:
+        """The index is made last, so a run of `pack` that was killed leaves more shards than it lists."""
+        listed, there = set(self.files), {path.name for path in shard_files(self.root)}
+        if len(self.files) != len(listed):
+            twice = next(name for name in self.files if self.files.count(name) > 1)
+            raise UserError(f"{self.root / INDEX}: lists {twice} twice; pack again")
+        for names, what in ((listed - there, "is missing"), (there - listed, f"is not in {INDEX}")):
+            if names:
+                raise UserError(f"{self.root / min(names)}: {what}; pack again")
+
+    def _open_shard(self, number: int) -> Any:
+        path = self.root / self.files[number]
+        try:
+            check_regular(path)
+            shard: Any = safe_open(path, framework="pt")
+            parts = {name: shard.get_slice(name) for name in ("z_h", "z_k")}
+        except (SafetensorError, OSError, WeightsError) as error:
+            raise UserError(f"{path}: missing or damaged ({error}); {AGAIN}") from None
+        found = {name: part.get_shape() for name, part in parts.items()}
+        kinds = {part.get_dtype() for part in parts.values()}
+        expected, pairs = self.shard_shapes[number], self._pairs(number)
         h, k = [expected.channels_h, *expected[2:]], [expected.channels_k, *expected[2:]]
-        if found != {"z_h": [pairs, *h], "z_k": [pairs, *k]}:
-            raise UserError(f"{path}: its latents are {found}, not as {INDEX} says; pack again into an empty folder")
+        if found != {"z_h": [pairs, *h], "z_k": [pairs, *k]} or kinds != {"F16"}:
+            raise UserError(
+                f"{path}: its latents are {found}, {', '.join(sorted(kinds))}, not as {INDEX} says; "
+                "pack again into an empty folder"
+            )
         return shard
+
+
+class _Entry:
+    """A shard as the index has it.
+
+    Raises:
+        ValueError: no shard is like that.
+    """
+
+    def __init__(self, root: Path, entry: dict[str, Any]):
+        self.file, self.pairs = entry["file"], entry["pairs"]
+        if type(self.file) is not str or not lies_inside(self.file) or len(PurePath(self.file).parts) > 1:
+            raise ValueError(f"a shard is called {self.file!r}")
+        if type(self.pairs) is not int or not 0 < self.pairs < 2**31:
+            raise ValueError(f"{self.file} holds {self.pairs} pairs")
+        try:
+            shapes = {name: tensor_shape({"shape": entry[name]}) for name in ("z_h", "z_k")}
+            self.shape = pair_shape(root / self.file, shapes)
+        except UserError as error:
+            raise ValueError(str(error)) from None

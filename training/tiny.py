@@ -36,6 +36,7 @@ from ..kvae import KVAE, KVAEConfig, load_kvae
 from ..kvae.files import save_weights
 from ..kvae.layers import ResnetBlock
 from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, to_unit
+from ..serving.fit import resized
 from .checkpoint import open_state, optimiser_tensors, restore_optimiser
 from .errors import UserError
 from .interrupts import BetweenSteps
@@ -43,7 +44,7 @@ from .log import add_to_log
 from .muon import Muon
 from .options import DEVICE, option
 from .vaes import load_hunyuan_vae
-from .videos import Clip, find_videos, read_clip, resize
+from .videos import Clip, find_videos, read_clip
 
 FRAMES = 17
 SIDE = 128  # of the validation clips, and of the small copies of the training clips
@@ -152,7 +153,7 @@ class Data:
         for video in tqdm(find_videos(config.videos_root, "train"), desc="reading", leave=False, disable=None):
             frames = read_clip(Clip(video, TRAIN_FRAMES, 0), 240, 320)
             self.full.append(frames)
-            self.small.append(resize(frames, SIDE, SIDE))
+            self.small.append(torch.stack([resized(frame, SIDE, SIDE) for frame in frames.unbind(1)], 1))
         videos = find_videos(config.videos_root, "test")
         self.validation = [read_clip(Clip(video, FRAMES, 0), SIDE, SIDE) for video in videos]
 

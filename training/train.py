@@ -7,18 +7,17 @@ affine 3x3x3 maps in closed form; the default network starts there, and what is 
 pairs.
 `--network published --epochs 250 --batch-size 512 --lr 1e-4` is the recipe of the published adapters.
 Ctrl-C or a crash costs at most the steps since the last save: the same command goes on from there, with any number of
-processes (`accelerate launch -m training train …`). A step is of --batch-size clips in all, however they are shared.
+processes (`torchrun --nproc_per_node 8 -m training train …`). A step is of --batch-size clips in all, however they are
+shared.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,46 +26,39 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..adapters.files import LatentAdapter, save_adapter
-from ..adapters.networks import NETWORKS, Affine, Network, Published, Residual, build_network
+from ..adapters.networks import Affine, Network, Published, Residual, build_network
 from ..adapters.ridge import Ridge
-from ..adapters.spaces import LatentSpace
-from ..kvae.files import save_weights
 from ..kvae.paths import write_bytes
 from .ahead import ahead
-from .checkpoint import open_state, optimiser_tensors, restore_optimiser
+from .checkpoint import State, load_state, open_state, save_state
 from .closed_form import fit_both_ways
-from .dataset import Groups, Pairs, batches, open_pairs
+from .dataset import Groups, batches
 from .errors import UserError
 from .evaluate import latent_figures
 from .interrupts import BetweenSteps
-from .log import add_to_log, read_log, rewind_log
-from .options import DEVICE, option, write_config
-from .pairs import extractions, read_manifest, read_spaces
+from .job import (
+    DIRECTIONS,
+    Job,
+    TrainConfig,
+    check_channels,
+    check_config,
+    check_variance,
+    resume_file,
+    split,
+    what_pairs,
+)
+from .log import add_to_log, keep_rows, read_log
+from .manifests import read_manifest, read_spaces, weights_of, without_signature
+from .options import write_config
 from .processes import Processes
 from .recipe import DEFAULT, PUBLISHED, Recipe
 from .report import curves_png, write_report
 
+__all__ = ["DIRECTIONS", "TrainConfig", "run"]
+
 SAVE_SECONDS = 60
-DIRECTIONS = ("h2k", "k2h")
 WARMUP_STEPS = 20
 BATCHES_AHEAD = 4
-VAL_PAIRS = 2000
-
-
-@dataclass
-class TrainConfig:
-    latent_root: str = option(..., "folder of pairs, from extract or pack")
-    val_latent_root: str = option("", "folder of pairs to validate on; without one, 1 video in 20 is held out")
-    out_h2k: str = option("adapter_hunyuan_to_kvae3d.safetensors", "file for the Hunyuan → KVAE adapter")
-    out_k2h: str = option("adapter_kvae3d_to_hunyuan.safetensors", "file for the KVAE → Hunyuan adapter")
-    network: str = option("residual", "adapter network", choices=tuple(NETWORKS))
-    epochs: int = option(20, "passes over the pairs")
-    batch_size: int = option(8, "clips of a step, over all processes")
-    lr: float = option(3e-3, "learning rate of Muon and AdamW; falls linearly to zero, except with --network published")
-    weight_decay: float = option(1e-4, "weight decay of AdamW")
-    ema: float = option(0.99, "decay of the weights' moving average, which is what is saved; 0 for none")
-    seed: int = option(0, "of the first weights and of the order")
-    device: str = option(DEVICE, "device to train on")
 
 
 @dataclass(frozen=True)
@@ -75,49 +67,6 @@ class Batch:
 
     clips: int
     parts: list[tuple[Tensor, Tensor, Tensor]]  # z_h, z_k, weight, as Pairs.crops gives them
-
-
-@dataclass
-class State:
-    """All that a resumed run needs: the networks, their averages, the optimisers, the best so far, and where we are."""
-
-    networks: dict[str, Network]
-    averages: dict[str, dict[str, Tensor]]
-    best: dict[str, dict[str, Tensor]]
-    best_mse: dict[str, float]
-    optimisers: list[torch.optim.Optimizer]
-    step: int = 0
-    epoch: int = 0  # finished, validation included
-    sums: tuple[float, float, int] = (0.0, 0.0, 0)  # of the running epoch: squared errors both ways, clips
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a training is of: settled before the first step, the same to the last."""
-
-    config: TrainConfig
-    recipe: Recipe
-    processes: Processes
-    train: Pairs
-    val: Pairs
-    spaces: tuple[LatentSpace, LatentSpace]  # of z_h and of z_k
-    fits: dict[str, Ridge]
-
-    @property
-    def adapter_files(self) -> dict[str, Path]:
-        return {"h2k": Path(self.config.out_h2k), "k2h": Path(self.config.out_k2h)}
-
-    @property
-    def folder(self) -> Path:
-        return self.adapter_files["h2k"].parent
-
-    @property
-    def log_file(self) -> Path:
-        return self.folder / "train.jsonl"
-
-    @property
-    def resume_file(self) -> Path:
-        return self.adapter_files["h2k"].with_suffix(".resume.safetensors")
 
 
 def run(config: TrainConfig, recipe: Recipe | None = None) -> int:
@@ -135,26 +84,35 @@ def run(config: TrainConfig, recipe: Recipe | None = None) -> int:
 
 
 def _prepare(config: TrainConfig, recipe: Recipe) -> Job:
+    check_config(config)
     processes = Processes(config.device)
     config = replace(config, device=str(processes.device))
-    _check(config)
-    train, val = _split(config)
-    fits = fit_both_ways(train, config.device)
-    job = Job(config, recipe, processes, train, val, read_spaces(config.latent_root), fits)
-    _check_channels(job)
-    return job
+    train, val = split(config)
+    spaces = read_spaces(config.latent_root)
+    check_channels(config, train, val, spaces)
+    pairs = what_pairs(config, train, val)
+    if any(theirs != pairs for theirs in processes.gather(pairs)):
+        raise UserError(f"{config.latent_root}: the processes do not see the same pairs")
+    open_state(resume_file(config), config, pairs)  # refused, if at all, before the closed form is computed
+    fits = fit_both_ways(train, config.device, processes=processes)
+    check_variance(config, fits)
+    return Job(config, recipe, processes, train, val, spaces, fits, pairs)
 
 
 def _resume_or_begin(state: State, job: Job) -> None:
     """Fill the state from what was saved, where something was; else judge the networks as they start."""
-    resumed = _resume(state, job)
+    steps = _steps(job, job.train.groups(_sight(state)))
+    resumed = load_state(job.resume_file, state, job.config, job.pairs, steps)
+    if len(set(job.processes.gather(resumed))) > 1:
+        raise UserError(f"{job.resume_file}: some of the processes see it, others do not")
     job.processes.wait()  # none is to find the state that another saves
     if job.processes.main:
         write_config(job.folder / "train.json", "train", job.config)
-        rewind_log(job.log_file, state.step if resumed else -1)
+        keep_rows(job.log_file, state.rows)
     if resumed:
         job.processes.say(f"Going on from step {state.step}, saved in {job.resume_file}")
     else:
+        job.processes.from_first(list(state.tensors().values()))
         _validate(state, job)
         job.processes.say(f"Training on {len(job.train)} latent pairs, validating on {len(job.val)}")
 
@@ -179,7 +137,7 @@ def _epoch(state: State, job: Job, groups: Groups, interrupts: BetweenSteps) -> 
         KeyboardInterrupt: Ctrl-C came in one of the processes; the state is saved.
     """
     config, processes = job.config, job.processes
-    steps = sum(math.ceil(len(group) / config.batch_size) for group in groups.values())
+    steps = _steps(job, groups)
     done = state.step - state.epoch * steps
     label, hidden = f"epoch {state.epoch + 1}/{config.epochs}", None if processes.main else True
     stream = ahead([_batches(job, groups, _sight(state), state.epoch, done)], 1, BATCHES_AHEAD)
@@ -199,42 +157,26 @@ def _epoch(state: State, job: Job, groups: Groups, interrupts: BetweenSteps) -> 
     return waited
 
 
+def _steps(job: Job, groups: Groups) -> int:
+    """Of an epoch."""
+    return sum(math.ceil(len(group) / job.config.batch_size) for group in groups.values())
+
+
 def _close_epoch(state: State, job: Job, times: dict[str, float]) -> None:
-    """Say and log what the epoch's steps gave."""
+    """Say and log what the epoch's steps gave.
+
+    Raises:
+        UserError: the errors are no longer numbers, and never will be again.
+    """
     h2k, k2h, clips = state.sums
+    if not math.isfinite(h2k + k2h):
+        if job.processes.main:
+            job.resume_file.unlink(missing_ok=True)
+        raise UserError(f"the error is {h2k / clips} H→K and {k2h / clips} K→H in epoch {state.epoch + 1}: lower --lr")
     state.epoch, state.sums = state.epoch + 1, (0.0, 0.0, 0)
     label = f"Epoch {state.epoch}/{job.config.epochs}"
     job.processes.say(f"  {label} - H→K MSE: {h2k / clips:.6f} | K→H MSE: {k2h / clips:.6f}")
-    _log(job, {"step": state.step, "train_h2k": h2k / clips, "train_k2h": k2h / clips} | times)
-
-
-def _check(config: TrainConfig) -> None:
-    for name in ("epochs", "batch_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected at least 1")
-    if not 0 <= config.ema < 1:
-        raise UserError(f"--ema is {config.ema}; expected 0 up to, but not including, 1")
-    if config.out_h2k == config.out_k2h:
-        raise UserError(f"--out-h2k and --out-k2h are both {config.out_h2k}; one would overwrite the other")
-
-
-def _split(config: TrainConfig) -> tuple[Pairs, Pairs]:
-    """Training and validation pairs. Clips of one video stay on one side."""
-    pairs = open_pairs(config.latent_root)
-    if config.val_latent_root:
-        theirs, ours = (
-            tuple(each.name for each in read_spaces(r)) for r in (config.val_latent_root, config.latent_root)
-        )
-        if theirs != ours:
-            raise UserError(f"{config.val_latent_root}: pairs of {' and '.join(theirs)}; expected {' and '.join(ours)}")
-        return pairs, open_pairs(config.val_latent_root).spread(VAL_PAIRS)
-    of_pair = pairs.videos(extractions(config.latent_root))
-    videos = np.unique(of_pair)
-    if len(videos) < 2:
-        raise UserError(f"{config.latent_root}: pairs of one video only; none can be held out: give --val-latent-root")
-    np.random.default_rng(config.seed).shuffle(videos)
-    held_out = np.isin(of_pair, videos[: max(1, len(videos) // 20)])
-    return pairs.take(~held_out), pairs.take(held_out).spread(VAL_PAIRS)
+    _log(state, job, {"step": state.step, "train_h2k": h2k / clips, "train_k2h": k2h / clips} | times)
 
 
 def _sight(state: State) -> int | None:
@@ -242,16 +184,6 @@ def _sight(state: State) -> int | None:
     if any(isinstance(network, Published) for network in state.networks.values()):
         return None
     return max(network.radius for network in state.networks.values())
-
-
-def _check_channels(job: Job) -> None:
-    h, k = job.spaces
-    found = job.fits["h2k"].in_channels, job.fits["h2k"].out_channels
-    if found != (h.channels, k.channels):
-        raise UserError(
-            f"the pairs have {found[0]} and {found[1]} channels; expected {h.channels} ({h.name}) and "
-            f"{k.channels} ({k.name})"
-        )
 
 
 def _start(job: Job) -> State:
@@ -360,63 +292,29 @@ def _validate(state: State, job: Job) -> None:
         if row[f"val_{name}"] < state.best_mse[name]:
             state.best_mse[name] = row[f"val_{name}"]
             state.best[name] = {key: tensor.clone() for key, tensor in state.averages[name].items()}
-    _log(job, row)
+    _log(state, job, row)
 
 
-def _log(job: Job, row: dict[str, float]) -> None:
+def _log(state: State, job: Job, row: dict[str, float]) -> None:
+    state.rows += 1
     if job.processes.main:
         add_to_log(job.log_file, row)
 
 
 def _save(state: State, job: Job) -> None:
-    """The state as safetensors: nothing here is ever unpickled."""
-    tensors: dict[str, Tensor] = {}
-    for name in DIRECTIONS:
-        for kind, weights in (
-            ("live", _copy(state.networks[name])),
-            ("average", state.averages[name]),
-            ("best", state.best[name]),
-        ):
-            tensors |= {f"{kind}.{name}.{key}": tensor for key, tensor in weights.items()}
-    for i, optimiser in enumerate(state.optimisers):
-        tensors |= optimiser_tensors(f"optimiser{i}", optimiser)
-    metadata = {
-        "config": json.dumps(asdict(job.config)),
-        "progress": json.dumps(
-            {"step": state.step, "epoch": state.epoch, "sums": state.sums, "best_mse": state.best_mse}
-        ),
-    }
-    save_weights(job.resume_file, {key: tensor.clone() for key, tensor in tensors.items()}, metadata)
-
-
-def _resume(state: State, job: Job) -> bool:
-    """Fill the state from the file, where there is one."""
-    saved = open_state(job.resume_file, job.config)
-    if saved is None:
-        return False
-    device = job.processes.device
-    for name in DIRECTIONS:
-        keys = state.networks[name].state_dict()
-        state.networks[name].load_state_dict({key: saved[f"live.{name}.{key}"] for key in keys})
-        state.averages[name] = {key: saved[f"average.{name}.{key}"].to(device) for key in keys}
-        state.best[name] = {key: saved[f"best.{name}.{key}"].to(device) for key in keys}
-    for i, optimiser in enumerate(state.optimisers):
-        restore_optimiser(f"optimiser{i}", optimiser, saved)
-    progress = json.loads(saved.metadata["progress"])
-    state.step, state.epoch = progress["step"], progress["epoch"]
-    state.sums, state.best_mse = tuple(progress["sums"]), progress["best_mse"]
-    return True
+    save_state(job.resume_file, state, job.config, job.pairs)
 
 
 def _write_adapters(state: State, job: Job, seconds: float) -> dict[str, LatentAdapter]:
     """The best weights of each direction, in files that say what they are."""
+    manifest = read_manifest(job.config.latent_root)
     training = {
         "pairs": len(job.train),
         "pairs_sha256": job.train.digest(),
         "steps": state.step,
         "seconds": round(seconds),
         "config": asdict(job.config),
-        "extraction": read_manifest(job.config.latent_root),
+        "extraction": {key: without_signature(each) for key, each in manifest.items()},
     }
     adapters = {}
     for name, label in (("h2k", "Hunyuan→KVAE"), ("k2h", "KVAE→Hunyuan")):
@@ -428,7 +326,7 @@ def _write_adapters(state: State, job: Job, seconds: float) -> dict[str, LatentA
             "val_pairs": len(job.val),
         }
         source, target = job.spaces if name == "h2k" else job.spaces[::-1]
-        adapters[name] = LatentAdapter(network, source, target, training, metrics)
+        adapters[name] = LatentAdapter(network, source, target, training, metrics, weights_of(manifest))
         save_adapter(job.adapter_files[name], adapters[name])
         print(f"Saved {label} adapter to: {job.adapter_files[name]} (validation MSE {mse:.6f})")
     return adapters

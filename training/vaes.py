@@ -21,6 +21,7 @@ from ..kvae.files import Weights, what_is
 from ..kvae.find import find_weights
 from ..kvae.paths import sha256_of
 from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, from_unit, to_unit
+from ..kvae.signature import signature
 from .errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -37,6 +38,7 @@ class VideoVAE(Protocol):
     space: LatentSpace
     source: str  # where the weights came from
     digest: str  # sha256 of the weights file
+    signature: tuple[float, ...]  # of the weights in it, see kvae.signature
 
     def encode(self, x_B3THW: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """uint8 [B, 3, T, H, W] → raw latents, the posterior's mean or, with a generator, a draw."""
@@ -54,6 +56,7 @@ class HunyuanVAE:
 
     def __init__(self, vae, source: str, digest: str):
         self.vae, self.source, self.digest = vae, source, digest
+        self.signature = signature(vae.state_dict())
         newer = type(vae).__name__ == "AutoencoderKLHunyuanVideo15"
         self.space = space("hunyuan_video_1.5" if newer else "hunyuan_video")
         if newer:
@@ -76,6 +79,7 @@ class KandinskyVAE:
 
     def __init__(self, kvae: KVAE, source: str, digest: str):
         self.kvae, self.source, self.digest = kvae, source, digest
+        self.signature = signature(kvae.state_dict())
         self.space = native_space(kvae.config)
 
     @torch.inference_mode()
@@ -136,6 +140,11 @@ def load_kandinsky_vae(name: str, device: str, dtype: torch.dtype = torch.float3
     """A KVAE-3D from "tiny", a folder, a .safetensors file or a hub id. Raises as `load_hunyuan_vae` does."""
     path = _weights_file(name, "kvae", subfolder="")
     return KandinskyVAE(load_kvae(path, dtype, device), name, sha256_of(path))
+
+
+def made_with(vae: VideoVAE) -> dict:
+    """What a manifest says of a VAE."""
+    return {"space": vae.space.name, "sha256": vae.digest, "signature": list(vae.signature)}
 
 
 def check_grids(hunyuan: LatentSpace, kvae: LatentSpace) -> None:

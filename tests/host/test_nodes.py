@@ -1,9 +1,13 @@
 """The pack's own nodes in ComfyUI, beyond Load KVAE."""
 
+import os
+
 import av
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from kvae_comfyui.adapters.latent_files import save_latent
 from kvae_comfyui.adapters.sample_clip import sample_clip
 
 NATIVE = "KVAE (native)"
@@ -152,6 +156,150 @@ def test_save_and_load_a_latent(run, load, comfy, base):
     (stock,) = run("LoadLatent", latent=name)  # ComfyUI's own loader reads it too
     assert torch.equal(stock["samples"], latent["samples"])
     assert "press R" in comfy.classes["KVAELoadLatent"].validate_inputs("absent.latent")
+
+
+BAD_LATENTS = {
+    "None": (None, "This is a NoneType without samples"),
+    "a list": ([1], "This is a list without samples"),
+    "no samples": ({}, "This is a dict without samples"),
+    "samples None": ({"samples": None}, "This latent is a NoneType"),
+    "samples a list": ({"samples": [[1.0]]}, "This latent is a list"),
+    "numpy": ({"samples": torch.zeros(1, 16, 1, 4, 4).numpy()}, "This latent is a ndarray"),
+    "fp8": ({"samples": torch.zeros(1, 16, 1, 4, 4).to(torch.float8_e4m3fn)}, "This latent is of float8_e4m3fn"),
+    "sparse": ({"samples": torch.ones(1, 16, 1, 4, 4).to_sparse()}, "This latent is sparse_coo"),
+    "meta": ({"samples": torch.zeros(1, 16, 1, 4, 4, device="meta")}, "on the meta device"),
+    "int8": ({"samples": torch.zeros(1, 16, 1, 4, 4, dtype=torch.int8)}, "This latent is of int8"),
+    "bool": ({"samples": torch.zeros(1, 16, 1, 4, 4, dtype=torch.bool)}, "This latent is of bool"),
+    "complex": ({"samples": torch.zeros(1, 16, 1, 4, 4, dtype=torch.complex64)}, "This latent is of complex64"),
+    "NaN": ({"samples": torch.full((1, 16, 1, 4, 4), torch.nan)}, "256 of 256 values of this latent are NaN"),
+    "frames in words": ({"samples": torch.zeros(1, 16, 1, 4, 4), "kvae_frames": "one"}, "kvae_frames of this latent"),
+    "a space in numbers": ({"samples": torch.zeros(1, 16, 1, 4, 4), "kvae_space": 5}, "kvae_space of this latent is 5"),
+}
+HARMLESS = {  # what a node does not ask for, or is there to tell
+    "KVAEDecode": (),
+    "KVAEConvertLatent": ("frames in words",),
+    "KVAEInspectLatent": ("frames in words", "NaN"),
+    "KVAESaveLatent": (),
+}
+
+
+@pytest.mark.parametrize("node", HARMLESS)
+@pytest.mark.parametrize("name", BAD_LATENTS)
+def test_what_is_no_latent_is_said_in_a_sentence(run, load, comfy, base, node, name):
+    if name in HARMLESS[node]:
+        pytest.skip("this node takes it")
+    latent, words = BAD_LATENTS[name]
+    with pytest.raises(ValueError, match=words) as caught:
+        if node == "KVAEDecode":
+            run(node, samples=latent, vae=load(), scaling="raw", memory_gb=0.0)
+        elif node == "KVAEConvertLatent":
+            run(node, samples=latent, adapter=run("KVAELoadAdapter", adapter_name="h2k.safetensors")[0])
+        elif node == "KVAESaveLatent":
+            with_hidden(comfy.classes[node]).execute(samples=latent, filename_prefix="bad/KVAE")
+        else:
+            run(node, samples=latent)
+    assert "\n" not in str(caught.value)
+    assert not list((base / "output").glob("bad/*"))
+
+
+def test_settings_that_mean_nothing_are_refused(run, load):
+    latent, vae = {"samples": torch.zeros(1, 16, 1, 4, 4)}, load()
+    with pytest.raises(ValueError, match="scaling is 'other'; expected raw or scaled"):
+        run("KVAEDecode", samples=latent, vae=vae, scaling="other", memory_gb=0.0)
+    for bad in (float("inf"), float("nan"), -1.0):
+        with pytest.raises(ValueError, match="memory_gb is .*; expected a number of GB"):
+            run("KVAEDecode", samples=latent, vae=vae, scaling="raw", memory_gb=bad)
+        with pytest.raises(ValueError, match="memory_gb is .*; expected a number of GB"):
+            load(memory_gb=bad)
+    for wrong in ({"latents": "native"}, {"dtype": "fp8"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is '.*'; expected one of "):
+            load(**wrong)
+    with pytest.raises(ValueError, match="This adapter is a NoneType; expected one from Load Latent Adapter"):
+        run("KVAEConvertLatent", samples=latent, adapter=None)
+
+
+def test_pixels_that_are_spoilt_or_too_many_are_refused_at_once(run, load):
+    clip, vae = sample_clip(5, 32, 32), load()
+    clip[2, 3, 4, 1] = torch.nan
+    for node in ("KVAEEncode", "VAEEncode"):
+        with pytest.raises(ValueError, match="1 of 15360 values of these pixels are NaN or infinite"):
+            run(node, pixels=clip, vae=vae)
+    for bad, words in ((None, "a NoneType"), ([1.0], "a list"), ((clip * 255).byte(), "of uint8")):
+        with pytest.raises(ValueError, match=f"This pixels is {words}"):
+            run("KVAEEncode", pixels=bad, vae=vae)
+    huge = torch.zeros(1)
+    with pytest.raises(MemoryError, match="There is no memory for 120,000,000 GB of pixels"):
+        run("KVAEEncode", pixels=huge.expand(1000, 10**5, 10**8, 3), vae=vae)
+    latent = {"samples": huge.expand(1, 16, 1, 12_500, 12_500_000)}
+    with pytest.raises(MemoryError, match="There is no memory for 120,000 GB of frames, 1 x 1 of 100000000x100000"):
+        run("KVAEDecode", samples=latent, vae=vae, scaling="raw", memory_gb=0.0)
+    with pytest.raises(MemoryError, match="There is no memory for 120,000 GB of frames"):
+        run("KVAESampleClip", width=10**8, height=10**5, length=1)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ("x" * 5000, "a name of over 200 bytes"),
+        ("a\0b", "not a name that a file can have"),
+        ("deep/" + "й" * 120, "over 200"),
+    ],
+    ids=["long", "NUL", "long in UTF-8"],
+)
+def test_a_prefix_that_is_no_name_leaves_nothing(comfy, base, prefix, words):
+    before = sorted((base / "output").rglob("*"))
+    with pytest.raises(ValueError, match=words):
+        with_hidden(comfy.classes["KVAESaveLatent"]).execute(
+            samples={"samples": torch.zeros(1, 16, 1, 4, 4)}, filename_prefix=prefix
+        )
+    assert sorted((base / "output").rglob("*")) == before
+
+
+@pytest.fixture
+def elsewhere(base, tmp_path):
+    """A good latent file outside of ComfyUI's folders, and names that would lead to it."""
+    path = tmp_path / "secret.latent"
+    save_latent(path, torch.zeros(1, 16, 1, 4, 4), None, None, {})
+    link = base / "input" / "link.latent"
+    link.symlink_to(path)
+    up = os.path.relpath(path, base / "input")
+    yield [
+        str(path),
+        up,
+        f"{os.path.relpath(path, base / 'output')} [output]",
+        "link.latent",
+        "a\0b",
+        "",
+        ".",
+        "[output]",
+    ]
+    link.unlink()
+
+
+def test_latents_are_read_from_comfyuis_folders_alone(run, comfy, elsewhere):
+    """Neither when the prompt is checked nor when it is run; whether there is such a file is not told."""
+    node = comfy.classes["KVAELoadLatent"]
+    for name in elsewhere:
+        with pytest.raises(ValueError, match="no such latent file; put it into ComfyUI's input folder"):
+            run("KVAELoadLatent", file=name, scaling="auto")
+        assert node.validate_inputs(name) == node.validate_inputs("absent.latent").replace("absent.latent", name)
+    assert not set(elsewhere) & set(node.define_schema().inputs[0].options)
+    for name in (5, ["1"]):
+        assert "no such latent file" in node.validate_inputs(name)
+
+
+def test_a_latent_that_can_be_read_in_two_ways_asks(run, base):
+    path = base / "input" / "kandinsky.safetensors"
+    save_file({"latents": torch.randn(1, 16, 31, 8, 16)}, path)
+    try:
+        with pytest.raises(ValueError, match="say what it is of \\(model\\)"):
+            run("KVAELoadLatent", file=path.name, scaling="auto")
+        latent, report = run("KVAELoadLatent", file=path.name, scaling="auto", model="kandinsky5")
+        assert latent["samples"].shape == (1, 16, 16, 31, 8)
+        assert latent["kvae_space"] == "hunyuan_video"
+        assert "61 frames of 64 x 248 pixels" in report
+    finally:
+        path.unlink()
 
 
 def test_compare_two_vaes(run, load):

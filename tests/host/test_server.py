@@ -1,11 +1,14 @@
 """The pack in a real server: it imports, its schemas say all, a changed adapter is all that is read, Cancel works."""
 
 import json
+import os
 import re
 import time
 
 import pytest
 import torch
+
+from kvae_comfyui.adapters.latent_files import save_latent
 
 from .server import Server
 from .test_workflows import find, read, to_api
@@ -70,6 +73,32 @@ def test_another_adapter_is_all_that_is_read_again(server, base):
     finally:
         (folder / "other.safetensors").unlink(missing_ok=True)
     assert server.log_text().count("Loaded KVAE from") == loads + 1
+
+
+def test_no_prompt_reads_a_latent_from_elsewhere(server, base, tmp_path):
+    """By the server's own check, of a path that is there and of one that is not, in the same words."""
+    path = tmp_path / "x.latent"
+    save_latent(path, torch.zeros(1, 16, 1, 4, 4), None, None, {})
+    inside = base / "input" / "inside.latent"
+    inside.write_bytes(path.read_bytes())
+    up = os.path.relpath(path, base / "input")
+    said = []
+    for name in (str(path), up, f"{up} [output]", str(tmp_path / "absent.latent"), "../server.log"):
+        answer = server.post("/prompt", {"prompt": load_and_inspect(name)})
+        (error,) = answer["node_errors"]["1"]["errors"]
+        said.append(f"{error['message']} {error['details']}".replace(name, "NAME"))
+    assert len(set(said)) == 1 and "no such latent file" in said[0]
+    history = server.wait(server.start(load_and_inspect(inside.name)))
+    assert history["status"]["status_str"] == "success", history["status"]
+    inside.unlink()
+
+
+def load_and_inspect(file: str) -> dict:
+    """A prompt that loads a latent file and says what it is."""
+    return {
+        "1": {"class_type": "KVAELoadLatent", "inputs": {"file": file, "scaling": "auto"}},
+        "2": {"class_type": "KVAEInspectLatent", "inputs": {"samples": ["1", 0]}},
+    }
 
 
 def test_cancel_stops_a_stock_decode(server):

@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from kvae_comfyui.adapters import HybridVAE, LatentAdapter, load_adapter, save_adapter, space
+from kvae_comfyui.adapters.files import VAEWeights
 from kvae_comfyui.adapters.hybrid import from_kvae_pixels, to_kvae_pixels
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.adapters.sample_clip import sample_clip
 from kvae_comfyui.adapters.serve import to_image
+from kvae_comfyui.kvae.signature import signature
+from kvae_comfyui.training.vaes import TINY_ADAPTERS
 
 Z = torch.randn(1, 16, 7, 4, 6, generator=torch.Generator().manual_seed(1))  # 25 frames: segments of 17 and 8
 
@@ -154,9 +157,44 @@ def test_memory_estimates_grow_with_the_picture_not_with_the_length(load):
     assert more == pytest.approx(120 * pixels * (4 + 2))
 
 
-def test_a_saved_vae_is_a_kvae_file(load, tiny_kvae):
-    saved = load().get_sd()
-    assert saved.keys() == tiny_kvae.state_dict().keys()
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_saved_vae_loads_again(run, load, comfy, base, tiny_kvae, dtype):
+    """Its config too, which ComfyUI's Save VAE knows nothing of: the tiny KVAE has 8 groups in its norms, not 32."""
+    import comfy_extras.nodes_model_merging as merging
+
+    first = load(dtype=dtype)
+    node = merging.VAESave()
+    node.output_dir = str(base / "models" / "kvae")
+    node.save(first, "saved")
+    (file,) = (base / "models" / "kvae").glob("saved_*")
+    try:
+        again = load(kvae_name=file.name, dtype=dtype)
+        assert again.first_stage_model.kvae.config.to_dict() == tiny_kvae.config.to_dict()
+        (expected,), (image,) = (run("VAEDecode", vae=vae, samples={"samples": Z}) for vae in (first, again))
+        assert torch.equal(image, expected)
+        embedded = load_adapter(TINY_ADAPTERS["h2k"])
+        assert embedded.fits("kvae_3d_1.0", signature(again.first_stage_model.kvae.state_dict()))
+    finally:
+        file.unlink()
+
+
+def test_an_adapter_for_other_weights_is_refused_and_not_found(load, base):
+    folder = base / "models" / "latent_adapters"
+    other = folder / "for_another.safetensors"
+    weights = {"kvae_3d_1.0": VAEWeights("", tuple(0.1 * i for i in range(64)))}
+    save_adapter(other, LatentAdapter(Affine(16, 16), space("hunyuan_video"), space("kvae_3d_1.0"), weights=weights))
+    try:
+        assert load().first_stage_model.vae.decode_adapter.metrics == {"psnr": 12.5}  # auto takes the one that fits
+        with pytest.raises(ValueError, match="made for a kvae_3d_1.0 VAE with other weights"):
+            load(decode_adapter=other.name)
+        aside = [path.rename(path.with_suffix(".aside")) for path in folder.glob("?2?.safetensors")]
+        with pytest.raises(ValueError, match=f"{other.name}: made for a KVAE with other weights"):
+            load()
+    finally:
+        for path in folder.glob("*.aside"):
+            path.rename(path.with_suffix(".safetensors"))
+        other.unlink()
+    assert len(aside) == 2
 
 
 def test_bfloat16_is_close(run, load):
@@ -200,7 +238,7 @@ def test_wrong_files_are_named(run, load, base, comfy):
         load(kvae_name="hunyuan.safetensors")
     with pytest.raises(ValueError, match="swapped"):
         load(decode_adapter="k2h.safetensors")
-    with pytest.raises(ValueError, match="No adapter in .*latent_adapters maps hunyuan_video"):
+    with pytest.raises(ValueError, match="Both adapters are none: choose one of them"):
         load(decode_adapter="none", encode_adapter="none")
     with pytest.raises(ValueError, match="cannot encode: no kvae_3d_1.0 → hunyuan_video adapter"):
         run("VAEEncode", vae=load(encode_adapter="none"), pixels=sample_clip(1, 32, 32))

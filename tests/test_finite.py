@@ -1,0 +1,23 @@
+"""One value that is no number is found wherever it is, in every float type."""
+
+import pytest
+import torch
+
+from kvae_comfyui.kvae.finite import all_finite
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_value_that_is_no_number_is_found(dtype, bad):
+    if dtype == torch.float8_e4m3fn and bad == bad:
+        pytest.skip("this type has no infinity")
+    for n in (1, 7, 4097):
+        x = torch.randn(n)
+        assert all_finite(x.to(dtype))
+        for at in {0, n // 2, n - 1}:
+            spoilt = x.clone()
+            spoilt[at] = bad
+            assert not all_finite(spoilt.to(dtype))
+    assert all_finite(torch.full((3,), 3e38)) and all_finite(torch.zeros(0)) and all_finite(torch.zeros(2).to("meta"))

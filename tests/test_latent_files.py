@@ -1,0 +1,210 @@
+"""Latent files of others are read as raw latents; where two readings fit, the reader asks; what is none is said."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kvae_comfyui.adapters.latent_files import MODELS, load_latent, save_latent
+from kvae_comfyui.kvae import WeightsError
+
+SCALE, SCALE_15, SCALE_T4S16 = 0.476986, 1.03682, 0.910344004631042
+VERSION = {"latent_format_version_0": torch.empty(0)}
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Write a latent file of these tensors, given by their shapes or themselves; returns its path."""
+
+    def save(tensors, **metadata):
+        path = tmp_path / "x.safetensors"
+        made = {key: each if isinstance(each, torch.Tensor) else torch.randn(each) for key, each in tensors.items()}
+        save_file(made, path, metadata)
+        save.first = next(iter(made.values()))
+        return path
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "kind", "shape", "factor", "space"),
+    [
+        # musubi-tuner's generators, with and without a batch
+        ({"latent": (16, 2, 4, 6)}, {}, "musubi-tuner latent", (1, 16, 2, 4, 6), 1 / SCALE, None),
+        ({"latent": (32, 2, 4, 6)}, {}, "musubi-tuner latent", (1, 32, 2, 4, 6), 1 / SCALE_15, None),
+        ({"latent": (1, 32, 2, 4, 6)}, {}, "musubi-tuner latent", (1, 32, 2, 4, 6), 1 / SCALE_15, None),
+        ({"latent": (16, 16, 4, 16)}, {}, "musubi-tuner latent", (1, 16, 16, 4, 16), 1 / SCALE, None),
+        # its caches
+        ({"latents_2x4x6_bfloat16": (16, 2, 4, 6)}, "hunyuan_video", "cache of", (1, 16, 2, 4, 6), 1, "hunyuan_video"),
+        (
+            {"latents_2x4x16_float16": (32, 2, 4, 16), "siglip_float16": (7, 3)},
+            "hunyuan_video_1_5",
+            "cache of",
+            (1, 32, 2, 4, 16),
+            1,
+            "hunyuan_video_1.5",
+        ),
+        (
+            {"latents_2x4x6_float32": (16, 2, 4, 6), "latents_image_2x4x6_float32": (16, 2, 4, 6)},
+            "kandinsky5",
+            "cache of kandinsky5",
+            (1, 16, 2, 4, 6),
+            1 / SCALE,
+            "hunyuan_video",
+        ),
+        ({"latents_2x4x6_float16": (16, 2, 4, 6)}, "framepack", "cache", (1, 16, 2, 4, 6), 1 / SCALE, "hunyuan_video"),
+        # diffusers: channels first
+        ({"anything": (1, 16, 2, 4, 6)}, {}, "single tensor anything", (1, 16, 2, 4, 6), 1 / SCALE, None),
+        ({"latents": (2, 64, 2, 4, 6)}, {}, "single tensor latents", (2, 64, 2, 4, 6), 1 / SCALE_T4S16, None),
+        # Kandinsky 5's channels last, of diffusers and of its own code
+        ({"latents": (1, 31, 8, 12, 16)}, {}, "single tensor", (1, 16, 31, 8, 12), 1 / SCALE, None),
+        ({"latents": (2, 5, 64, 96, 16)}, {}, "single tensor", (2, 16, 5, 64, 96), 1 / SCALE, None),
+        ({"latents": (61, 64, 96, 16)}, {}, "single tensor", (1, 16, 61, 64, 96), 1 / SCALE, None),
+        # image latents stay what they are
+        ({"latents": (1, 4, 64, 64)}, {}, "single tensor", (1, 4, 64, 64), 1, None),
+        ({"latents": (1, 16, 96, 64)}, {}, "single tensor", (1, 16, 96, 64), 1, None),
+    ],
+)
+def test_latent_files_of_others_are_read_as_raw(save, tensors, metadata, kind, shape, factor, space):
+    metadata = {"architecture": metadata} if isinstance(metadata, str) else metadata
+    found = load_latent(save(tensors, **metadata))
+    assert kind in found.kind
+    assert (found.z.shape, found.space, found.z.dtype) == (shape, space, torch.float32)
+    z = save.first if save.first.ndim == len(shape) else save.first[None]
+    z = z if z.shape == shape else z.movedim(-1, 1)
+    torch.testing.assert_close(found.z, z * factor)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 64, 64), (1, 16, 96, 64), (1, 4, 48, 32), (1, 4, 16, 16), (1, 64, 1024), (1, 16, 5, 8, 16)]
+)
+def test_a_latent_of_comfyui_is_never_turned(save, shape):
+    found = load_latent(save({"latent_tensor": shape} | VERSION))
+    assert found.kind == "ComfyUI latent"
+    assert torch.equal(found.z, save.first)
+    torch.testing.assert_close(load_latent(save({"latent_tensor": shape})).z, save.first / 0.18215)
+
+
+@pytest.mark.parametrize(
+    ("shape", "readings", "model", "expected"),
+    [
+        ((1, 16, 31, 8, 16), "[c, t, h, w] or [t, h, w, c]", "kandinsky5", (1, 16, 16, 31, 8)),
+        ((1, 16, 31, 8, 16), "[c, t, h, w] or [t, h, w, c]", "hunyuan_video", (1, 16, 31, 8, 16)),
+        ((1, 32, 31, 8, 16), "[c, t, h, w] or [t, h, w, c]", "hunyuan_video_1.5", (1, 32, 31, 8, 16)),
+        ((16, 31, 8, 16), "[c, t, h, w] or [t, h, w, c]", "kandinsky5", (1, 16, 16, 31, 8)),
+        ((16, 4, 30, 40), "[c, t, h, w] or an image latent", "hunyuan_video", (1, 16, 4, 30, 40)),
+        ((1, 4, 16, 16), "[t, h, w, c] or an image latent", "kandinsky5", (1, 16, 1, 4, 16)),
+    ],
+)
+def test_where_two_readings_fit_the_reader_asks(save, shape, readings, model, expected):
+    path = save({"latents": shape})
+    with pytest.raises(WeightsError, match=re.escape(f"can be {readings}; say what it is of (model)")):
+        load_latent(path)
+    assert load_latent(path, model=model).z.shape == expected
+
+
+def test_a_cache_that_names_no_model_asks_for_its_scale(save):
+    path = save({"latents_2x4x6_float32": (16, 2, 4, 6)})
+    with pytest.raises(WeightsError, match="say whether it is raw or scaled"):
+        load_latent(path)
+    z = save.first[None]
+    assert torch.equal(load_latent(path, scaled=False).z, z)
+    torch.testing.assert_close(load_latent(path, scaled=True).z, z / SCALE)
+    assert torch.equal(load_latent(path, model="hunyuan_video").z, z)
+    found = load_latent(path, model="kandinsky5")
+    torch.testing.assert_close(found.z, z / SCALE)
+    assert found.space == "hunyuan_video"
+
+
+@pytest.mark.parametrize("architecture", ["wan", "qwen_image", "flux_kontext", "x"])
+def test_a_cache_of_another_model_is_refused_by_its_name(save, architecture):
+    path = save({"latents_2x4x6_float32": (16, 2, 4, 6)}, architecture=architecture)
+    with pytest.raises(WeightsError, match=f"a musubi-tuner cache of {architecture}, whose latents are of another VAE"):
+        load_latent(path, scaled=False, model="hunyuan_video")
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video", "kvae_3d_1.0", "kvae_3d_2.0_t4s8"])
+def test_a_file_that_names_its_space_is_unscaled_by_that(save, name):
+    path = save({"latent_tensor": (1, 16, 2, 4, 4)} | VERSION, kvae_space=name)
+    assert torch.equal(load_latent(path).z, save.first)
+    found = load_latent(path, scaled=True)
+    torch.testing.assert_close(found.z, save.first / (SCALE if name == "hunyuan_video" else 1))
+    assert found.space == name
+    assert load_latent(path, model=name).space == name
+    other = next(each for each in MODELS if each != name)
+    with pytest.raises(WeightsError, match=f"the file says it is of {name}, you say {other}"):
+        load_latent(path, model=other)
+
+
+def test_our_latent_file_keeps_its_space(tmp_path):
+    z = torch.randn(1, 16, 2, 4, 4)
+    save_latent(tmp_path / "x.latent", z, "kvae_3d_1.0", 6, {"prompt": "{}"})
+    found = load_latent(tmp_path / "x.latent")
+    assert torch.equal(found.z, z)
+    assert (found.space, found.frames) == ("kvae_3d_1.0", 6)
+
+
+SPOILT = {
+    "NaN": (torch.full((1, 16, 2, 4, 4), torch.nan), "512 of 512 values of this latent are NaN or infinite"),
+    "integers": (torch.ones(1, 16, 2, 4, 4, dtype=torch.int8), "This latent is of int8; expected a tensor of float32"),
+    "bool": (torch.ones(1, 16, 2, 4, 4, dtype=torch.bool), "This latent is of bool"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_what_is_spoilt_is_neither_read_nor_written(save, tmp_path, name):
+    z, words = SPOILT[name]
+    for key in ("latent_tensor", "latent", "latents_2x4x4_float32", "latents"):
+        with pytest.raises(WeightsError, match=f"{key}: {words}"):
+            load_latent(save({key: z}, architecture="hunyuan_video"))
+    with pytest.raises(ValueError, match=words):
+        save_latent(tmp_path / "y.latent", z, None, None, {})
+    assert not (tmp_path / "y.latent").exists()
+
+
+def test_no_complex_numbers_or_empty_or_absent_latents(save, tmp_path):
+    with pytest.raises(WeightsError, match="This latent is of complex64"):
+        load_latent(save({"latent_tensor": torch.ones(1, 16, 2, 4, 4, dtype=torch.complex64)}))
+    with pytest.raises(WeightsError, match="This latent is empty"):
+        load_latent(save({"latent": (16, 0, 4, 4)}))
+    for bad, words in (
+        (None, "This latent is a NoneType"),
+        ([1.0], "This latent is a list"),
+        (torch.ones(1, 16, 2, 4, 4).numpy(), "This latent is a ndarray"),
+        (torch.ones(1, 16, 2, 4, 4).to_sparse(), "This latent is sparse_coo"),
+        (torch.ones(1, 16, 2, 4, 4, device="meta"), "on the meta device"),
+        (torch.ones(1, 16, 2, 4, 4).to(torch.float8_e4m3fn), "This latent is of float8_e4m3fn"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            save_latent(tmp_path / "y.latent", bad, None, None, {})
+    for frames in ("six", 0, -3, 2.5, True, [6]):
+        with pytest.raises(ValueError, match="kvae_frames of this latent is .*; expected a number of frames"):
+            save_latent(tmp_path / "y.latent", torch.ones(1, 16, 2, 4, 4), None, frames, {})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "words"),
+    [
+        ({"a": (1,), "b": (1,)}, {}, "holds 2 tensors, a, b …; expected a latent"),
+        ({"a": (1,)}, {}, "holds 1 tensors, a …; expected a latent"),
+        ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_space": "wan"}, "names the space 'wan'; known are"),
+        ({"latent_tensor": (1, 4, 8, 8)}, {"kvae_space": "kvae_3d_1.0"}, "a latent of kvae_3d_1.0 has 16 channels"),
+        ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_frames": "many"}, "kvae_frames is 'many'; expected a number"),
+        ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_frames": "-5"}, "kvae_frames is '-5'"),
+        ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_frames": "9" * 5000}, "kvae_frames is '999"),
+        ({"latents_2x4x6_float32": (8, 2, 4, 6)}, {"architecture": "kandinsky5"}, "hunyuan_video has 16 channels"),
+    ],
+)
+def test_what_is_no_latent_file_is_said(save, tensors, metadata, words):
+    with pytest.raises(WeightsError, match=re.escape(words)) as caught:
+        load_latent(save(tensors, **metadata))
+    assert "\n" not in str(caught.value)
+
+
+def test_pickles_and_unknown_models_are_refused(save, tmp_path):
+    torch.save({}, tmp_path / "latent.pt")
+    with pytest.raises(WeightsError, match="a pickle can run code"):
+        load_latent(tmp_path / "latent.pt")
+    with pytest.raises(WeightsError, match="no model is called 'wan'"):
+        load_latent(save({"latent": (16, 2, 4, 6)}), model="wan")

@@ -1,0 +1,143 @@
+"""Where memory runs out, the failed try is freed before the next one: for frames, for streams, and for latents."""
+
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvae_comfyui.adapters.memory import is_out_of_memory, with_less_memory
+from kvae_comfyui.adapters.serve import ServedVAE
+from kvae_comfyui.adapters.tiled import TiledVAE
+
+ROOT = Path(__file__).resolve().parents[1]
+WAYS = {
+    "decode": lambda served, z, x: served.decode(z),
+    "decode_stream": lambda served, z, x: torch.cat(list(served.decode_stream(z)), dim=2),
+    "encode": lambda served, z, x: served.encode(x),
+}
+
+
+class Card:
+    """A model's streams on a card that is too small for the first of them, which holds a real tensor when it fails."""
+
+    def __init__(self, kvae, message, error=torch.OutOfMemoryError):
+        self.held, self.alive, self.methods, self.failures = [], [], [], 1
+        self.message, self.error = message, error
+        for name in ("decode_stream", "encode_stream"):
+            setattr(kvae, name, self.limited(getattr(kvae, name)))
+
+    def limited(self, stream):
+        def limited(x, method, *rest, **options):
+            self.methods.append(method)
+            self.alive.append([ref() is not None for ref in self.held])
+            for i, part in enumerate(stream(x, method, *rest, **options)):
+                if i and len(self.methods) <= self.failures:
+                    activations = torch.zeros(1000)
+                    self.held.append(weakref.ref(activations))
+                    raise self.error(self.message)
+                yield part
+
+        return limited
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory"),
+        (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        (MemoryError, ""),
+    ],
+)
+def test_what_a_failed_try_held_is_freed_before_the_next(small_kvae, caplog, way, error, message):
+    served, z, x = ServedVAE(small_kvae), torch.randn(1, 16, 6, 4, 4), torch.rand(1, 3, 21, 32, 32)
+    with torch.no_grad():
+        whole = WAYS[way](served, z, x)
+        card = Card(small_kvae, message, error)
+        torch.testing.assert_close(WAYS[way](served, z, x), whole, rtol=0, atol=1e-4)
+    assert card.alive == [[], [False]]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Out of memory; once more in the way that takes least"
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_last_failure_is_the_same_on_every_device_and_holds_nothing(small_kvae, way):
+    """For a host that goes on with tiles, within its own `except` perhaps."""
+    served, z, x = ServedVAE(small_kvae), torch.randn(1, 16, 6, 4, 4), torch.rand(1, 3, 21, 32, 32)
+    card = Card(small_kvae, "DefaultCPUAllocator: can't allocate memory", RuntimeError)
+    card.failures = 2
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match="can't allocate memory"):
+        WAYS[way](served, z, x)
+    assert len(card.methods) == 2
+    assert [ref() for ref in card.held] == [None, None]
+
+
+def test_tiles_fail_as_the_rest_does(small_kvae):
+    tiled = TiledVAE(small_kvae)
+    card = Card(small_kvae, "not enough memory: you tried to allocate 8 bytes", RuntimeError)
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match="not enough memory"):
+        tiled.encode_tiled(torch.rand(1, 3, 21, 32, 64), 32, 32, 8)
+    assert len(card.methods) == 1  # what to do then is the host's to say
+    assert [ref() for ref in card.held] == [None]
+
+
+def test_an_error_that_is_none_of_memory_is_not_tried_again():
+    tried = []
+
+    def work(method):
+        tried.append(method)
+        yield torch.zeros(2) + torch.zeros(3)
+
+    with pytest.raises(RuntimeError, match="must match the size"):
+        list(with_less_memory(work, (lambda: 1, lambda: 2)))
+    assert tried == [1]
+
+
+def test_what_this_machine_says_when_it_has_no_memory_is_known():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+UNDER_A_LIMIT = """
+import logging, resource, sys
+import torch
+from kvae_comfyui.adapters.serve import ServedVAE
+from kvae_comfyui.kvae import KVAE, BudgetError, KVAEConfig, plan_decode, plan_encode
+
+logging.basicConfig(level=logging.WARNING)
+torch.manual_seed(0)
+torch.set_num_threads(1)
+kvae = KVAE(KVAEConfig((32, 64, 64, 64), (32, 64, 64, 64), num_res_blocks=1)).eval().requires_grad_(False).fold()
+served, z, x = ServedVAE(kvae), torch.randn(1, 16, 3, 20, 24), torch.rand(1, 3, 9, 160, 192)
+plan, shape, work = {
+    "decode": (plan_decode, z.shape, lambda: served.decode(z)),
+    "decode_stream": (plan_decode, z.shape, lambda: [frames.mean() for frames in served.decode_stream(z)]),
+    "encode": (plan_encode, x.shape, lambda: served.encode(x)),
+}[sys.argv[1]]
+served.decode(z[..., :8, :8]), served.encode(x[:, :, :5, :64, :64])  # the code and the kernels are in memory then
+most = plan(kvae, shape, None).peak
+try:
+    plan(kvae, shape, 0)
+except BudgetError as error:
+    least = error.least.peak
+pages = int(open("/proc/self/statm").read().split()[0])
+frames = x.nbytes if sys.argv[1] == "decode" else 0
+limit = pages * resource.getpagesize() + 2 * frames + (most + least) // 2
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+work()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on the address space")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_process_with_a_hard_limit_gets_through(way):
+    """Half-way between what the two ways take: were the first try still held, the second would not fit."""
+    done = subprocess.run([sys.executable, "-c", UNDER_A_LIMIT, way], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Out of memory; once more") == 1

@@ -1,0 +1,340 @@
+"""Frames as they are shown, whatever the file is: with files made by PyAV alone; ffmpeg is asked in another test."""
+
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from made_videos import greys, make, picture, place, remux, which
+
+from kvae_comfyui.kvae import WeightsError
+from kvae_comfyui.serving.fit import CROP, STRETCH, fitted, resized
+from kvae_comfyui.serving.shown import Picture, as_shown, deinterlaced
+from kvae_comfyui.serving.video_index import shown
+from kvae_comfyui.serving.video_reader import read_pictures
+
+ROOT = Path(__file__).resolve().parents[1]
+FAR_IN = [100, 101, 102, 140, 179]  # of 180 frames: each but the second and third behind a key frame of its own
+TURNS = {  # of display matrices (a, b, c, d): what they do to a picture [H, W, 3]
+    (1, 0, 0, 1): lambda x: x,
+    (0, 1, -1, 0): lambda x: np.rot90(x, -1),  # clockwise
+    (-1, 0, 0, -1): lambda x: np.rot90(x, 2),
+    (0, -1, 1, 0): np.rot90,
+    (-1, 0, 0, 1): lambda x: x[:, ::-1],
+    (1, 0, 0, -1): lambda x: x[::-1],
+    (0, 1, 1, 0): lambda x: x.swapaxes(0, 1),
+    (0, -1, -1, 0): lambda x: np.rot90(x, 2).swapaxes(0, 1),
+}
+KINDS = {  # container and codec: files whose packets say when their frames are shown, and others that do not
+    "h264.mp4": ("libx264", {"bf": "3", "g": "30", "x264-params": "open-gop=1"}),
+    "h264.mkv": ("libx264", {"bf": "3", "g": "30"}),
+    "h264.ts": ("libx264", {"bf": "3", "g": "30"}),
+    "h264.avi": ("libx264", {"bf": "3", "g": "30"}),
+    "refreshed.mp4": ("libx264", {"x264-params": "intra-refresh=1:keyint=30"}),
+    "mpeg4.avi": ("mpeg4", {"bf": "2", "g": "30", "qscale": "2"}),
+    "mpeg2.ts": ("mpeg2video", {"bf": "2", "g": "12", "b": "2M"}),
+    "vp8.webm": ("libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "40", "b": "200k", "cpu-used": "8"}),
+    "vp9.webm": ("libvpx-vp9", {"lag-in-frames": "16", "g": "40", "deadline": "realtime", "cpu-used": "8"}),
+    "mjpeg.avi": ("mjpeg", {}),
+}
+
+
+def all_of(path: Path) -> np.ndarray:
+    return np.stack([each.rgb for each in read_pictures(path, range(10**6))])
+
+
+@pytest.mark.parametrize("matrix", TURNS, ids=str)
+def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path, matrix):
+    path = place(make(tmp_path / "a.mp4", [picture()] * 3), *matrix)
+    (first, *_) = all_of(path)
+    expected = TURNS[matrix](picture())
+    assert first.shape == expected.shape
+    assert np.abs(first.astype(int) - expected).mean() < 1
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
+@pytest.mark.parametrize("matrix", ["BT.601", "BT.709", "BT.2020", "untagged"])
+def test_colours_are_those_of_the_tagged_matrix_and_range(tmp_path, matrix, full):
+    """Values by the formula of the standards: Y = Kr R + Kg G + Kb B, Cb and Cr the scaled differences to B and R."""
+    number, kr, kb = {
+        "BT.601": (6, 0.299, 0.114),
+        "BT.709": (1, 0.2126, 0.0722),
+        "BT.2020": (9, 0.2627, 0.0593),
+        "untagged": (2, 0.299, 0.114),
+    }[matrix]
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).repeat(8, 0).repeat(8, 1)
+    r, g, b = (rgb / 255).transpose(2, 0, 1)
+    y = kr * r + (1 - kr - kb) * g + kb * b
+    cb, cr = (b - y) / (2 - 2 * kb), (r - y) / (2 - 2 * kr)
+    luma, chroma, black = (255, 255, 0) if full else (219, 224, 16)
+    planes = np.stack([black + luma * y, 128 + chroma * cb, 128 + chroma * cr]).round().clip(0, 255).astype(np.uint8)
+    frame = av.VideoFrame.from_ndarray(planes, format="yuv444p")
+    tags = {"colorspace": number, "color_range": 2 if full else 1}
+    for name, codec in (("a.mp4", "libx264"), ("a.mkv", "ffv1")):  # full range is a format of its own in the first
+        path = make(tmp_path / name, [frame] * 2, codec, **tags)
+        assert np.abs(all_of(path)[0].astype(int) - rgb).max() <= 3
+
+
+def test_frames_before_an_edit_list_begins_are_not_shown(tmp_path):
+    source = make(tmp_path / "a.mp4", greys(60), options={"g": "250", "bf": "2"})
+
+    def earlier(_, packet):
+        packet.pts -= 30 * 512  # of 1/12800 s
+        packet.dts -= 30 * 512
+        return packet
+
+    path = remux(source, tmp_path / "trimmed.mp4", earlier, {"avoid_negative_ts": "disabled"})
+    with av.open(str(path)) as file:
+        assert file.streams.video[0].frames == 60
+    assert shown(path).count == 30
+    assert which(all_of(path)) == list(range(30, 60))
+
+
+def test_frames_that_were_dropped_are_not_counted(tmp_path):
+    """An AVI whose header counts them."""
+    path = make(tmp_path / "a.avi", greys(20), "mjpeg", "yuvj420p", times=range(0, 60, 3))
+    with av.open(str(path)) as file:
+        assert file.streams.video[0].frames > 50
+    index = shown(path)
+    assert (index.count, index.lost) == (20, "")
+    assert which(all_of(path)) == list(range(20))
+    assert [index.seconds(i) for i in range(20)] == [Fraction(3 * i, 25) for i in range(20)]
+
+
+def test_times_of_frames_that_come_when_they_come(tmp_path):
+    times = [*range(10), *range(10, 50, 4)]
+    path = make(tmp_path / "a.mp4", greys(20), times=times)
+    index = shown(path)
+    assert [index.seconds(i) for i in range(20)] == [Fraction(time, 25) for time in times]
+
+
+def test_times_in_whole_milliseconds_are_those_of_the_rate(tmp_path):
+    path = make(tmp_path / "a.mkv", greys(40), rate=Fraction(30000, 1001))
+    index = shown(path)
+    assert [index.seconds(i) for i in range(40)] == [Fraction(1001 * i, 30000) for i in range(40)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_window_far_in_is_what_reading_from_the_start_gives(tmp_path, kind):
+    codec, options = KINDS[kind]
+    form = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    moving = [np.roll(picture(), n, axis=1) for n in range(180)]
+    path = make(tmp_path / kind, moving, codec, form, options=options)
+    whole = all_of(path)
+    assert len(whole) == shown(path).count == 180
+    assert np.array_equal(np.stack([each.rgb for each in read_pictures(path, FAR_IN)]), whole[FAR_IN])
+    assert list(read_pictures(path, [180, 500])) == []
+
+
+def test_a_window_far_in_is_sought_not_reached(tmp_path):
+    """What lies between cannot be decoded."""
+    source = make(tmp_path / "a.mp4", greys(110), options={"g": "10", "bf": "0"})
+
+    def spoilt(n, packet):
+        if not 50 <= n < 80:
+            return packet
+        broken = av.Packet(bytes(packet.size))
+        broken.pts, broken.dts, broken.time_base, broken.is_keyframe = packet.pts, packet.dts, packet.time_base, False
+        return broken
+
+    path = remux(source, tmp_path / "spoilt.mp4", spoilt)
+    assert which(each.rgb for each in read_pictures(path, [0, 98, 99, 100])) == [0, 98, 99, 100]
+    with pytest.raises(WeightsError, match="damaged, .* packets do not decode"):
+        all_of(path)
+
+
+def test_a_packet_that_does_not_decode_is_left_out(tmp_path):
+    source = make(tmp_path / "a.mp4", greys(60), options={"g": "1"})
+
+    def spoilt(n, packet):
+        if n != 20:
+            return packet
+        broken = av.Packet(bytes(packet.size))
+        broken.pts, broken.dts, broken.time_base = packet.pts, packet.dts, packet.time_base
+        return broken
+
+    path = remux(source, tmp_path / "spoilt.mp4", spoilt)
+    assert which(all_of(path)) == [n for n in range(60) if n != 20]
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.avi"])
+def test_a_file_that_breaks_off_says_so(tmp_path, name):
+    container = {"movflags": "faststart"} if name == "a.mp4" else {}
+    noise = np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), np.uint8)
+    path = make(tmp_path / name, noise, container=container)
+    assert shown(path).lost == ""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    assert "cut short, it ends after" in shown(path).lost
+    assert 10 < shown(path).count < 30
+
+
+def test_a_video_that_ends_before_its_sound_is_whole(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as file:
+        video, sound = file.add_stream("libx264", rate=25), file.add_stream("pcm_s16le", rate=8000, layout="mono")
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        for n, grey in enumerate(greys(10)):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(grey))
+            frame.pts = n
+            file.mux(video.encode(frame))
+        file.mux(video.encode(None))
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.int16), format="s16", layout="mono")
+        silence.sample_rate, silence.pts = 8000, 0
+        file.mux([*sound.encode(silence), *sound.encode(None)])
+    assert (shown(path).count, shown(path).lost) == (10, "")
+
+
+def test_a_change_of_size_within_the_stream(tmp_path):
+    make(tmp_path / "small.avi", greys(5), "mjpeg", "yuvj420p")
+    make(tmp_path / "large.avi", greys(10, 96, 128)[5:], "mjpeg", "yuvj420p")
+    path = tmp_path / "both.mkv"
+    with (
+        av.open(str(tmp_path / "small.avi")) as small,
+        av.open(str(tmp_path / "large.avi")) as large,
+        av.open(str(path), "w") as file,
+    ):
+        stream, time = file.add_stream_from_template(small.streams.video[0]), 0
+        for packet in (*small.demux(video=0), *large.demux(video=0)):
+            if packet.size:
+                packet.pts = packet.dts = time
+                packet.stream, time = stream, time + 1
+                file.mux(packet)
+    pictures = list(read_pictures(path, range(20)))
+    assert [each.rgb.shape[:2] for each in pictures] == [(48, 64)] * 5 + [(96, 128)] * 5
+    assert which(each.rgb for each in pictures) == list(range(10))
+    assert {fitted(each, 24, 32).shape for each in pictures} == {(3, 24, 32)}
+
+
+def interlaced(tmp_path: Path, count: int) -> tuple[Path, np.ndarray]:
+    """A bar that moves by four pixels with each field; and its frames as the first field alone shows them."""
+    fields = np.full((2 * count, 64, 256, 3), 60, np.uint8)
+    for n, each in enumerate(fields):
+        each[:, 4 * n % 224 : 4 * n % 224 + 32] = 200
+    woven = fields[::2].copy()
+    woven[:, ::2] = fields[1::2, ::2]  # PyAV's encoder puts the lower field first
+    options = {"g": "12", "bf": "0", "flags": "+ildct"}
+    return make(tmp_path / "a.mp4", woven, options=options), fields[::2]
+
+
+def test_interlaced_frames_have_no_comb(tmp_path):
+    path, expected = interlaced(tmp_path, 40)
+    frames = all_of(path)
+    assert frames.shape == expected.shape
+    error = np.abs(frames.astype(int) - expected)
+    assert error[:, 1::2].max() <= 2  # the first field is as it was
+    assert error.mean() < 1  # a bar that is woven is off by 140 in 1.6 % of all pixels
+    assert np.array_equal(np.stack([each.rgb for each in read_pictures(path, [36, 37, 38, 39])]), frames[36:])
+
+
+@pytest.mark.skipif(av.library_versions["libavfilter"] < (11, 14), reason="older bwdif begin in a way of their own")
+def test_an_interlaced_frame_is_filled_in_the_same_wherever_reading_began(tmp_path):
+    """Behind a frame that is not interlaced, with interlaced ones before that, or none."""
+
+    def decoded(path: Path) -> list[av.VideoFrame]:
+        with av.open(str(path)) as file:
+            return list(file.decode(video=0))
+
+    path, _ = interlaced(tmp_path, 4)
+    woven = decoded(path)
+    (plain, *_) = decoded(make(tmp_path / "plain.mp4", np.full((3, 64, 256, 3), 90, np.uint8)))
+    assert woven[0].interlaced_frame and not plain.interlaced_frame
+    sequence = [woven[0], plain, woven[1], decoded(path)[1]]  # what stands still is woven, if it stood still before
+    for n, frame in enumerate(sequence):
+        frame.pts, frame.time_base = n, Fraction(1, 25)
+    whole = [as_shown(frame, None).rgb for frame, _ in deinterlaced(sequence)]
+    part = [as_shown(frame, None).rgb for frame, _ in deinterlaced(sequence[1:])]
+    assert [pts for _, pts in deinterlaced(sequence)] == [0, 1, 2, 3]
+    assert np.array_equal(np.stack(whole[1:]), np.stack(part))
+    assert np.array_equal(whole[1], as_shown(plain, None).rgb)  # and it stays as it is
+
+
+def test_pixels_that_are_not_square_are_shown_square(tmp_path):
+    """A circle that is stored 2:1 is a circle again; a turn turns the shape of its pixels too."""
+    y, x = np.mgrid[:96, :96] - 47.5
+    disc = np.where(x**2 + y**2 < 30**2, 220, 30).astype(np.uint8)[..., None].repeat(3, -1)
+    narrow = disc.reshape(96, 48, 2, 3).mean(2).astype(np.uint8)
+    path = make(tmp_path / "a.mp4", [narrow] * 3, sample_aspect_ratio=Fraction(2))
+    target = torch.from_numpy(disc).permute(2, 0, 1)
+    for matrix in ((1, 0, 0, 1), (0, 1, -1, 0)):
+        (first, *_) = read_pictures(place(path, *matrix), range(3))
+        assert (fitted(first, 96, 96, CROP).float() - target).abs().mean() < 4
+    assert first.pixel_aspect == Fraction(1, 2)
+
+
+def test_crop_takes_the_middle_and_stretch_takes_all():
+    wide = Picture(np.arange(200, dtype=np.uint8)[None, :, None].repeat(100, 0).repeat(3, 2))
+    assert fitted(wide, 50, 50, CROP)[0, 0, [0, -1]].tolist() == [51, 148]
+    assert fitted(wide, 100, 100, CROP).shape == (3, 100, 100)
+    assert torch.equal(fitted(wide, 100, 100, CROP)[0, 0], torch.arange(50, 150).byte())
+    assert torch.equal(fitted(wide, 100, 200, CROP), fitted(wide, 100, 200, STRETCH))
+    assert fitted(wide, 50, 50, STRETCH)[0, 0, [0, -1]].tolist() == [2, 197]
+    nearly = Picture(wide.rgb, Fraction(4096, 4083))  # as some of UCF101
+    assert torch.equal(fitted(nearly, 100, 200, CROP)[0, 0], torch.arange(200).byte())
+    tall = Picture(wide.rgb.swapaxes(0, 1).copy())
+    assert torch.equal(fitted(tall, 100, 100, CROP)[0, :, 0], torch.arange(50, 150).byte())
+
+
+def test_resizing_keeps_the_mean():
+    x = torch.from_numpy(picture(96, 128)).permute(2, 0, 1)
+    y = resized(x, 24, 40)
+    assert y.shape == (3, 24, 40)
+    torch.testing.assert_close(y.float().mean((1, 2)), x.float().mean((1, 2)), rtol=0.02, atol=1)
+
+
+@pytest.mark.parametrize(("number", "name"), [(16, "PQ"), (18, "HLG")])
+def test_hdr_is_refused_by_name(tmp_path, number, name):
+    path = make(tmp_path / "a.mp4", greys(3), color_trc=number, colorspace=9, color_primaries=9)
+    with pytest.raises(WeightsError, match=f"a.mp4: HDR \\({name}\\), which is not converted"):
+        all_of(path)
+
+
+def test_what_is_no_video(tmp_path):
+    (tmp_path / "text.avi").write_text("this is not a video")
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=48000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 48000
+        file.mux([*stream.encode(frame), *stream.encode(None)])
+    for name, reason in (
+        ("text.avi", "not a video"),
+        ("list.mp4", "not a video"),
+        ("pipe.mp4", "a pipe"),
+        ("sound.mp4", "has no video stream"),
+        ("absent.mp4", "no such file"),
+    ):
+        for read in (all_of, shown):
+            with pytest.raises(WeightsError, match=reason):
+                read(tmp_path / name)
+
+
+def test_a_path_is_never_taken_for_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("http:clip.mp4", "concat:a|b.mp4", "50% -x #1 ü.mp4"):
+        make(tmp_path / "a.mp4", greys(6)).rename(tmp_path / name)
+        assert which(all_of(Path(name))) == list(range(6))
+
+
+MEMORY = """
+import resource, sys
+from kvae_comfyui.training.videos import Clip, read_clip
+from kvae_comfyui.serving.video_reader import read_pictures
+next(read_pictures(sys.argv[1], [0]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert read_clip(Clip(__import__("pathlib").Path(sys.argv[1]), 33, None), 48, 64).shape == (3, 33, 48, 64)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_memory_is_that_of_the_clip_and_not_of_the_file(tmp_path):
+    frame = picture(360, 640)
+    path = make(tmp_path / "a.mp4", [frame] * 500, form="yuv420p", options={"preset": "ultrafast", "crf": "30"})
+    out = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0, out.stderr
+    assert int(out.stdout) < 100  # MB; all 500 frames are 330
