@@ -12,9 +12,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize(
-    "method", [Method(), Method(strip_bytes=1 << 14, recompute=2)], ids=["whole", "by strips"]
-)
+@pytest.mark.parametrize("method", [Method(), Method(strip_bytes=1 << 14, recompute=2)], ids=["whole", "by strips"])
 def test_float32_without_tf32_equals_the_cpu(name, method):
     kvae = small(name)
     x, z = clip(kvae, 21), latent(kvae, 6)
