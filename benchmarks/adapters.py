@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,8 @@ from kvae_comfyui.benchmarks.tables import publish
 from kvae_comfyui.training import extract, train
 from kvae_comfyui.training.closed_form import fit_both_ways
 from kvae_comfyui.training.dataset import Pairs, open_pairs, spread
-from kvae_comfyui.training.evaluate import flicker, original_frames, psnr
+from kvae_comfyui.training.evaluate import flicker, psnr
+from kvae_comfyui.training.originals import original_frames
 from kvae_comfyui.training.recipe import DEFAULT, PUBLISHED, Recipe
 from kvae_comfyui.training.train import DIRECTIONS
 from kvae_comfyui.training.vaes import TINY_ADAPTERS, VideoVAE, load_hunyuan_vae, load_kandinsky_vae
@@ -175,11 +175,10 @@ class Bench:
         self.target: dict[str, VideoVAE] = {"h2k": kvae, "k2h": hunyuan}
         self.pairs = open_pairs(work / "val")
         self.clips = spread(len(self.pairs), clips)
-        roots: Any = SimpleNamespace(videos_root=videos_root, latent_root=str(work / "val"))
         self.originals, self.direct = {}, {}
         for i in tqdm(self.clips, desc="direct decodes", leave=False, disable=None):
             pair = self.pairs[i]
-            self.originals[i] = original_frames(self.pairs.name(i), pair, roots)[:, : 4 * LATENTS - 3].float()
+            self.originals[i] = original_frames(self.pairs.name(i), pair, videos_root)[:, : 4 * LATENTS - 3].float()
             for direction in DIRECTIONS:
                 self.direct[direction, i] = self.decode(direction, self.latents(direction, i)[1])
         self.kvae = kvae

@@ -1,8 +1,9 @@
-"""JSON that others may have written: any failure is a ValueError, whatever stands in it."""
+"""JSON that others may have written: any failure is a ValueError, whatever stands in it; and JSON for others."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -81,3 +82,16 @@ def _fits(value: Any, hint: Any) -> bool:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes, with letters as they are: a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -201,10 +201,22 @@ def _sweep(folder: Path) -> None:
     with suppress(OSError), os.scandir(folder) as entries:
         left = [e.path for e in entries if e.name.startswith(PARTIAL_PREFIX) and e.name.endswith(PARTIAL_SUFFIX)]
         for path in left:
-            _delete_unlocked(path)
+            delete_unlocked(path)
 
 
-def _delete_unlocked(path: str) -> None:
+def is_held(descriptor: int) -> bool:
+    """Lock a file for as long as it is open; whether another process had done so. Without locks, nobody can tell."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False
+
+
+def delete_unlocked(path: str) -> None:
+    """Delete a file that no process has locked; say nothing if that cannot be."""
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with suppress(OSError):
         descriptor = os.open(path, flags)

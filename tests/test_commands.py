@@ -22,7 +22,7 @@ from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae import KVAE, KVAEConfig, load_kvae, save_kvae
 from kvae_comfyui.training import train as training
 from kvae_comfyui.training.cli import main
-from kvae_comfyui.training.evaluate import EvaluateConfig, original_frames
+from kvae_comfyui.training.originals import original_frames
 from kvae_comfyui.training.pairs import Pair, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.recipe import PUBLISHED
 from kvae_comfyui.training.report import write_report
@@ -95,9 +95,9 @@ def test_extract_adds_mirror_images(tmp_path, capsys):
     assert set(pairs) == {f"{n}{end}.safetensors.zst" for n in ("000", "001") for end in ("", ".mirrored")}
     plain, mirrored = pairs["001.safetensors.zst"], pairs["001.mirrored.safetensors.zst"]
     assert mirrored.source == replace(plain.source, mirrored=True)
-    config = EvaluateConfig("", str(tmp_path / "videos"))
-    frames = original_frames("", mirrored, config)
-    assert torch.equal(frames, original_frames("", plain, config).flip(-1))
+    videos = str(tmp_path / "videos")
+    frames = original_frames("", mirrored, videos)
+    assert torch.equal(frames, original_frames("", plain, videos).flip(-1))
     z_h = load_hunyuan_vae("tiny", "cpu").encode(frames[None])[0]
     torch.testing.assert_close(mirrored.z_h.float(), z_h, rtol=2e-3, atol=2e-3)
     assert not torch.allclose(mirrored.z_h, plain.z_h, rtol=0.1, atol=0.1)

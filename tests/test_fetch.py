@@ -1,5 +1,6 @@
 """`python -m training fetch` against a hub of our own on loopback: the real command, the real huggingface_hub."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.fetch import name_of, source_of
 
@@ -23,11 +25,21 @@ TINY = ROOT / "training" / "assets" / "tiny_kvae.safetensors"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `files`, path → bytes, as the hub does; notes from where it sends, and stalls after `stall` of them."""
+    """Serves `files`, path → bytes, as the hub does, and notes what it is asked for and from where it sends.
+
+    Attributes:
+        stall: after so many bytes it sends no more; or
+        cuts, cut: it breaks off there, each of the first times; there, every time after.
+        takes_ranges: whether it gives parts of files.
+        tag: what it says instead of a file's sha256.
+        surplus: bytes that it sends after the file.
+    """
 
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.ranges, self.stall = files, [], None
+        self.files, self.ranges, self.paths = files, [], []
+        self.stall = self.cut = self.tag = None
+        self.cuts, self.takes_ranges, self.surplus = [], True, 0
 
     @property
     def url(self) -> str:
@@ -45,6 +57,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, send: bool):
         data = self.server.files.get(self.path)
+        self.server.paths.append(self.path)
         if data is None:
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
@@ -52,19 +65,26 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        start = start if self.server.takes_ranges else 0
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(data) - start))
+        if not send or not self.server.surplus:
+            self.send_header("Content-Length", str(len(data) - start))
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("ETag", self.server.tag or f'"{hashlib.sha256(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", "0" * 40)
         self.end_headers()
         if not send:
             return
         self.server.ranges.append(start)
-        stop = self.server.stall or len(data)
-        self.wfile.write(data[start:stop])
-        self.wfile.flush()
+        cut = self.server.cuts.pop(0) if self.server.cuts else self.server.cut
+        stop = self.server.stall or cut or len(data)
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(data[start:stop])
+            for _ in range(self.server.surplus // 2**20):
+                self.wfile.write(bytes(2**20))
+            self.wfile.flush()
+        self.close_connection = True
         if self.server.stall:
             self.rfile.read(1)  # until the other side goes away
 
@@ -73,6 +93,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 LARGE = save({"decoder.mid.block_1.norm1.conv_y.weight": torch.arange(7_000_000.0)})  # more than one chunk of the hub's
+
+
+SMALL = save({"decoder.mid.block_1.norm1.conv_y.weight": torch.arange(1_750_000.0)})  # less than one
 
 
 @pytest.fixture
@@ -111,6 +134,25 @@ def fetch(start):
         process = start(*args, **env)
         out, err = process.communicate(timeout=120)
         return process.returncode, out, err
+
+    return fetch
+
+
+@pytest.fixture
+def fetch_here(hub, tmp_path, monkeypatch, capsys):
+    """The command in this process, which is quicker: its code, what it prints, and what it says of errors."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def fetch(model="KVAE-3D-1.0"):
+        code = main(["fetch", "--model", model, "--output", str(tmp_path / "models")])
+        out, err = capsys.readouterr()
+        return code, out, [line for line in err.splitlines() if line.startswith("error: ")]
 
     return fetch
 
@@ -187,11 +229,143 @@ def test_what_goes_wrong_is_one_line(fetch, tmp_path):
     assert not list(tmp_path.glob("models/*"))
 
 
+def test_nothing_is_asked_of_the_hub_but_the_file(hub, fetch):
+    code, _, err = fetch()
+    assert code == 0, err
+    assert set(hub.paths) == {"/kandinskylab/KVAE-3D-1.0/resolve/main/model.safetensors"}
+
+
+def partial_of(tmp_path, data=None):
+    """Where the parts of the KVAE lie, in a folder that is there."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    tag = hashlib.sha256(data or TINY.read_bytes()).hexdigest()[:12]
+    return folder / f"KVAE-3D-1.0.safetensors.{tag}.partial"
+
+
+def test_a_body_that_does_not_end_is_broken_off(hub, fetch_here, tmp_path):
+    hub.surplus = 2**34
+    code, _, err = fetch_here()
+    assert code == 2 and len(err) == 1
+    assert f"sends more than the {TINY.stat().st_size:,} bytes it announced" in err[0]
+    assert list((tmp_path / "models").iterdir()) == []
+    hub.surplus = 0
+    assert fetch_here()[0] == 0
+
+
+def test_a_part_that_is_longer_than_the_file_is_thrown_away(fetch_here, tmp_path):
+    partial_of(tmp_path).write_bytes(bytes(TINY.stat().st_size + 1))
+    assert fetch_here()[0] == 0
+    (file,) = (tmp_path / "models").iterdir()
+    assert file.read_bytes() == TINY.read_bytes()
+
+
+def test_parts_of_what_the_hub_had_before_are_swept(fetch_here, tmp_path):
+    partial_of(tmp_path, b"another version").write_bytes(b"other bytes")
+    assert fetch_here()[0] == 0
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["KVAE-3D-1.0.safetensors"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="plants links and pipes, as POSIX has them")
+@pytest.mark.parametrize("plant", [os.symlink, os.link])
+def test_a_link_in_the_place_of_a_part_is_not_followed(fetch_here, tmp_path, plant):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"dear")
+    plant(victim, partial_of(tmp_path))
+    assert fetch_here()[0] == 0
+    assert victim.read_bytes() == b"dear"
+    (file,) = (tmp_path / "models").iterdir()
+    assert not file.is_symlink() and file.read_bytes() == TINY.read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="plants links and pipes, as POSIX has them")
+def test_a_pipe_or_a_folder_in_the_place_of_a_part_or_of_the_file(fetch_here, tmp_path):
+    partial = partial_of(tmp_path)
+    os.mkfifo(partial)
+    assert fetch_here()[0] == 0
+    target = tmp_path / "models" / "KVAE-3D-1.0.safetensors"
+    target.unlink()
+    partial.mkdir()
+    code, _, err = fetch_here()
+    assert code == 2 and len(err) == 1
+    partial.rmdir()
+    target.mkdir()
+    code, _, err = fetch_here()
+    assert code == 2 and "this is a folder" in err[0]
+    assert list((tmp_path / "models").iterdir()) == [target]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_of_two_at_once_one_waits_for_the_other(hub, start, fetch_here, tmp_path):
+    hub.stall = 20_000_000
+    process = start(model := "someone/other/large.safetensors")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not any(p.stat().st_size for p in tmp_path.glob("models/*")):
+        time.sleep(0.1)
+    code, _, err = fetch_here(model)
+    assert code == 2 and "another process downloads it" in err[0]
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    hub.stall = None
+    assert fetch_here(model)[0] == 0
+    assert (tmp_path / "models" / "large.safetensors").read_bytes() == LARGE
+
+
+def test_a_small_file_goes_on_too(hub, fetch_here, tmp_path):
+    hub.cuts = [3_500_000, 6_500_000]
+    hub.files["/someone/other/resolve/main/large.safetensors"] = SMALL
+    code, tries = 2, 0
+    while code == 2 and tries < 3:  # where huggingface_hub tries again by itself, one is enough
+        code, _, err = fetch_here("someone/other/large.safetensors")
+        tries += 1
+    assert code == 0, err
+    assert [start >> 20 for start in hub.ranges] == [0, 3, 6]
+    assert (tmp_path / "models" / "large.safetensors").read_bytes() == SMALL
+
+
+def test_a_server_without_parts_that_breaks_off_is_given_up(hub, fetch_here, tmp_path):
+    hub.takes_ranges, hub.cut = False, 12_000_000
+    code, _, err = fetch_here("someone/other/large.safetensors")
+    assert code == 2 and len(err) == 1  # which line depends on whether huggingface_hub tries again by itself
+    assert len(hub.ranges) < 5
+    hub.takes_ranges, hub.cut = True, None
+    assert fetch_here("someone/other/large.safetensors")[0] == 0
+    assert (tmp_path / "models" / "large.safetensors").read_bytes() == LARGE
+
+
+@pytest.mark.parametrize("tag", ['W/"a/b"', '"../../x"', f'"{"n" * 3000}"'])
+def test_any_tag_will_do(hub, fetch_here, tag):
+    hub.tag = tag
+    code, out, err = fetch_here()
+    assert code == 0, err
+    assert "gives no hash" in out
+
+
+def test_the_hash_of_files_that_git_holds_is_compared_too(hub, fetch_here, tmp_path):
+    data = TINY.read_bytes()
+    hub.tag = f'"{hashlib.sha1(f"blob {len(data)}".encode() + bytes(1) + data).hexdigest()}"'
+    code, out, err = fetch_here()
+    assert code == 0 and "gives no hash" not in out, err
+    (tmp_path / "models" / "KVAE-3D-1.0.safetensors").unlink()
+    hub.tag = f'"{"0" * 40}"'
+    code, _, err = fetch_here()
+    assert code == 2 and "what came is damaged" in err[0]
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize("endpoint", ["http://[::1", "nonsense", "ftp://127.0.0.1", "http://127.0.0.1:99999", " "])
+def test_an_endpoint_that_is_none_is_one_line(fetch, tmp_path, endpoint):
+    code, _, err = fetch(HF_ENDPOINT=endpoint)
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert not list(tmp_path.glob("models/*"))
+
+
 def test_names():
     assert source_of("https://huggingface.co/a/b-c/resolve/main/d/e.safetensors") == ("a/b-c", "d/e.safetensors")
     assert name_of("kandinskylab/KVAE-3D-2.0-t4s8", "model.safetensors") == "KVAE-3D-2.0-t4s8.safetensors"
     assert name_of("a/b", "adapters/h2k.safetensors") == "h2k.safetensors"
-    for bad in ("", "a/b", "a/b/../../c.safetensors", "a/b/c.pt"):
+    for bad in ("", "a/b", "a/b/../../c.safetensors", "a/b/c.pt", "a/b//c.safetensors", "-a/b/c.safetensors"):
         with pytest.raises(UserError, match="expected"):
             source_of(bad)
 

@@ -61,7 +61,7 @@ def test_the_examples_of_the_family_run(tmp_path):
 def test_every_option_named_exists(capsys):
     commands = re.findall(r"python -m training (\w+)((?:[^\n`]*\\\n)*[^\n`]*)", README)
     assert {name for name, _ in commands} >= {"extract", "train", "evaluate"}
-    for name, rest in commands:
+    for name, rest in (each for each in commands if each[0] != "COMMAND"):
         with pytest.raises(SystemExit):
             main([name, "--help"])
         shown = capsys.readouterr().out

@@ -6,11 +6,12 @@ import signal
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import make_videos, shared
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.adapters.ridge import Ridge
+from kvae_comfyui.kvae.files import Weights
 from kvae_comfyui.training import tiny
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.evaluate import psnr
@@ -86,7 +87,7 @@ def test_the_embedded_adapters_fit_the_embedded_pair():
 
 
 @pytest.mark.parametrize("model", ["kvae", "hunyuan"])
-def test_training_learns_and_goes_on_where_it_stopped(tmp_path, model, monkeypatch):
+def test_training_learns_and_goes_on_where_it_stopped(tmp_path, model, monkeypatch, capsys):
     videos = tmp_path / "videos"
     for path in make_videos(videos, 9, frames=20, height=48, width=48):
         path.rename(path.with_name(path.name.replace("_g09", "_g10")))  # g01 to g07 validate, g08 and g10 train
@@ -108,7 +109,18 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path, model, monkeypat
     monkeypatch.setattr(tiny.Trainer, "train_step", interrupted)
     assert main(["tiny", *options, "--output", str(parts)]) == 130
     monkeypatch.setattr(tiny.Trainer, "train_step", step)
+    state = tmp_path / "parts.resume.safetensors"
+    good = state.read_bytes()
+    tensors, metadata = load_file(state), Weights(state).metadata
+    for progress in ("null", '{"step": 99, "seconds": 1, "metrics": {}}', '{"step": 5}'):
+        save_file(tensors, state, metadata | {"progress": progress})
+        capsys.readouterr()
+        assert main(["tiny", *options, "--output", str(parts)]) == 2
+        assert "not the state of a training run" in capsys.readouterr().err
+    state.write_bytes(good)
     assert main(["tiny", *options, "--output", str(parts)]) == 0
+    log = (tmp_path / "parts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4, 5, 6]
     a, b = load_file(whole), load_file(parts)
     assert all(torch.equal(a[key], b[key]) for key in a)
     again = tmp_path / "again.safetensors"
@@ -154,6 +166,6 @@ def test_principal_components_of_blocks():
 
 def test_stages_are_checked(tmp_path, capsys):
     for text in ("100", "10x12x4", "10x256x1"):
-        argv = ["tiny", "--videos-root", str(tmp_path), "--output", "x", "--stages", text]
+        argv = ["tiny", "--videos-root", str(tmp_path), "--output", str(tmp_path / "x"), "--stages", text]
         assert main(argv) == 2
         assert "expected STEPSxSIDExBATCH" in capsys.readouterr().err

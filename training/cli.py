@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import errno
+import os
 import sys
+import warnings
 from importlib import import_module
 
 import torch
 
 from ..kvae import WeightsError
-from .errors import UserError
-from .options import add_options
+from ..kvae.paths import reason
+from .errors import UserError, printable
+from .options import Parser, add_options, check_options
 
 INTERRUPTED = 130
 COMMANDS = {  # of each: the module, its function, a summary
@@ -29,8 +31,31 @@ COMMANDS = {  # of each: the module, its function, a summary
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns 0, 1 (done, with some clips skipped), 2 (an error, said in one line) or 130 (Ctrl-C)."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    _prepare_process()
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # what cannot be printed is known here, not at the end of the process
+        return code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        line = _line(error)
+        if line is None:
+            raise
+        print(f"error: {printable(line)}", file=sys.stderr)
+        return 2
+
+
+def _prepare_process() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files may be anything, a console's encoding too
+            stream.reconfigure(errors="backslashreplace")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # huggingface_hub asks for nothing but files
+
+
+def _run(argv: list[str]) -> int:
+    parser = Parser(
         prog="python -m training",
         description="Adapters between HunyuanVideo and KVAE latents: extract pairs, train, evaluate.",
         epilog="`python -m training COMMAND -h` lists a command's options.",
@@ -40,30 +65,37 @@ def main(argv: list[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in argv[:1]:  # the modules of the others, and what those need, stay unread
             module, function = import_module(f".{file}", __package__), run
-            config = getattr(module, f"{name.capitalize()}Config")
+            make_config = getattr(module, f"{name.capitalize()}Config")
             subparser.description = module.__doc__
-            add_options(subparser, config)
+            add_options(subparser, make_config)
     options = vars(parser.parse_args(argv))
     del options["command"]
-    try:
-        _check_device(options.get("device", "cpu"))
-        return getattr(module, function)(config(**options))
-    except (UserError, WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print("error: the device is out of memory; use smaller clips or batches, or --device cpu", file=sys.stderr)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EFBIG):
-            raise
-        print(f"error: {error.filename or 'output'}: {error.strerror}; nothing half-written is left", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
-    return 2
+    config = make_config(**options)
+    check_options(config)
+    _check_device(options.get("device", "cpu"))
+    return getattr(module, function)(config)
+
+
+def _line(error: Exception) -> str | None:
+    """What to say of an error that a user can do something about; None for a fault of this program."""
+    if isinstance(error, UserError | WeightsError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the device is out of memory; use smaller clips or batches, or --device cpu"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        return "out of memory; use smaller clips or batches, or end other programs"
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more at its end
+        return "nobody reads the output any longer"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'output'}: {reason(error)}; nothing half-written is left"
+    return None
 
 
 def _check_device(name: str) -> None:
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); use cpu") from None
+        with warnings.catch_warnings(action="ignore"):
+            torch.zeros(1, device=name).add(1).item()
+    except Exception as error:  # every backend that is not there fails in a way of its own
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--device {name}: not to be had here ({what}); use cpu") from None

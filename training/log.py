@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..kvae.foreign import parse_object
-from ..kvae.paths import file_errors, read_text, write_text
+from ..kvae.paths import file_errors, read_bytes, write_text
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Its rows; none where there is no such file. Lines that are none, as a full disk leaves, are left out."""
     if not path.is_file():
         return []
-    rows = (_row(line) for line in read_text(path).splitlines())
+    rows = (_row(line) for line in read_bytes(path).splitlines())
     return [row for row in rows if row]
 
 
@@ -29,7 +29,7 @@ def keep_rows(path: Path, rows: int) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in read_log(path)[:rows]))
 
 
-def _row(line: str) -> dict[str, Any]:
+def _row(line: bytes) -> dict[str, Any]:
     """Names and numbers; nothing where the line is another thing."""
     try:
         row = parse_object(line)

@@ -1,39 +1,126 @@
-"""Commands are dataclasses: a field is an option, its metadata the help text, its default the default."""
+"""Commands are dataclasses: a field is an option; its metadata say what helps, what is allowed and what is written."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import MISSING, Field, asdict, field, fields
+import math
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from ..kvae.paths import write_text
+from ..kvae.foreign import json_text
+from ..kvae.paths import reason, write_text
+from .errors import UserError
+from .places import check_folder, check_target, shareable
 
 # of options that several commands have
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HUNYUAN_HELP = "VAE of HunyuanVideo or HunyuanVideo 1.5: folder, .safetensors file, hub id, or tiny"
 KVAE_HELP = "KVAE-3D of any kind: folder, .safetensors file, hub id, or tiny"
+MOST_SEED = 2**32 - 1
+MOST_SIDE = 8192  # pixels; H.264 has 16384, and two stand side by side
+MOST_FRAMES = 10_000  # of one clip, which is held in memory
+MOST = 2**31 - 1  # of any other whole number
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of a command's config. A default of `...` makes the option required."""
-    metadata = {"help": help, "choices": choices}
+def option(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    writes: str = "",
+) -> Any:
+    """A field of a command's config. A default of `...` makes the option required.
+
+    Args:
+        least, most: bounds of a number that may be reached.
+        above, below: bounds of a number that may not.
+        writes: "folder" or "file", of a path that the command writes to: whether it can is tried before the work.
+    """
+    metadata: dict[str, Any] = {"help": help, "choices": choices, "writes": writes}
+    metadata |= {"least": least, "most": most, "above": above, "below": below}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} -h` lists what there is")
 
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
     """An option `--like-this` for each field `like_this`."""
     for each in fields(config):
-        parser.add_argument("--" + each.name.replace("_", "-"), dest=each.name, **_settings(each))
+        parser.add_argument(_flag(each), dest=each.name, **_settings(each))
+
+
+def check_options(config: Any) -> None:
+    """Refuse, before any work, values out of their range and places that cannot be written.
+
+    Raises:
+        UserError: names the option, what it is and what was expected.
+    """
+    check_values(config)
+    for each in fields(config):
+        if each.metadata["writes"]:
+            check = check_folder if each.metadata["writes"] == "folder" else check_target
+            check(_flag(each), Path(getattr(config, each.name)))
+
+
+def check_values(config: Any) -> None:
+    """The values alone.
+
+    Raises:
+        UserError: as `check_options`.
+    """
+    for each in fields(config):
+        value, flag = getattr(config, each.name), _flag(each)
+        if isinstance(value, int | float):
+            _check_number(flag, value, each.metadata)
+        elif "\0" in value:
+            raise UserError(f"{flag} is {value!r}; {reason(ValueError())}")
+        elif not value and each.default != "":
+            raise UserError(f"{flag} is empty; expected {each.metadata['help']}")
+
+
+def _check_number(flag: str, value: float, bounds: Any) -> None:
+    least, most, above, below = (bounds[key] for key in ("least", "most", "above", "below"))
+    if most is None and isinstance(value, int):
+        most = MOST
+    parts = [("at least", least), ("at most", most), ("above", above), ("below", below)]
+    # what is no number is outside of every range
+    fits = (
+        math.isfinite(value)
+        and (least is None or value >= least)
+        and (most is None or value <= most)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
+    if not fits:
+        said = ", ".join(f"{word} {bound:,}" for word, bound in parts if bound is not None and bound != MOST)
+        raise UserError(f"{flag} is {_short(value)}; expected {said or 'a finite number'}")
+
+
+def _short(value: float) -> str:
+    text = f"{value:,}" if isinstance(value, int) and abs(value) < 10**15 else f"{value:.4g}"
+    return text
+
+
+def _flag(each: Field) -> str:
+    return "--" + each.name.replace("_", "-")
 
 
 def _settings(each: Field) -> dict[str, Any]:
-    kind = {"int": int, "float": float}.get(str(each.type).split(" ")[0], str)
+    kind = {"int": _whole_number, "float": float}.get(str(each.type).split(" ")[0], str)
     settings: dict[str, Any] = {"type": kind, "help": each.metadata["help"], "choices": each.metadata["choices"]}
-    settings["metavar"] = None if settings["choices"] else {int: "N", float: "X", str: "PATH"}[kind]
+    settings["metavar"] = None if settings["choices"] else {_whole_number: "N", float: "X", str: "PATH"}[kind]
     if each.default is MISSING:
         return settings | {"required": True}
     if each.default not in (None, ""):
@@ -41,6 +128,15 @@ def _settings(each: Field) -> dict[str, Any]:
     return settings | {"default": each.default}
 
 
+def _whole_number(text: str) -> int:
+    if len(text) > 30:
+        raise argparse.ArgumentTypeError(f"{text[:20]}… is no number that anything here takes")
+    return int(text)
+
+
+_whole_number.__name__ = "int"  # argparse names it where a value is refused
+
+
 def write_config(path: Path, command: str, config: Any) -> None:
     """The settings of a result, beside the result."""
-    write_text(path, json.dumps({"command": command, **asdict(config)}, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text({"command": command, **shareable(config)}, indent=2) + "\n")

@@ -46,13 +46,13 @@ SHARD_BYTES = 256 * 2**20  # held in memory while packing
 @dataclass
 class PackConfig:
     latent_root: str = option(..., "folder of pairs, from extract")
-    output_root: str = option(..., "folder for the shards")
+    output_root: str = option(..., "folder for the shards", writes="folder")
 
 
 @dataclass
 class UnpackConfig:
     latent_root: str = option(..., "folder of shards, from pack")
-    output_root: str = option(..., "folder for the pairs")
+    output_root: str = option(..., "folder for the pairs", writes="folder")
 
 
 def run_pack(config: PackConfig) -> int:
@@ -65,7 +65,7 @@ def run_pack(config: PackConfig) -> int:
         shards = [describe(path) for path in shard_files(out)]
         packed = packed_clips(out, shards)
         todo = [path for path in paths if clip_name(path, root) not in packed]
-        for clips, pairs in _grouped(todo, root):
+        for clips, pairs in _grouped(todo, root, {(shard["z_h"][0], shard["z_k"][0]) for shard in shards}):
             _copy(manifests, root, out)
             path = out / f"{_next_number(out):05d}.safetensors"
             write_shard(path, clips, pairs)
@@ -103,7 +103,7 @@ def run_unpack(config: UnpackConfig) -> int:
 
 
 def _check_apart(root: Path, out: Path) -> None:
-    one, other = root.resolve(), out.resolve()
+    one, other = (Path(os.path.realpath(path)) for path in (root, out))  # Path.resolve fails at links in a circle
     if one == other or one in other.parents or other in one.parents:
         raise UserError(f"{root} and {out}: one lies in the other; pairs and shards need folders of their own")
 
@@ -181,12 +181,23 @@ def _is_there(path: Path, shards: Shards, i: int) -> bool:
     return True
 
 
-def _grouped(paths: list[Path], root: Path) -> Iterator[tuple[list[dict], list[Pair]]]:
-    """Pairs of one shape at a time, as many as fit."""
+def _grouped(paths: list[Path], root: Path, channels: set[tuple[int, int]]) -> Iterator[tuple[list[dict], list[Pair]]]:
+    """Pairs of one shape at a time, as many as fit.
+
+    Args:
+        channels: of the pairs that are packed already.
+
+    Raises:
+        UserError: a pair has others.
+    """
     groups: dict[tuple, tuple[list[dict], list[Pair]]] = defaultdict(lambda: ([], []))
     held = 0
     for path in tqdm(paths, desc="pack", unit="clip", disable=None):
         pair = read_pair(path)
+        found = len(pair.z_h), len(pair.z_k)
+        if found not in (channels or {found}):
+            raise UserError(f"{path}: {found[0]} and {found[1]} channels; the pairs before had others")
+        channels = {found}
         clips, pairs = groups[pair.z_h.shape, pair.z_k.shape]
         clips.append({"clip": clip_name(path, root), "source": asdict(pair.source) if pair.source else None})
         pairs.append(pair)

@@ -16,14 +16,11 @@ from ..serving.fit import CROP
 from ..serving.video_writer import write_video
 from .errors import UserError
 from .evaluate import flicker, psnr
-from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option, write_config
+from .options import DEVICE, HUNYUAN_HELP, KVAE_HELP, MOST_FRAMES, MOST_SIDE, check_values, option, write_config
 from .pictures import side_by_side
+from .places import check_apart, check_target
 from .vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
 from .videos import MIN_FRAMES, Clip, read_clip, times_of
-
-MOST_SIDE = 8192  # pixels; H.264 has 16384, and two stand side by side
-SIDES = "height", "width"
-MOST_FRAMES = 10_000  # which are held in memory
 
 
 @dataclass
@@ -32,10 +29,10 @@ class ReconstructConfig:
     vae: str = option("kvae", "which VAE", choices=("kvae", "hunyuan"))
     hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
     kvae: str = option("tiny", KVAE_HELP)
-    output: str = option("reconstruction.mp4", "side-by-side video to write")
-    num_frames: int = option(33, "frames to take, from the start")
-    height: int = option(240, "pixels, a multiple of 8 or 16, as the VAE needs")
-    width: int = option(320, "pixels, a multiple of 8 or 16, as the VAE needs")
+    output: str = option("reconstruction.mp4", "side-by-side video to write", writes="file")
+    num_frames: int = option(33, "frames to take, from the start", least=MIN_FRAMES, most=MOST_FRAMES)
+    height: int = option(240, "pixels, a multiple of 8 or 16, as the VAE needs", least=16, most=MOST_SIDE)
+    width: int = option(320, "pixels, a multiple of 8 or 16, as the VAE needs", least=16, most=MOST_SIDE)
     device: str = option(DEVICE, "device of the VAE")
 
 
@@ -64,9 +61,9 @@ def _through(vae: VideoVAE, frames: Tensor) -> Tensor:
 
 
 def _check(config: ReconstructConfig, out: Path) -> None:
+    check_values(config)
     if out.suffix != ".mp4":
         raise UserError(f"--output is {out}; expected a name that ends in .mp4")
-    for name, least, most in (("num_frames", MIN_FRAMES, MOST_FRAMES), *((side, 16, MOST_SIDE) for side in SIDES)):
-        value = getattr(config, name)
-        if not least <= value <= most:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}")
+    settings = out.with_suffix(".json")
+    check_target("beside --output,", settings)
+    check_apart({"--output": out, "the file of its settings": settings}, [Path(config.video_path)])

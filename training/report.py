@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import base64
 import io
-import json
+import math
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..adapters.files import load_adapter
+from ..kvae import WeightsError
+from ..kvae.foreign import json_text
 from ..kvae.paths import sha256_of, write_text
+from .errors import UserError
 from .log import read_log
 
+REPORT = ("report.html", "report.json", "model_card.md")
 # of each direction: its name, its row of the pixel figures, and the rows of its baseline and of its limit
 DIRECTIONS = {
     "h2k": ("H→K", "KVAE(H→K)", "KVAE(affine H→K)", "KVAE(pixel path)"),
     "k2h": ("K→H", "Hunyuan(K→H)", "Hunyuan(affine K→H)", "Hunyuan(pixel path)"),
 }
 PLACES = ("latent_root", "val_latent_root", "out_h2k", "out_k2h", "hunyuan_vae", "kvae", "device")  # of one machine
+PARTS = {"train": ":", "val": "-"}  # of the pairs, and how their curves are drawn
+MOST_DRAWN = 1e30  # beyond that matplotlib's scales overflow
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
@@ -50,11 +56,19 @@ def write_report(
         "verdict": verdict(result),
         "adapters": {name: _about(path) for name, path in adapters.items()},
         "evaluation": result,
-        "curves": read_log(log_file),
+        "curves": _curves(log_file),
     }
-    write_text(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "report.json", json_text(report, indent=1) + "\n")
     write_text(folder / "report.html", _page(report, {title: p.read_bytes() for title, p in sheets.items()}))
     write_text(folder / "model_card.md", model_card(report))
+
+
+def _curves(log_file: Path) -> list[dict[str, Any]]:
+    """The rows of a training's log; none where it is damaged: an adapter is what it is without them."""
+    try:
+        return [row for row in read_log(log_file) if isinstance(row, dict)]
+    except (UserError, WeightsError, OSError, ValueError):
+        return []
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -123,19 +137,27 @@ def _about(path: Path) -> dict[str, Any]:
 
 def _facts(about: dict[str, Any]) -> list[tuple[str, str]]:
     """What an adapter was trained on and how, as lines."""
-    training = about["training"]
+    training = _object(about["training"])
     if not training:
         return [("training", "the file does not say")]
-    facts = [(key, str(training[key])) for key in ("pairs", "pairs_sha256", "steps", "seconds") if key in training]
+    facts: list[tuple[str, str]] = [
+        (key, str(training[key])) for key in ("pairs", "pairs_sha256", "steps", "seconds") if key in training
+    ]
+    extraction = _object(training.get("extraction"))
     for vae in ("hunyuan_vae", "kvae"):
-        made_with = training.get("extraction", {}).get(vae)
+        made_with = _object(extraction.get(vae))
         if made_with:
-            facts.append((vae, f"{made_with['space']}, sha256 {made_with['sha256']}"))
-    made_by = {"extraction": training.get("extraction", {}).get("settings", {}), "training": training.get("config", {})}
+            facts.append((vae, f"{made_with.get('space')}, sha256 {made_with.get('sha256')}"))
+    made_by = {"extraction": _object(extraction.get("settings")), "training": _object(training.get("config"))}
     for title, settings in made_by.items():
         shown = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in PLACES and value != "")
         facts.append((f"settings of {title}", shown or "not said"))
     return facts
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """What another version, or somebody else, has put where we write an object."""
+    return value if isinstance(value, dict) else {}
 
 
 Table = list[list[str]]  # the first row is the head
@@ -187,7 +209,7 @@ def _page(report: dict[str, Any], sheets: dict[str, bytes]) -> str:
     body += ["<h2>Evaluation</h2>", _note(result), _html_table(_latent_table(result))]
     if "pixel" in result:
         body += ["<p></p>", _html_table(_pixel_table(result))]
-    if report["curves"]:
+    if any(_points(report["curves"], f"{part}_{name}") for part in PARTS for name in DIRECTIONS):
         body += ["<h2>Curves</h2>", _image(curves_png(report["curves"]), "latent MSE over steps")]
     for name, data in sheets.items():
         body += [f"<h2>{escape(name)}</h2>", _image(data, name)]
@@ -229,12 +251,21 @@ def _image(png: bytes, alt: str) -> str:
     return f'<figure><img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}"></figure>'
 
 
+def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """Steps and values of one curve."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and abs(value) < MOST_DRAWN and math.isfinite(value)
+
+    return [(row["step"], row[key]) for row in rows if number(row.get("step")) and number(row.get(key))]
+
+
 def curves_png(rows: list[dict[str, Any]]) -> bytes:
     """The training curve: MSE of both directions over steps, on the training and the validation pairs."""
     figure, axes = _subplots(1, 4)
     for name, label, color in (("h2k", "H→K", "tab:blue"), ("k2h", "K→H", "tab:orange")):
-        for part, style in (("train", ":"), ("val", "-")):
-            points = [(row["step"], row[f"{part}_{name}"]) for row in rows if f"{part}_{name}" in row]
+        for part, style in PARTS.items():
+            points = _points(rows, f"{part}_{name}")
             if points:
                 axes[0].plot(*zip(*points, strict=True), style, color=color, label=f"{label} {part}")
     axes[0].set(xlabel="step", ylabel="latent MSE", yscale="log")

@@ -32,17 +32,18 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVi
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..kvae import KVAE, KVAEConfig, load_kvae
-from ..kvae.files import save_weights
+from ..kvae import KVAE, KVAEConfig, foreign, load_kvae
+from ..kvae.files import Weights, save_weights
 from ..kvae.layers import ResnetBlock
 from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, to_unit
 from ..serving.fit import resized
 from .checkpoint import open_state, optimiser_tensors, restore_optimiser
 from .errors import UserError
 from .interrupts import BetweenSteps
-from .log import add_to_log
+from .log import add_to_log, keep_rows, read_log
 from .muon import Muon
-from .options import DEVICE, option
+from .options import DEVICE, MOST_SEED, option
+from .places import check_apart, check_target
 from .vaes import load_hunyuan_vae
 from .videos import Clip, find_videos, read_clip
 
@@ -55,22 +56,23 @@ WARMUP_STEPS = 50
 EMA = 0.99
 KL_WEIGHT = 1e-2  # per latent value: enough to hold the scale of the latents near 1, too little to blur
 START_LOGVAR = -9.0
+MOST_BATCH_BYTES = 2**30  # of a step's crops as float32; activations take some thirty times as much
 PCA_NOISE = 0.03  # on the principal components that the Hunyuan decoder learns from
 
 
 @dataclass
 class TinyConfig:
     videos_root: str = option(..., "UCF101, or part of it")
-    output: str = option(..., "file to write")
+    output: str = option(..., "file to write, NAME.safetensors", writes="file")
     model: str = option("kvae", "which of the pair", choices=("kvae", "hunyuan"))
     start_from: str = option("", "an earlier output, to train on")
     stages: str = option(
         "1600x32x4s,600x32x4,950x64x2,100x128x1",
         "STEPSxSIDExBATCH of each stage, crops of 17xSIDExSIDE; an s at the end: skeleton only",
     )
-    lr: float = option(1.5e-3, "peak learning rate; falls linearly to zero over all stages")
-    seed: int = option(0, "of the weights and the crops")
-    threads: int = option(0, "CPU threads; 0 for PyTorch's choice")
+    lr: float = option(1.5e-3, "peak learning rate; falls linearly to zero over all stages", above=0)
+    seed: int = option(0, "of the weights and the crops", least=0, most=MOST_SEED)
+    threads: int = option(0, "CPU threads; 0 for PyTorch's choice", least=0, most=1024)
     device: str = option(DEVICE, "device to train on")
 
 
@@ -84,6 +86,15 @@ class Stage:
     skeleton: bool
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Where a saved run was."""
+
+    step: int
+    seconds: float
+    metrics: dict[str, float]
+
+
 PCA_SAMPLE = Stage(steps=1, side=64, batch=400, skeleton=False)
 
 
@@ -92,23 +103,50 @@ def run(config: TinyConfig) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     stages = parse_stages(config.stages)
+    state_file, log_file = _files(config)
+    torch.manual_seed(config.seed)
+    vae = build(config)
+    _check_sides(stages, vae)
+    trainer = Trainer(config, sum(stage.steps for stage in stages), vae)
+    trainer.resume(state_file)
     data = Data(config)
     yardstick = pca_psnr(data.windows(), data.validation)
     print(f"to beat: {yardstick:.2f} dB, 16 principal components of each 4x8x8 block")
-    torch.manual_seed(config.seed)
-    trainer = Trainer(config, sum(stage.steps for stage in stages), data)
-    state_file = Path(config.output).with_suffix(".resume.safetensors")
-    trainer.resume(state_file)
+    trainer.find_components(data)
+    keep_rows(log_file, sum(row["step"] <= trainer.step for row in read_log(log_file)))
     with BetweenSteps() as interrupts:
-        train(trainer, stages, data, state_file, interrupts)
+        train(trainer, stages, data, (state_file, log_file), interrupts)
     trainer.write(Path(config.output), data, yardstick)
     state_file.unlink(missing_ok=True)
     return 0
 
 
-def train(trainer: Trainer, stages: list[Stage], data: Data, state_file: Path, interrupts: BetweenSteps) -> None:
-    """The stages that are not behind us; logs every step, validates and saves every hundred."""
-    log_file = Path(trainer.config.output).with_suffix(".jsonl")
+def _files(config: TinyConfig) -> tuple[Path, Path]:
+    """Where the state and the log go, beside the output.
+
+    Raises:
+        UserError: the output is no name for weights, or one of the three cannot be written, or is another file too.
+    """
+    output = Path(config.output)
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output is {output}; expected a name that ends in .safetensors")
+    state_file, log_file = output.with_suffix(".resume.safetensors"), output.with_suffix(".jsonl")
+    for path in (state_file, log_file):
+        check_target("beside --output,", path)
+    written = {"--output": output, "the saved state": state_file, "the log": log_file}
+    check_apart(written, [Path(config.start_from)] if config.start_from else [])
+    return state_file, log_file
+
+
+def train(
+    trainer: Trainer, stages: list[Stage], data: Data, files: tuple[Path, Path], interrupts: BetweenSteps
+) -> None:
+    """The stages that are not behind us; logs every step, validates and saves every hundred.
+
+    Args:
+        files: of the state and of the log.
+    """
+    state_file, log_file = files
     end = 0
     for stage in stages:
         end += stage.steps
@@ -123,7 +161,7 @@ def train(trainer: Trainer, stages: list[Stage], data: Data, state_file: Path, i
                     trainer.save(state_file)
                 add_to_log(log_file, row)
                 if "val_psnr" in row:
-                    print(json.dumps(row), flush=True)
+                    print(foreign.json_text(row), flush=True)
                 if interrupts.noted:
                     trainer.save(state_file)
                 interrupts.check()
@@ -137,11 +175,24 @@ def parse_stages(text: str) -> list[Stage]:
     """
     stages = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(s?)", part.strip())
+        match = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,2})x([1-9][0-9]{0,8})(s?)", part.strip())
         if not match or int(match[2]) % 8 or int(match[2]) > SIDE:
             raise UserError(f"--stages: {part!r}; expected STEPSxSIDExBATCH, a side of 8n up to {SIDE}, like 600x64x2")
         stages.append(Stage(int(match[1]), int(match[2]), int(match[3]), bool(match[4])))
+        size = stages[-1].batch * 3 * FRAMES * stages[-1].side ** 2 * 4
+        if size > MOST_BATCH_BYTES:
+            raise UserError(
+                f"--stages: {part!r}; a batch would be {size / 1e9:,.1f} GB as float32, expected at most "
+                f"{MOST_BATCH_BYTES / 1e9:.1f}"
+            )
     return stages
+
+
+def _check_sides(stages: list[Stage], vae: Any) -> None:
+    multiple = vae.config.spatial_factor if isinstance(vae, KVAE) else 8
+    for stage in stages:
+        if stage.side % multiple:
+            raise UserError(f"--stages: a side of {stage.side}; expected multiples of {multiple} for this model")
 
 
 class Data:
@@ -151,11 +202,11 @@ class Data:
         self.small: list[Tensor] = []
         self.full: list[Tensor] = []
         for video in tqdm(find_videos(config.videos_root, "train"), desc="reading", leave=False, disable=None):
-            frames = read_clip(Clip(video, TRAIN_FRAMES, 0), 240, 320)
+            frames = _long_enough(video, read_clip(Clip(video, TRAIN_FRAMES, 0), 240, 320))
             self.full.append(frames)
             self.small.append(torch.stack([resized(frame, SIDE, SIDE) for frame in frames.unbind(1)], 1))
         videos = find_videos(config.videos_root, "test")
-        self.validation = [read_clip(Clip(video, FRAMES, 0), SIDE, SIDE) for video in videos]
+        self.validation = [_long_enough(video, read_clip(Clip(video, FRAMES, 0), SIDE, SIDE)) for video in videos]
 
     def windows(self) -> list[Tensor]:
         """The first two windows of 17 frames of every training clip, small."""
@@ -177,22 +228,31 @@ class Data:
         return crop.flip(1) if draw(2) else crop
 
 
+def _long_enough(video: Path, frames: Tensor) -> Tensor:
+    if frames.shape[1] < FRAMES:
+        raise UserError(f"{video}: {frames.shape[1]} frames; expected at least {FRAMES}: take it out of --videos-root")
+    return frames
+
+
 class Trainer:
     """The VAE, its moving average, two optimisers, and the step they are at."""
 
-    def __init__(self, config: TinyConfig, total_steps: int, data: Data):
+    def __init__(self, config: TinyConfig, total_steps: int, vae: Any):
         self.config, self.total_steps = config, total_steps
         self.half_range = KVAE_HALF_RANGE if config.model == "kvae" else HUNYUAN_HALF_RANGE
-        self.vae = build(config).to(config.device, memory_format=torch.channels_last_3d)
+        self.vae = vae.to(config.device, memory_format=torch.channels_last_3d)
         self.average = {key: tensor.clone() for key, tensor in self.vae.state_dict().items()}
         named = list(self.vae.named_parameters())
         matrices = [p for _, p in named if p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 3]
         self.rest = [p for _, p in named if not any(p is m for m in matrices)]
         adam = torch.optim.AdamW(self.rest, config.lr, betas=(0.9, 0.99), weight_decay=0)
         self.optimisers = [Muon(matrices, config.lr), adam]
-        sample = data.crops(PCA_SAMPLE, torch.Generator().manual_seed(config.seed))
-        self.components = fit_components(blocks(self.pixels(sample)))
         self.step, self.seconds, self.metrics = 0, 0.0, dict[str, float]()
+
+    def find_components(self, data: Data) -> None:
+        """Those that the Hunyuan skeleton learns from."""
+        sample = data.crops(PCA_SAMPLE, torch.Generator().manual_seed(self.config.seed))
+        self.components = fit_components(blocks(self.pixels(sample)))
 
     def train_step(self, crops: Tensor, stage: Stage) -> dict[str, Any]:
         """One step on uint8 [B, 3, T, H, W]; returns what to log."""
@@ -272,12 +332,24 @@ class Trainer:
         saved = open_state(path, self.config)
         if saved is None:
             return
+        try:
+            self._restore(saved)
+        except Exception as error:  # a state that somebody else has written can fail anywhere
+            what = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path}: not the state of a training run ({what}); delete it to start anew") from None
+
+    def _restore(self, saved: Weights) -> None:
+        for key, tensor in self.average.items():
+            if saved.shapes[f"average.{key}"] != tuple(tensor.shape):
+                raise ValueError(f"average.{key} is {saved.shapes[f'average.{key}']}")
         self.vae.load_state_dict({key: saved[f"live.{key}"] for key in self.average})
         self.average = {key: saved[f"average.{key}"].to(self.config.device) for key in self.average}
         for i, optimiser in enumerate(self.optimisers):
             restore_optimiser(f"optimiser{i}", optimiser, saved)
-        progress = json.loads(saved.metadata["progress"])
-        self.step, self.seconds, self.metrics = progress["step"], progress["seconds"], progress["metrics"]
+        progress = foreign.build(Progress, foreign.parse_object(saved.metadata["progress"]))
+        if not 0 <= progress.step <= self.total_steps:
+            raise ValueError(f"step {progress.step} of {self.total_steps}")
+        self.step, self.seconds, self.metrics = progress.step, progress.seconds, progress.metrics
 
     def write(self, path: Path, data: Data, yardstick: float) -> None:
         """The averaged weights as fp16, with config and recipe in the metadata."""
@@ -290,7 +362,7 @@ class Trainer:
         metadata = {
             "config": json.dumps(config),
             "recipe": json.dumps(recipe),
-            "metrics": json.dumps(self.metrics | {"val_clips": len(data.validation), "pca_psnr": yardstick}),
+            "metrics": foreign.json_text(self.metrics | {"val_clips": len(data.validation), "pca_psnr": yardstick}),
         }
         tensors = {key: tensor.half().contiguous() for key, tensor in self.average.items()}
         save_weights(path, tensors, metadata)

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ from .job import (
 from .log import add_to_log, keep_rows, read_log
 from .manifests import read_manifest, read_spaces, weights_of, without_signature
 from .options import write_config
+from .places import shareable
 from .processes import Processes
 from .recipe import DEFAULT, PUBLISHED, Recipe
 from .report import curves_png, write_report
@@ -313,7 +314,7 @@ def _write_adapters(state: State, job: Job, seconds: float) -> dict[str, LatentA
         "pairs_sha256": job.train.digest(),
         "steps": state.step,
         "seconds": round(seconds),
-        "config": asdict(job.config),
+        "config": shareable(job.config),
         "extraction": {key: without_signature(each) for key, each in manifest.items()},
     }
     adapters = {}

@@ -6,7 +6,6 @@ x_B3THW uint8 frames, z_Bcthw raw float32 latents, y_B3THW float32 pixels 0..255
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +18,8 @@ from ..kvae import KVAE, WeightsError, load_kvae, pad_frames
 from ..kvae.convolution import Conv3d
 from ..kvae.files import Weights, what_is
 from ..kvae.find import find_weights
-from ..kvae.paths import sha256_of
+from ..kvae.foreign import parse_object
+from ..kvae.paths import read_text, sha256_of
 from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, from_unit, to_unit
 from ..kvae.signature import signature
 from .errors import UserError
@@ -110,9 +110,12 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
         raise WeightsError(f"{path}: this is {kind}; expected a HunyuanVideo VAE (--hunyuan-vae)")
     config = _config(path, weights)
     newer = "encoder.mid_block.attentions.0.norm.gamma" in weights.shapes  # the first has a group_norm there
-    with torch.device("meta"):
-        vae = (AutoencoderKLHunyuanVideo15 if newer else AutoencoderKLHunyuanVideo).from_config(config)
-        _replace_convolutions(vae)
+    try:
+        with torch.device("meta"):
+            vae = (AutoencoderKLHunyuanVideo15 if newer else AutoencoderKLHunyuanVideo).from_config(config)
+            _replace_convolutions(vae)
+    except Exception as error:  # diffusers checks little, so a config can fail anywhere within it
+        raise WeightsError(f"{path}: its config is not that of a HunyuanVideo VAE ({_first_line(error)})") from None
     state = {key: weights[key] for key in weights.shapes}
     if "decoder.mid.attn_1.q.weight" in state:
         state = {diffusers_key(key): tensor for key, tensor in state.items()}
@@ -123,6 +126,9 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
     if found != expected:
         wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         raise WeightsError(f"{path}: {len(wrong)} tensors are not those of a HunyuanVideo VAE, first {wrong[0]}")
+    for key, tensor in state.items():
+        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+            raise WeightsError(f"{path}: {key} holds what are no finite numbers; download or make it again")
     vae.load_state_dict({key: tensor.to(dtype) for key, tensor in state.items()}, assign=True)
     return HunyuanVAE(vae.to(device).eval().requires_grad_(False), name, sha256_of(path))
 
@@ -201,7 +207,30 @@ def _config(path: Path, weights: Weights) -> dict:
     beside = path.parent / "config.json"
     try:
         if "config" in weights.metadata:
-            return json.loads(weights.metadata["config"])
-        return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+            config = parse_object(weights.metadata["config"])
+        else:
+            config = parse_object(read_text(beside)) if beside.is_file() else {}
+        _check_bounds(config, weights)
+    except WeightsError:
+        raise
     except ValueError as error:
-        raise WeightsError(f"{path}: its config is not JSON ({error})") from None
+        raise WeightsError(f"{path}: its config is not that of a HunyuanVideo VAE ({error})") from None
+    return config
+
+
+def _check_bounds(config: dict, weights: Weights) -> None:
+    """No model is made that has more layers or channels than the file has: it might never end.
+
+    Raises:
+        ValueError: there are more.
+    """
+    most = max([len(weights.shapes), *(size for shape in weights.shapes.values() for size in shape)])
+    for key in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "block_out_channels"):
+        value = config.get(key, 1)
+        numbers = value if isinstance(value, list) else [value]
+        if len(numbers) > most or not all(type(each) is int and 0 < each <= most for each in numbers):
+            raise ValueError(f"{key} is {str(value)[:60]}, which is not of this file")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,71 @@
+"""The command line itself: what becomes of errors that no command foresees, and of consoles that cannot print."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import make_videos
+from kvae_comfyui.training.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(*argv, env=None, **kwargs):
+    """The command as a user starts it: its code, and its error lines."""
+    process = subprocess.run(
+        [sys.executable, "-m", "training", *map(str, argv)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        stderr=subprocess.PIPE, timeout=300, **kwargs,
+    )  # fmt: skip
+    return process.returncode, process.stderr.decode().splitlines()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit that holds")
+def test_running_out_of_memory_is_one_line(tmp_path):
+    import resource
+
+    (video,) = make_videos(tmp_path, 1, frames=9)
+    size = ("--height", 8192, "--width", 8192, "--num-frames", 9, "--device", "cpu")
+    code, err = command(
+        *("reconstruct", "--video-path", video, "--output", tmp_path / "out.mp4", *size),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)),
+    )
+    assert code == 2
+    assert len(err) == 1 and err[0].startswith("error: out of memory")
+    assert list(tmp_path.iterdir()) == [video]
+
+
+def test_a_console_that_knows_ascii_alone_prints_any_name(tmp_path):
+    os.mkdir(folder := tmp_path / "caf\udce9")
+    code, err = command("train", "--latent-root", folder, env={"PYTHONIOENCODING": "ascii"})
+    assert code == 2
+    assert len(err) == 1 and "caf\\udce9" in err[0] and "no .safetensors.zst files" in err[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes there break otherwise")
+def test_output_that_nobody_reads_is_one_line(tmp_path):
+    """As of `python -m training fetch … | head`."""
+    shutil.copyfile(ROOT / "training" / "assets" / "tiny_kvae.safetensors", tmp_path / "KVAE-3D-1.0.safetensors")
+    read, write = os.pipe()
+    os.close(read)
+    code, err = command("fetch", "--model", "KVAE-3D-1.0", "--output", tmp_path, stdout=write)
+    os.close(write)
+    assert (code, err) == (2, ["error: nobody reads the output any longer"])
+
+
+def test_names_cannot_command_a_terminal(tmp_path, capsys):
+    assert main(["train", "--latent-root", str(tmp_path / "a\x1b[31m\nb")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "\x1b" not in err and "a\\x1b[31m\\nb" in err
+
+
+def test_every_command_says_what_it_takes(capsys):
+    for name in ("extract", "pack", "unpack", "train", "evaluate", "reconstruct", "demo", "tiny", "fetch"):
+        with pytest.raises(SystemExit) as end:
+            main([name, "-h"])
+        assert end.value.code == 0
+        assert "--" in capsys.readouterr().out
