@@ -10,6 +10,7 @@ from importlib import import_module
 
 import torch
 
+from ..adapters.memory import is_out_of_memory
 from ..kvae import WeightsError
 from ..kvae.paths import reason
 from .errors import UserError, printable
@@ -82,7 +83,7 @@ def _line(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "the device is out of memory; use smaller clips or batches, or --device cpu"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+    if is_out_of_memory(error):
         return "out of memory; use smaller clips or batches, or end other programs"
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more at its end

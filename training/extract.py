@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..adapters.memory import is_out_of_memory
 from ..kvae import WeightsError, padded_frames
 from ..serving.fit import CROP, STRETCH
 from .ahead import ahead
@@ -175,7 +176,7 @@ class Extraction:
             pairs = _encode(jobs, self.names.root, self.hunyuan, self.kvae, self.config, self.processes.device)
             return list(zip(jobs, pairs, strict=True))
         except Exception as error:
-            if _out_of_memory(error):
+            if is_out_of_memory(error):  # the next clip, of the same size, would find no more
                 raise
             if len(jobs) == 1:
                 self._skip(jobs[0], f"{jobs[0].clip.video}: {_reason(error)}")
@@ -193,7 +194,7 @@ class Extraction:
                 future.result()
                 self.counts["extracted"] += 1
             except Exception as error:
-                if _out_of_memory(error) or _of_the_disk(error):
+                if is_out_of_memory(error) or _of_the_disk(error):
                     raise
                 self._skip(job, f"{job.clip.video}: {_reason(error)}")
 
@@ -210,11 +211,6 @@ def _reason(error: Exception) -> str:
 def _of_the_disk(error: Exception) -> bool:
     cause = error.__context__ if isinstance(error, WeightsError) else None
     return isinstance(cause, OSError) and cause.errno not in OF_THE_NAME
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """The next clip, of the same size, would find no more."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _described(config: ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> dict:
