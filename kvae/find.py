@@ -49,7 +49,6 @@ def _in_folder(folder: Path, subfolder: str) -> Path:
 def _download(repository: str, subfolder: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise WeightsError(
             f"{repository}: no such file or folder, and without the package huggingface_hub nothing can be "
@@ -61,6 +60,7 @@ def _download(repository: str, subfolder: str) -> Path:
     patterns = [prefix + file for file in (*FILE_NAMES, "config.json")]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's HTTP library, and its errors, are not the same in every version
         first = (str(error) or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"{repository}: no such file or folder, and the hub says: {first}") from None
+        where = " (HF_ENDPOINT is set)" if os.environ.get("HF_ENDPOINT") else ""
+        raise WeightsError(f"{repository}: no such file or folder, and the hub says: {first}{where}") from None
