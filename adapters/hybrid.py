@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kvae import KVAE, Method, WeightsError
+from ..kvae.engine.tiles import Part
 from ..kvae.model import Progress
 from ..kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
 from ..kvae.signature import same_weights, signature
-from ..kvae.tiles import Part
 from .files import LatentAdapter
 from .inspect import check_finite, check_latent
 from .spaces import LatentSpace, native_space

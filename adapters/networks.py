@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kvae.convolution import Conv3d
+from ..kvae.engine.convolution import Conv3d
 from ..kvae.layers import Cache, CausalConv3d, name_streamed
 
 
@@ -66,7 +66,7 @@ class Published(nn.Module):
 
 
 class Affine(nn.Module):
-    """One convolution, causal in time. `adapters.ridge` fits it in closed form.
+    """One convolution, causal in time. `training.adapters.ridge` fits it in closed form.
 
     Args:
         kernel: 1, or 3 for the 3x3x3 neighbourhood.

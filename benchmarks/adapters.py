@@ -35,13 +35,14 @@ from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.adapters.networks import Network, Residual
 from kvae_comfyui.benchmarks.ingredients import ingredients
 from kvae_comfyui.benchmarks.tables import publish
-from kvae_comfyui.training import extract, train
-from kvae_comfyui.training.closed_form import fit_both_ways
-from kvae_comfyui.training.dataset import Pairs, open_pairs, spread
-from kvae_comfyui.training.evaluate import flicker, psnr
-from kvae_comfyui.training.originals import original_frames
-from kvae_comfyui.training.recipe import DEFAULT, PUBLISHED, Recipe
-from kvae_comfyui.training.train import DIRECTIONS
+from kvae_comfyui.training.adapters import train
+from kvae_comfyui.training.adapters.closed_form import fit_both_ways
+from kvae_comfyui.training.adapters.recipe import DEFAULT, PUBLISHED, Recipe
+from kvae_comfyui.training.adapters.train import DIRECTIONS
+from kvae_comfyui.training.data import extract
+from kvae_comfyui.training.data.dataset import Pairs, open_pairs, spread
+from kvae_comfyui.training.evaluate.evaluate import flicker, psnr
+from kvae_comfyui.training.evaluate.originals import original_frames
 from kvae_comfyui.training.vaes import TINY_ADAPTERS, VideoVAE, load_hunyuan_vae, load_kandinsky_vae
 
 # B batch, c channels, t latent frames, h/w latent rows and columns; T frames, H/W pixels

@@ -29,11 +29,11 @@ from torch import Tensor
 from kvae_comfyui.kvae import KVAEConfig, pad_frames
 from kvae_comfyui.kvae.load import official_key
 from kvae_comfyui.kvae.pixels import KVAE_HALF_RANGE, to_unit
-from kvae_comfyui.training import extract
+from kvae_comfyui.training.data import extract
+from kvae_comfyui.training.data.pairs import SUFFIX, Pair, Source, find_pairs, read_pair, write_pair
+from kvae_comfyui.training.data.videos import cut, find_videos, read_clip
 from kvae_comfyui.training.errors import UserError
-from kvae_comfyui.training.pairs import SUFFIX, Pair, Source, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.vaes import HunyuanVAE, KandinskyVAE, VideoVAE, load_hunyuan_vae, load_kandinsky_vae
-from kvae_comfyui.training.videos import cut, find_videos, read_clip
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kvae_comfyui.adapters.networks import Network
-from kvae_comfyui.training.recipe import Errors, Networks, Recipe, latent_error, latent_errors, with_change
-from kvae_comfyui.training.train import DIRECTIONS
+from kvae_comfyui.training.adapters.recipe import Errors, Networks, Recipe, latent_error, latent_errors, with_change
+from kvae_comfyui.training.adapters.train import DIRECTIONS
 from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kandinsky_vae
 
 DECODED = (2, 3, 6, 6)  # clips, latent frames, rows and columns that a step decodes

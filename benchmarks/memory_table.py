@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from kvae_comfyui.adapters.serve import ServedVAE
 from kvae_comfyui.kvae import KVAE, BudgetError
+from kvae_comfyui.serving.serve import ServedVAE
 
 PAGE = Path(__file__).parents[1] / "docs" / "comfyui.md"
 START, END = "<!-- python -m benchmarks.memory_table -->\n", "<!-- end of the table -->"

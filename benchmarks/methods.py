@@ -1,4 +1,4 @@
-"""What the methods of computing a clip take, the source of the costs that `kvae.plan` orders them by.
+"""What the methods of computing a clip take, the source of the costs that `kvae.engine.plan` orders them by.
 
     python -m benchmarks.methods           # prints the table
 

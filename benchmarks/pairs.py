@@ -22,11 +22,11 @@ from torch import Tensor
 
 from kvae_comfyui.benchmarks.adapters import SIDE, Bench, Row, paired, share, train_rows
 from kvae_comfyui.benchmarks.tables import publish
-from kvae_comfyui.training import extract
-from kvae_comfyui.training.dataset import open_pairs
-from kvae_comfyui.training.recipe import DEFAULT, Errors, Networks, with_change
-from kvae_comfyui.training.train import DIRECTIONS
-from kvae_comfyui.training.videos import find_videos
+from kvae_comfyui.training.adapters.recipe import DEFAULT, Errors, Networks, with_change
+from kvae_comfyui.training.adapters.train import DIRECTIONS
+from kvae_comfyui.training.data import extract
+from kvae_comfyui.training.data.dataset import open_pairs
+from kvae_comfyui.training.data.videos import find_videos
 
 # z_h HunyuanVideo's latents, z_k KVAE's, [B, c, t, h, w]
 

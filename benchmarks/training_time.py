@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from kvae_comfyui.training import train
-from kvae_comfyui.training.closed_form import fit_both_ways
-from kvae_comfyui.training.dataset import Pairs, open_pairs
-from kvae_comfyui.training.log import read_log
+from kvae_comfyui.training.adapters import train
+from kvae_comfyui.training.adapters.closed_form import fit_both_ways
+from kvae_comfyui.training.data.dataset import Pairs, open_pairs
+from kvae_comfyui.training.runtime.log import read_log
 
 CPU = torch.device("cpu")
 PUBLISHED = {"network": "published", "batch_size": 512, "lr": 1e-4, "ema": 0.0}

@@ -1,12 +1,12 @@
 """The KVAE-3D family of video autoencoders: torch and safetensors, nothing else."""
 
 from .config import FAMILY, SEGMENT_FRAMES, KVAEConfig
+from .engine.plan import BudgetError, Plan, plan_decode, plan_encode
+from .engine.strips import Method, Norms
 from .files import WeightsError
 from .frames import pad_frames, padded_frames
 from .load import load_kvae, save_kvae
 from .model import KVAE, Posterior
-from .plan import BudgetError, Plan, plan_decode, plan_encode
-from .strips import Method, Norms
 
 __all__ = [
     "FAMILY",

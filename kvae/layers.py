@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import KVAEConfig
-from .convolution import Conv3d, conv3d, recorded
+from .engine.convolution import Conv3d, conv3d, recorded
 
 Cache = dict[str, Tensor]
 Sides = tuple[bool, bool, bool, bool]  # left, right, top, bottom

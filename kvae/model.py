@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from .coders import Coder, Decoder, Encoder
 from .config import SEGMENT_FRAMES, KVAEConfig
+from .engine.strips import Memory, Method, Norms, arranged, compute_segment, tail_frames
+from .engine.tiles import Part, Span, Tiling, blended_tiling, exact_tiling
 from .frames import padded, padded_frames, pieces_of, regroup, with_last
 from .layers import name_streamed, wide
 from .resample import Resampler
-from .strips import Memory, Method, Norms, arranged, compute_segment, tail_frames
-from .tiles import Part, Span, Tiling, blended_tiling, exact_tiling
 
 DEFAULT = Method()
 Progress = Callable[[int], None]  # called with the number of frames done so far; may raise, to cancel

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import KVAEConfig
-from .convolution import conv3d
+from .engine.convolution import conv3d
 from .layers import Cache, Streamed, framed, like, remember, wide
 
 PARITIES = ((0, 0), (0, 1), (1, 0), (1, 1))

@@ -7,9 +7,9 @@ import math
 import torch
 from comfy_api.latest import io
 
-from ..adapters.frames import kept_frames, to_clip
 from ..adapters.inspect import check_finite, check_shape, check_tensor
-from ..adapters.memory import room_for
+from ..serving.clips import kept_frames, to_clip
+from ..serving.memory import room_for
 from .latent_dict import FRAMES, SPACE, samples_of, space_of
 from .vae import KVAEVae
 

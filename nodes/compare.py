@@ -9,9 +9,9 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
-from ..adapters.figures import difference, figures, table
 from ..adapters.inspect import check_tensor
-from ..adapters.memory import room_for
+from ..serving.memory import room_for
+from ..serving.metrics import difference, figures, table
 from .latent_dict import samples_of
 
 

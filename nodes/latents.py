@@ -8,8 +8,8 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..adapters.inspect import describe
-from ..adapters.latent_files import MODELS, load_latent, save_latent
 from ..kvae import WeightsError
+from ..serving.latent_files import MODELS, load_latent, save_latent
 from . import folders
 from .latent_dict import FRAMES, SPACE, samples_of, space_of
 from .metadata import workflow_of

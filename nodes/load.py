@@ -11,8 +11,8 @@ from comfy_api.latest import io
 
 from ..adapters import LatentAdapter, load_adapter
 from ..adapters.spaces import native_space
-from ..adapters.tiled import TiledVAE
 from ..kvae import KVAE, WeightsError, load_kvae
+from ..serving.tiled import TiledVAE
 from . import folders
 from .coding import memory_input, within
 from .vae import KVAEVae, patcher_of, working_dtype

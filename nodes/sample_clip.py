@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..adapters.sample_clip import sample_clip
+from ..serving.sample_clip import sample_clip
 
 
 class KVAESampleClip(io.ComfyNode):

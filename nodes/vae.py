@@ -17,10 +17,10 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..adapters.serve import to_image
-from ..adapters.tiled import TiledVAE
 from ..kvae import KVAE
 from ..kvae.load import described_state
+from ..serving.serve import to_image
+from ..serving.tiled import TiledVAE
 
 DTYPES = [torch.bfloat16, torch.float32]
 

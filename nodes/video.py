@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import InputImpl, io, ui
 
-from ..adapters.frames import cut_stream, kept_frames
+from ..serving.clips import cut_stream, kept_frames
 from ..serving.video_writer import CODECS, VideoWriter
 from . import folders
 from .coding import latent_for, latent_inputs, within

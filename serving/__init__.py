@@ -1,1 +1,1 @@
-"""What nodes and training both do with files of others: videos read as they are shown, and written with sound."""
+"""What hosts and pipelines hold: the served VAE, latent files, clips, metrics, and one reader and writer of videos."""

@@ -15,12 +15,12 @@ from conftest import shared
 from kvae_comfyui.adapters.files import LatentAdapter, VAEWeights, load_adapter, save_adapter, weights_of
 from kvae_comfyui.adapters.hybrid import HybridVAE
 from kvae_comfyui.adapters.networks import Affine, Published, Residual
-from kvae_comfyui.adapters.serve import ServedVAE
 from kvae_comfyui.adapters.spaces import SPACES, space
-from kvae_comfyui.adapters.tiled import TiledVAE
 from kvae_comfyui.kvae import KVAE, WeightsError, load_kvae, save_kvae
 from kvae_comfyui.kvae.load import described_state
 from kvae_comfyui.kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
+from kvae_comfyui.serving.serve import ServedVAE
+from kvae_comfyui.serving.tiled import TiledVAE
 from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
 
 H, K = space("hunyuan_video"), space("kvae_3d_1.0")

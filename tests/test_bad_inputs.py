@@ -28,15 +28,15 @@ from conftest import make_videos
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae import WeightsError
 from kvae_comfyui.kvae.files import Weights
-from kvae_comfyui.training.checkpoint import open_state
 from kvae_comfyui.training.cli import main
-from kvae_comfyui.training.dataset import open_pairs
+from kvae_comfyui.training.data.dataset import open_pairs
+from kvae_comfyui.training.data.manifests import read_spaces
+from kvae_comfyui.training.data.pairs import SUFFIX, Pair, Source, write_pair
 from kvae_comfyui.training.errors import UserError
-from kvae_comfyui.training.interrupts import BetweenSteps
-from kvae_comfyui.training.log import read_log
-from kvae_comfyui.training.manifests import read_spaces
-from kvae_comfyui.training.originals import original_frames
-from kvae_comfyui.training.pairs import SUFFIX, Pair, Source, write_pair
+from kvae_comfyui.training.evaluate.originals import original_frames
+from kvae_comfyui.training.runtime.checkpoint import open_state
+from kvae_comfyui.training.runtime.interrupts import BetweenSteps
+from kvae_comfyui.training.runtime.log import read_log
 from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
 
 SECONDS = 60  # what hangs is broken off then

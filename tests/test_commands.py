@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from conftest import make_videos, shared
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae import KVAE, KVAEConfig, load_kvae, save_kvae
-from kvae_comfyui.training import train as training
+from kvae_comfyui.training.adapters import train as training
+from kvae_comfyui.training.adapters.recipe import PUBLISHED
 from kvae_comfyui.training.cli import main
-from kvae_comfyui.training.originals import original_frames
-from kvae_comfyui.training.pairs import Pair, find_pairs, read_pair, write_pair
-from kvae_comfyui.training.recipe import PUBLISHED
-from kvae_comfyui.training.report import write_report
+from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
+from kvae_comfyui.training.evaluate.originals import original_frames
+from kvae_comfyui.training.evaluate.report import write_report
 from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from kvae_comfyui.benchmarks.storages import PeakMemory
-from kvae_comfyui.kvae import KVAE, KVAEConfig, plan_decode, plan_encode, winograd
-from kvae_comfyui.kvae.convolution import conv3d
+from kvae_comfyui.kvae import KVAE, KVAEConfig, plan_decode, plan_encode
+from kvae_comfyui.kvae.engine import winograd
+from kvae_comfyui.kvae.engine.convolution import conv3d
 
 
 @pytest.mark.parametrize("sides", [(1, 2, 2), (3, 5, 4), (2, 9, 7), (4, 1, 1)], ids=str)

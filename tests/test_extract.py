@@ -10,10 +10,10 @@ import torch
 from conftest import make_videos, moving_picture
 from kvae_comfyui.kvae import WeightsError, load_kvae, save_kvae
 from kvae_comfyui.serving.video_writer import write_video
-from kvae_comfyui.training import extract
 from kvae_comfyui.training.cli import main
-from kvae_comfyui.training.pair_names import PairNames
-from kvae_comfyui.training.pairs import SUFFIX, Pair, clip_name, find_pairs, read_pair, write_pair
+from kvae_comfyui.training.data import extract
+from kvae_comfyui.training.data.pair_names import PairNames
+from kvae_comfyui.training.data.pairs import SUFFIX, Pair, clip_name, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.vaes import TINY, HunyuanVAE
 
 SIZE = ["--num-frames", "9", "--height", "32", "--width", "32", "--device", "cpu"]

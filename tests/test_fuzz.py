@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kvae_comfyui.kvae import KVAE, SEGMENT_FRAMES, KVAEConfig, Method, Posterior
-from kvae_comfyui.kvae.strips import tail_frames
+from kvae_comfyui.kvae.engine.strips import tail_frames
 
 TRIALS = int(os.environ.get("KVAE_FUZZ_TRIALS", "240"))
 TWO = {"norm": "rms", "downsample_version": 2}

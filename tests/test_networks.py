@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from conftest import shared
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.adapters.networks import Affine, Published, Residual, build_network
-from kvae_comfyui.adapters.ridge import RIDGE, Ridge
+from kvae_comfyui.training.adapters.ridge import RIDGE, Ridge
 
 
 def published_by_hand(w, z):

@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from kvae_comfyui.adapters import HybridVAE, LatentAdapter, space
-from kvae_comfyui.adapters.figures import difference, figures, ssim, table
 from kvae_comfyui.adapters.files import direction_of, save_adapter
-from kvae_comfyui.adapters.frames import cut_stream, kept_frames, to_clip
 from kvae_comfyui.adapters.hybrid import from_kvae_pixels
 from kvae_comfyui.adapters.inspect import check_latent, describe, what_latent
 from kvae_comfyui.adapters.networks import Affine
-from kvae_comfyui.adapters.sample_clip import sample_clip
-from kvae_comfyui.adapters.serve import ServedVAE, to_image
-from kvae_comfyui.adapters.tiled import TiledVAE, tile_count
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.kvae import KVAE, BudgetError, Norms, WeightsError, load_kvae, plan_decode
-from kvae_comfyui.kvae.tiles import blended_tiling
+from kvae_comfyui.kvae.engine.tiles import blended_tiling
+from kvae_comfyui.serving.clips import cut_stream, kept_frames, to_clip
+from kvae_comfyui.serving.metrics import difference, figures, ssim, table
+from kvae_comfyui.serving.sample_clip import sample_clip
+from kvae_comfyui.serving.serve import ServedVAE, to_image
+from kvae_comfyui.serving.tiled import TiledVAE, tile_count
 from kvae_comfyui.training.vaes import TINY
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvae_comfyui.adapters.memory import is_out_of_memory, with_less_memory
-from kvae_comfyui.adapters.serve import ServedVAE
-from kvae_comfyui.adapters.tiled import TiledVAE
+from kvae_comfyui.serving.memory import is_out_of_memory, with_less_memory
+from kvae_comfyui.serving.serve import ServedVAE
+from kvae_comfyui.serving.tiled import TiledVAE
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS = {
@@ -107,7 +107,7 @@ def test_what_this_machine_says_when_it_has_no_memory_is_known():
 UNDER_A_LIMIT = """
 import logging, resource, sys
 import torch
-from kvae_comfyui.adapters.serve import ServedVAE
+from kvae_comfyui.serving.serve import ServedVAE
 from kvae_comfyui.kvae import KVAE, BudgetError, KVAEConfig, plan_decode, plan_encode
 
 logging.basicConfig(level=logging.WARNING)

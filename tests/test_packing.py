@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvae_comfyui.training import packing, shards
 from kvae_comfyui.training.cli import main
-from kvae_comfyui.training.dataset import open_pairs
+from kvae_comfyui.training.data import packing, shards
+from kvae_comfyui.training.data.dataset import open_pairs
+from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.errors import UserError
-from kvae_comfyui.training.pairs import Pair, find_pairs, read_pair, write_pair
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = {

@@ -13,10 +13,9 @@ from safetensors.torch import load, save
 
 from kvae_comfyui.kvae import WeightsError
 from kvae_comfyui.training.cli import main
-from kvae_comfyui.training.dataset import open_pairs, video_of
-from kvae_comfyui.training.errors import UserError
-from kvae_comfyui.training.manifests import read_spaces
-from kvae_comfyui.training.pairs import (
+from kvae_comfyui.training.data.dataset import open_pairs, video_of
+from kvae_comfyui.training.data.manifests import read_spaces
+from kvae_comfyui.training.data.pairs import (
     Pair,
     Shape,
     Source,
@@ -26,6 +25,7 @@ from kvae_comfyui.training.pairs import (
     read_pair,
     write_pair,
 )
+from kvae_comfyui.training.errors import UserError
 
 SHAPE = (16, 3, 4, 6)
 SOURCE = Source("a/b.avi", 12, 7, 2, 32, 48)

@@ -15,9 +15,9 @@ import torch
 from conftest import make_videos
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.training.cli import main
+from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.errors import UserError
-from kvae_comfyui.training.pairs import Pair, find_pairs, read_pair, write_pair
-from kvae_comfyui.training.processes import Processes
+from kvae_comfyui.training.runtime.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}

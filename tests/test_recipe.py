@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvae_comfyui.adapters.networks import build_network
-from kvae_comfyui.adapters.ridge import Ridge
 from kvae_comfyui.benchmarks.ingredients import (
     ByJacobians,
     WithDecodes,
@@ -18,9 +17,10 @@ from kvae_comfyui.benchmarks.ingredients import (
     with_noise,
     with_statistics,
 )
-from kvae_comfyui.training.muon import Muon
-from kvae_comfyui.training.recipe import DEFAULT, Recipe, latent_errors, with_change
-from kvae_comfyui.training.train import DIRECTIONS, TrainConfig
+from kvae_comfyui.training.adapters.muon import Muon
+from kvae_comfyui.training.adapters.recipe import DEFAULT, Recipe, latent_errors, with_change
+from kvae_comfyui.training.adapters.ridge import Ridge
+from kvae_comfyui.training.adapters.train import DIRECTIONS, TrainConfig
 
 
 @pytest.fixture

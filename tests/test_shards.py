@@ -11,20 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from kvae_comfyui.adapters.networks import Residual
-from kvae_comfyui.training import crops, packing, shards
 from kvae_comfyui.training.cli import main
-from kvae_comfyui.training.crops import crop_shape, random_crop, weights
-from kvae_comfyui.training.dataset import batches, open_pairs
+from kvae_comfyui.training.data import crops, packing, shards
+from kvae_comfyui.training.data.crops import crop_shape, random_crop, weights
+from kvae_comfyui.training.data.dataset import batches, open_pairs
+from kvae_comfyui.training.data.manifests import read_manifest
+from kvae_comfyui.training.data.pairs import Pair, Shape, Source, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.errors import UserError
-from kvae_comfyui.training.manifests import read_manifest
-from kvae_comfyui.training.pairs import (
-    Pair,
-    Shape,
-    Source,
-    find_pairs,
-    read_pair,
-    write_pair,
-)
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from conftest import make_videos
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae import KVAE, KVAEConfig, save_kvae
 from kvae_comfyui.training.cli import main
-from kvae_comfyui.training.pairs import Pair, find_pairs, read_pair, write_pair
+from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kandinsky_vae
 
 KVAES = {

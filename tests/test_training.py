@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvae_comfyui.adapters.files import load_adapter
-from kvae_comfyui.training import train as training
+from kvae_comfyui.training.adapters import train as training
+from kvae_comfyui.training.adapters.job import TrainConfig, split
 from kvae_comfyui.training.cli import main
-from kvae_comfyui.training.job import TrainConfig, split
-from kvae_comfyui.training.log import read_log
-from kvae_comfyui.training.pairs import Pair, Source, write_pair
+from kvae_comfyui.training.data.pairs import Pair, Source, write_pair
+from kvae_comfyui.training.runtime.log import read_log
 
 VAE = {"sha256": "0" * 64}
 MANIFEST = {

@@ -11,9 +11,9 @@ from made_videos import make, picture
 
 from kvae_comfyui.serving.fit import CROP, STRETCH
 from kvae_comfyui.training.cli import main
-from kvae_comfyui.training.pairs import find_pairs, read_pair
+from kvae_comfyui.training.data.pairs import find_pairs, read_pair
+from kvae_comfyui.training.data.videos import Clip, read_clip, times_of
 from kvae_comfyui.training.vaes import load_kandinsky_vae
-from kvae_comfyui.training.videos import Clip, read_clip, times_of
 
 SIZE = ["--num-frames", "9", "--height", "32", "--width", "48", "--device", "cpu"]
 

@@ -323,7 +323,7 @@ def test_a_path_is_never_taken_for_an_address(tmp_path, monkeypatch):
 
 MEMORY = """
 import resource, sys
-from kvae_comfyui.training.videos import Clip, read_clip
+from kvae_comfyui.training.data.videos import Clip, read_clip
 from kvae_comfyui.serving.video_reader import read_pictures
 next(read_pictures(sys.argv[1], [0]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from kvae_comfyui.training import train
+from kvae_comfyui.training.adapters import train
 from kvae_comfyui.training.cli import main
 
 RANK = int(os.environ["RANK"])

@@ -10,20 +10,20 @@ from importlib import import_module
 
 import torch
 
-from ..adapters.memory import is_out_of_memory
 from ..kvae import WeightsError
 from ..kvae.paths import reason
+from ..serving.memory import is_out_of_memory
 from .errors import UserError, printable
 from .options import Parser, add_options, check_options
 
 INTERRUPTED = 130
 COMMANDS = {  # of each: the module, its function, a summary
-    "extract": ("extract", "run", "latent pairs from videos"),
-    "pack": ("packing", "run_pack", "latent pairs into memory-mapped shards"),
-    "unpack": ("packing", "run_unpack", "shards back into latent pairs"),
-    "train": ("train", "run", "both adapters from latent pairs"),
-    "evaluate": ("evaluate", "run", "adapters measured in latents and in pixels"),
-    "reconstruct": ("reconstruct", "run", "one video through one VAE"),
+    "extract": ("data.extract", "run", "latent pairs from videos"),
+    "pack": ("data.packing", "run_pack", "latent pairs into memory-mapped shards"),
+    "unpack": ("data.packing", "run_unpack", "shards back into latent pairs"),
+    "train": ("adapters.train", "run", "both adapters from latent pairs"),
+    "evaluate": ("evaluate.evaluate", "run", "adapters measured in latents and in pixels"),
+    "reconstruct": ("evaluate.reconstruct", "run", "one video through one VAE"),
     "demo": ("demo", "run", "all of the above on small models and real clips"),
     "tiny": ("tiny", "run", "train a member of the embedded small pair"),
     "fetch": ("fetch", "run", "download a KVAE or an adapter"),

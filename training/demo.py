@@ -21,15 +21,17 @@ import torch
 
 from ..adapters.files import load_adapter
 from ..serving.video_writer import write_video
-from . import evaluate, extract, train
-from .dataset import open_pairs, spread, video_of
+from .adapters import train
+from .data import extract
+from .data.dataset import open_pairs, spread, video_of
+from .data.pairs import clip_name, find_pairs, read_header
+from .data.videos import Clip, find_videos, times_of
 from .errors import UserError
+from .evaluate import evaluate
+from .evaluate.originals import original_frames
+from .evaluate.pictures import side_by_side
 from .options import DEVICE, option, write_config
-from .originals import original_frames
-from .pairs import clip_name, find_pairs, read_header
-from .pictures import side_by_side
 from .vaes import TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
-from .videos import Clip, find_videos, times_of
 
 MAX_CLIPS = 40  # what two CPU cores encode in a minute or two
 H2K, K2H = "demo_hunyuan_to_kvae.safetensors", "demo_kvae_to_hunyuan.safetensors"  # of the tiny VAEs alone

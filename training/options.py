@@ -13,7 +13,7 @@ import torch
 from ..kvae.foreign import json_text
 from ..kvae.paths import reason, write_text
 from .errors import UserError
-from .places import check_folder, check_target, shareable
+from .runtime.places import check_folder, check_target, shareable
 
 # of options that several commands have
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -37,15 +37,15 @@ from ..kvae.files import Weights, save_weights
 from ..kvae.layers import ResnetBlock
 from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, to_unit
 from ..serving.fit import resized
-from .checkpoint import open_state, optimiser_tensors, restore_optimiser
+from .adapters.muon import Muon
+from .data.videos import Clip, find_videos, read_clip
 from .errors import UserError
-from .interrupts import BetweenSteps
-from .log import add_to_log, keep_rows, read_log
-from .muon import Muon
 from .options import DEVICE, MOST_SEED, option
-from .places import check_apart, check_target
+from .runtime.checkpoint import open_state, optimiser_tensors, restore_optimiser
+from .runtime.interrupts import BetweenSteps
+from .runtime.log import add_to_log, keep_rows, read_log
+from .runtime.places import check_apart, check_target
 from .vaes import load_hunyuan_vae
-from .videos import Clip, find_videos, read_clip
 
 FRAMES = 17
 SIDE = 128  # of the validation clips, and of the small copies of the training clips

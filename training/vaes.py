@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters.spaces import SPACES, LatentSpace, native_space, space
 from ..kvae import KVAE, WeightsError, load_kvae, pad_frames
-from ..kvae.convolution import Conv3d
+from ..kvae.engine.convolution import Conv3d
 from ..kvae.files import Weights, what_is
 from ..kvae.find import find_weights
 from ..kvae.foreign import parse_object

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kvae_comfyui.adapters.latent_files import save_latent
-from kvae_comfyui.adapters.sample_clip import sample_clip
+from kvae_comfyui.serving.latent_files import save_latent
+from kvae_comfyui.serving.sample_clip import sample_clip
 
 NATIVE = "KVAE (native)"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvae_comfyui.adapters.sample_clip import sample_clip
+from kvae_comfyui.serving.sample_clip import sample_clip
 
 
 def test_kandinsky5_image_to_video(run, load):

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from kvae_comfyui.adapters.latent_files import save_latent
+from kvae_comfyui.serving.latent_files import save_latent
 
 from .server import Server
 from .test_workflows import find, read, to_api

@@ -7,9 +7,9 @@ from kvae_comfyui.adapters import HybridVAE, LatentAdapter, load_adapter, save_a
 from kvae_comfyui.adapters.files import VAEWeights
 from kvae_comfyui.adapters.hybrid import from_kvae_pixels, to_kvae_pixels
 from kvae_comfyui.adapters.networks import Affine
-from kvae_comfyui.adapters.sample_clip import sample_clip
-from kvae_comfyui.adapters.serve import to_image
 from kvae_comfyui.kvae.signature import signature
+from kvae_comfyui.serving.sample_clip import sample_clip
+from kvae_comfyui.serving.serve import to_image
 from kvae_comfyui.training.vaes import TINY_ADAPTERS
 
 Z = torch.randn(1, 16, 7, 4, 6, generator=torch.Generator().manual_seed(1))  # 25 frames: segments of 17 and 8

@@ -1,0 +1,127 @@
+"""Norms as scale and shift, to be written straight into what a convolution reads, strip by strip.
+
+# B batch, C channels, T frames, t latent frames, H/W and h/w rows and columns, lo:hi rows
+# x_BCTHW, z_Bcthw (the latent that conditions the decoder's norms)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import RMSNorm, SpatialNorm, modulate, wide
+from .rows import Held, Rows, even_strips
+
+STATISTICS_BYTES = 32 << 20  # of the float32 copy that GroupNorm's statistics are gathered from
+ScaleShift = tuple[Tensor, Tensor]
+BATCH_NORM_DEVICES = ("cpu", "cuda")  # those with torch.batch_norm_update_stats
+
+
+class Affine:
+    """A norm of `source` as scale and shift: GroupNorm's from its statistics, and the latent's on top.
+
+    Args:
+        strips: bounds of the rows to compute at a time, where the source is not held.
+        first: whether the segment starts the stream, so that its first latent is one frame.
+        known: GroupNorm's scale and shift, where they are not to be those of `source`.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        source: Rows,
+        strips: Iterable[tuple[int, int]],
+        z_Bcthw: Tensor | None,
+        first: bool,
+        known: ScaleShift | None = None,
+    ):
+        self.height = source.shape[3]
+        self.z, self.first = z_Bcthw, first
+        self.spread: tuple[int, int] | None = None  # of a tail: frames of each latent, and of all of them
+        self.spatial = norm if isinstance(norm, SpatialNorm) else None
+        inner = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
+        self.rms = isinstance(inner, RMSNorm)
+        if isinstance(inner, RMSNorm):
+            self.scale, self.shift = wide(inner.gamma[None]) * len(inner.gamma) ** 0.5, None
+        else:
+            self.scale, self.shift = known or group_affine(inner, source, strips)  # type: ignore[arg-type]
+
+    def tail(self, frames: int, T: int) -> Affine:
+        """The same for the last frames alone, of T."""
+        part = copy(self)
+        if self.z is not None:
+            t, first = self.z.shape[2], int(self.first)
+            rate = (T - first) // (t - first)
+            part.z = self.z[:, :, t - -(-frames // rate) :]
+            part.first, part.spread = False, (rate, frames)
+        return part
+
+    def write(self, x_BCTHW: Tensor, lo: int, hi: int, out: Tensor) -> None:
+        """out = norm(x), for rows lo:hi of the source."""
+        if self.rms:
+            x_BCTHW = torch.div(x_BCTHW, x_BCTHW.norm(dim=1, keepdim=True).clamp_min_(1e-12), out=out)
+        if self.spatial is None:
+            self._apply(x_BCTHW, self.scale, self.shift, out)
+            return
+        z = self.z
+        assert z is not None
+        rate = self.height // z.shape[3]
+        z = z[:, :, :, lo // rate : (hi - 1) // rate + 1]
+        scale, shift = self.spatial.conv_y(z), self.spatial.conv_b(z)
+        shift = shift if self.shift is None else scale * self.shift + shift
+        rows = torch.arange(lo, hi, device=z.device) // rate - lo // rate
+        scale, shift = (self._spread(s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale * self.scale, shift))
+        for _ in modulate(x_BCTHW, scale, shift, self.first, out=out):
+            pass
+
+    def _spread(self, s_BCthw: Tensor) -> Tensor:
+        """One for each frame of a tail, which may start within those of a latent."""
+        if self.spread is None:
+            return s_BCthw
+        rate, frames = self.spread
+        return s_BCthw.repeat_interleave(rate, 2)[:, :, -frames:]
+
+    @staticmethod
+    def _apply(x_BCTHW: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor) -> None:
+        if shift is None:
+            torch.mul(x_BCTHW, scale.to(x_BCTHW.dtype), out=out)
+        elif x_BCTHW.dtype.itemsize > 2 or x_BCTHW.is_cuda:
+            torch.addcmul(shift, x_BCTHW, scale, out=out)
+        else:  # rounded once, at the end; a CPU given all of it at once would convert all before it starts
+            for x, y in zip(x_BCTHW.unbind(2), out.unbind(2), strict=True):
+                x = x.float()
+                y.copy_(torch.addcmul(shift[:, :, 0], x, scale[:, :, 0], out=x))
+
+
+def group_affine(norm: nn.GroupNorm, source: Rows, strips: Iterable[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """GroupNorm over a whole feature map, as scale and shift [B, C, 1, 1, 1] in at least float32."""
+    B, C, T, H, W = source.shape
+    bounds = list(strips)
+    if isinstance(source, Held):
+        copied = source.x.device.type not in BATCH_NORM_DEVICES
+        bounds = list(even_strips(H, STATISTICS_BYTES // (B * C * T * W * 4))) if copied else [(0, H)]
+    moments = [channel_moments(source(lo, hi)) for lo, hi in bounds]
+    # [strips, B, groups, channels of a group]; a group's variance is that within its parts plus that between them
+    means, variances = (torch.stack(m).unflatten(2, (norm.num_groups, -1)) for m in zip(*moments, strict=True))
+    share = means.new_tensor([(hi - lo) / H for lo, hi in bounds])[:, None, None, None]
+    mean = (share * means).sum(0).mean(-1, keepdim=True)
+    variance = (share * (variances + (means - mean).square())).sum(0).mean(-1, keepdim=True)
+    scale = wide(norm.weight).view(norm.num_groups, -1) * (variance + norm.eps).rsqrt()
+    shift = wide(norm.bias).view(norm.num_groups, -1) - mean * scale
+    return scale.flatten(1)[..., None, None, None], shift.flatten(1)[..., None, None, None]
+
+
+def channel_moments(x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of each clip, [B, C] in at least float32."""
+    if x_BCTHW.device.type not in BATCH_NORM_DEVICES:
+        variance, mean = torch.var_mean(wide(x_BCTHW), dim=(2, 3, 4), correction=0)
+        return mean, variance
+    # 3 to 30 times as fast as var_mean on a CPU; running statistics in float32 make it accumulate so
+    dtype = torch.promote_types(x_BCTHW.dtype, torch.float32)
+    unused = torch.zeros(x_BCTHW.shape[1], dtype=dtype, device=x_BCTHW.device)
+    moments = [torch.batch_norm_update_stats(clip[None], unused, unused, 0.0) for clip in x_BCTHW]
+    mean, variance = (torch.stack(m) for m in zip(*moments, strict=True))
+    return mean, variance

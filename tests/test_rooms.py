@@ -1,0 +1,50 @@
+"""Imports run one way: nodes and training → serving → adapters → kvae; and each room knows only what it may."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {
+    "kvae": set(),
+    "adapters": {"kvae"},
+    "serving": {"adapters", "kvae"},
+    "nodes": {"serving", "adapters", "kvae"},
+    "training": {"serving", "adapters", "kvae"},
+}
+MAY_NOT_KNOW = {
+    "kvae": {"comfy", "comfy_api", "folder_paths", "diffusers", "av", "accelerate"},
+    "adapters": {"comfy", "comfy_api", "folder_paths", "diffusers", "av", "accelerate"},
+    "serving": {"comfy", "comfy_api", "folder_paths", "diffusers", "accelerate"},
+    "nodes": {"diffusers", "accelerate"},
+    "training": {"comfy", "comfy_api", "folder_paths"},
+}
+
+
+def imports(path: Path) -> Iterator[tuple[str, ...]]:
+    """What a file imports, as (package, module …): of this project from the checkout on, wherever the line stands."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (tuple(name.name.split(".")) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = tuple(node.module.split(".")) if node.module else ()
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            yield from ((*base, *module, name.name) for name in node.names)
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_run_one_way(room):
+    found = [(path, name[0]) for path in (ROOT / room).rglob("*.py") for name in imports(path)]
+    assert found
+    others = MAY_IMPORT.keys() - MAY_IMPORT[room] - {room}
+    assert not [(str(path.relative_to(ROOT)), name) for path, name in found if name in others | MAY_NOT_KNOW[room]]
+
+
+def test_the_parts_of_training_know_no_command():
+    """Only the command line names commands; what all trainings share knows none of them."""
+    for path in (ROOT / "training" / "runtime").rglob("*.py"):
+        inside = {name[1] for name in imports(path) if name[0] == "training" and len(name) > 1}
+        assert inside <= {"runtime", "errors", "options"}, path

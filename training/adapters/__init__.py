@@ -1,0 +1,1 @@
+"""Adapters trained on latent pairs: the closed form, the recipe, the training."""

@@ -1,0 +1,1 @@
+"""From videos to latent pairs, and from pairs to crops."""

@@ -1,0 +1,168 @@
+"""How the pairs of a folder were made: `manifest.json`, of one extraction or of several side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ...adapters.files import VAEWeights
+from ...adapters.spaces import LatentSpace, space
+from ...kvae.foreign import build, parse_object
+from ...kvae.paths import read_text, write_text
+from ...kvae.signature import same_weights
+from ..errors import UserError
+from .pairs import pairs_under
+from .walk import files_under
+
+MANIFEST = "manifest.json"
+VAES = ("hunyuan_vae", "kvae")  # in a manifest
+
+
+def find_manifests(root: str | Path) -> list[Path]:
+    """The manifests of a folder and of those in it: extractions of several sizes may lie side by side."""
+    return sorted(path for path in files_under(root) if path.name == MANIFEST) if Path(root).is_dir() else []
+
+
+def extractions(root: str | Path) -> list[str]:
+    """The folders in it that were each extracted by themselves."""
+    folders = (path.parent.relative_to(root).as_posix() for path in find_manifests(root))
+    return [folder for folder in folders if folder != "."]
+
+
+def all_manifests(root: str | Path) -> dict[str, dict]:
+    """How the pairs of a folder were made, and of each folder in it that says so itself; "." is the folder.
+
+    Raises:
+        UserError: a manifest is unreadable.
+    """
+    return {path.parent.relative_to(root).as_posix(): own_manifest(path.parent) for path in find_manifests(root)}
+
+
+def read_manifest(root: str | Path) -> dict:
+    """How the pairs of a folder were made: settings, and the VAEs by hash. Empty for folders that do not say.
+
+    Of several extractions side by side, "settings" holds the settings of each, by folder.
+
+    Raises:
+        UserError: a manifest is unreadable, or the folders in it were made with different VAEs.
+    """
+    found = all_manifests(root)
+    if set(found) <= {"."}:
+        return found.get(".", {})
+    (first, manifest), *others = found.items()
+    for folder, other in others:
+        for key in VAES:
+            if not same_vae(other[key], manifest[key]):
+                one, two = without_signature(manifest[key]), without_signature(other[key])
+                raise UserError(
+                    f"{root}: {first} and {folder} hold pairs of different VAEs "
+                    f"({key}: {one}, {two}); an adapter is trained on those of one pair of VAEs"
+                )
+    return manifest | {"settings": {folder: each["settings"] for folder, each in found.items()}}
+
+
+def own_manifest(folder: Path) -> dict:
+    """The same of one extraction's folder, whatever lies in it."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        manifest = parse_object(read_text(path))
+        if not isinstance(manifest["settings"], dict):
+            raise ValueError("its settings are none")
+        for key in VAES:
+            if not all(isinstance(manifest[key][each], str) for each in ("space", "sha256")):
+                raise ValueError(f"its {key} is none")
+        weights_of(manifest)  # or a ValueError
+        return {key: manifest[key] for key in ("settings", *VAES)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not the manifest of an extraction ({error}); put the right one there, or use a new folder"
+        ) from None
+
+
+def same_vae(one: dict, other: dict) -> bool:
+    """Whether two entries of manifests are of one VAE: of the same file, or of the same weights in two files."""
+    if one["space"] != other["space"]:
+        return False
+    if one["sha256"] == other["sha256"]:
+        return True
+    signatures = [each["signature"] for each in (one, other) if each.get("signature")]
+    return len(signatures) == 2 and same_weights(*signatures)
+
+
+def weights_of(manifest: dict) -> dict[str, VAEWeights]:
+    """The weights of the VAEs that a manifest names, by their spaces: for the adapters trained on its pairs.
+
+    Raises:
+        ValueError: it says of one what cannot be.
+    """
+    return {manifest[key]["space"]: build(VAEWeights, manifest[key]) for key in VAES if key in manifest}
+
+
+def without_signature(entry: dict) -> dict:
+    """What a person reads of an entry of a manifest."""
+    return {key: value for key, value in entry.items() if key != "signature"}
+
+
+def read_spaces(root: str | Path) -> tuple[LatentSpace, LatentSpace]:
+    """The spaces of z_h and z_k of a folder; those of the published pairs where it does not say.
+
+    Raises:
+        UserError: no such space.
+    """
+    manifest = read_manifest(root)
+    if not manifest:
+        return space("hunyuan_video"), space("kvae_3d_1.0")
+    try:
+        return space(manifest["hunyuan_vae"]["space"]), space(manifest["kvae"]["space"])
+    except ValueError as error:
+        raise UserError(f"{root}/{MANIFEST}: {error}") from None
+
+
+class ExtractionManifest:
+    """The manifest of a folder that is extracted into. A folder keeps to one set of settings, and to one pair of VAEs.
+
+    Args:
+        described: what it is to say.
+
+    Raises:
+        UserError: the folder holds pairs that were made otherwise.
+    """
+
+    def __init__(self, folder: Path, described: dict):
+        self.path, self.described = folder / MANIFEST, described
+        self.written = False
+        theirs = own_manifest(folder)
+        if not self._has_pairs():
+            return  # of an extraction that came to nothing
+        if not theirs:
+            raise UserError(f"{folder}: holds pairs and does not say how they were made; choose another --output-root")
+        for key in theirs:
+            same = same_vae(theirs[key], described[key]) if key in VAES else theirs[key] == described[key]
+            if not same:
+                before, now = without_signature(theirs[key]), without_signature(described[key])
+                raise UserError(
+                    f"{folder}: holds pairs made with another {key}: {before}; now {now}. Choose another --output-root"
+                )
+
+    def write(self, more: dict | None = None) -> None:
+        """Write it."""
+        write_text(self.path, json.dumps(self.described | (more or {}), indent=2) + "\n")
+        self.written = True
+
+    def write_first(self) -> None:
+        """Write it ahead of the first pair, once: no pair is without one, even if we are killed now."""
+        if not self.written:
+            self.write()
+
+    def withdraw(self) -> None:
+        """Delete it if there is no pair: it would speak of nothing."""
+        if not self._has_pairs() and own_manifest(self.path.parent):
+            self.path.unlink()
+
+    def _has_pairs(self) -> bool:
+        """Whether the folder has pairs, other than those of extractions into folders in it."""
+        folder = self.path.parent
+        inner = [folder / each for each in extractions(folder)]
+        return any(not any(each in path.parents for each in inner) for path in pairs_under(folder))

@@ -1,0 +1,241 @@
+"""Latent pairs: one `.safetensors.zst` file a clip, fp16 `z_h` and `z_k`, raw, [16, t, h, w] each.
+
+The published format, both ways. Ours adds metadata (which frames of which video), which published readers skip over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import zstandard
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ...kvae.foreign import build, parse_object
+from ...kvae.paths import check_regular, file_errors, read_bytes, write_bytes
+from ..errors import UserError
+from .walk import files_under
+
+SUFFIX = ".safetensors.zst"
+MAX_BYTES = 2**30  # a pair of 1080p minutes is far below; anything above is not a pair
+MAX_HEADER = 2**20  # of safetensors; that of a pair is a few hundred bytes
+MAX_SIDE = 2**14  # pixels
+MAX_FRAMES = 2**31
+AGAIN = "delete it and extract again"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which frames a pair was made of. `first` is None for frames spread evenly over the whole video.
+
+    Raises:
+        ValueError: no clip is like that, or the video is not in the videos root.
+    """
+
+    video: str  # relative to the videos root
+    first: int | None
+    frames: int  # before padding
+    padded: int  # repeats of the last frame up to 4n + 1
+    height: int
+    width: int
+    mirrored: bool = False  # left to right
+    fit: str = "stretch"  # to that size: see serving/fit.py
+
+    def __post_init__(self) -> None:
+        if not lies_inside(self.video):
+            raise ValueError(f"video {self.video!r} is not in the videos root")
+        bounds = {
+            "first": (0, MAX_FRAMES), "frames": (1, MAX_FRAMES), "padded": (0, 3),
+            "height": (1, MAX_SIDE), "width": (1, MAX_SIDE),
+        }  # fmt: skip
+        for name, (least, most) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} is {value}; expected {least} to {most}")
+
+
+class Shape(NamedTuple):
+    """Of a pair: channels of z_h and of z_k, and the grid that both have."""
+
+    channels_h: int
+    channels_k: int
+    t: int
+    h: int
+    w: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """z_h, z_k: float16 [c, t, h, w], raw. `source` is None in published files."""
+
+    z_h: Tensor
+    z_k: Tensor
+    source: Source | None
+
+
+def lies_inside(name: str, kind: type[PurePath] = PurePath) -> bool:
+    """Whether a path, of a file that others may have written, stays in the folder that it is relative to.
+
+    Args:
+        kind: whose rules; those of this system by default.
+    """
+    path = kind(name)
+    return bool(path.parts) and not (path.anchor or path.drive or ".." in path.parts)
+
+
+def write_pair(path: Path, pair: Pair) -> None:
+    """Write a pair, whole or not at all.
+
+    Raises:
+        UserError: a latent is none, or is too large for float16.
+        WeightsError: it cannot be written there.
+    """
+    tensors = {"z_h": pair.z_h.half().contiguous().cpu(), "z_k": pair.z_k.half().contiguous().cpu()}
+    for name, z in tensors.items():
+        if not z.isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are not finite numbers in float16; not written")
+    metadata = {"source": json.dumps(asdict(pair.source))} if pair.source else None
+    write_bytes(path, zstandard.ZstdCompressor(level=6).compress(save(tensors, metadata)))
+
+
+def read_pair(path: Path) -> Pair:
+    """Read a pair. What it says of its source is left out where it is not as ours.
+
+    Raises:
+        UserError: not zstd, cut short, a tensor missing, or of a wrong shape or type.
+        WeightsError: no file, or it cannot be read.
+    """
+    data = _unpacked(path)
+    try:
+        tensors = load(data)
+        header = parse_object(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: cut short or not zstd around safetensors ({error}); {AGAIN}") from None
+    pair_shape(path, {name: list(tensor.shape) for name, tensor in tensors.items()})
+    z_h, z_k = tensors["z_h"], tensors["z_k"]
+    if not (z_h.is_floating_point() and z_k.is_floating_point()):
+        raise UserError(f"{path}: z_h is {z_h.dtype}, z_k is {z_k.dtype}; expected float16; {AGAIN}")
+    z_h, z_k = z_h.half(), z_k.half()
+    if not (z_h.isfinite().all() and z_k.isfinite().all()):
+        raise UserError(f"{path}: holds values that are not finite numbers in float16; {AGAIN}")
+    return Pair(z_h, z_k, _source(header))
+
+
+def read_header(path: Path) -> tuple[Shape, Source | None]:
+    """The shape of a pair, and what it was made of, from the first bytes of its file.
+
+    Raises:
+        UserError: not zstd, no safetensors inside, or not a pair.
+        WeightsError: no file, or it cannot be read.
+    """
+    check_regular(path)
+    try:
+        with file_errors(path), path.open("rb") as file:
+            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            size = int.from_bytes(reader.read(8), "little")
+            header = parse_object(reader.read(min(size, MAX_HEADER)))
+        shapes = {name: tensor_shape(entry) for name, entry in header.items() if name != "__metadata__"}
+    except zstandard.ZstdError as error:
+        raise UserError(f"{path}: cut short or not zstd ({error}); {AGAIN}") from None
+    except ValueError as error:  # an unclosed frame reads as nothing
+        raise UserError(f"{path}: cut short or not zstd around safetensors ({error}); {AGAIN}") from None
+    return pair_shape(path, shapes), _source(header)
+
+
+def pair_shape(path: Path, shapes: dict[str, list[int]]) -> Shape:
+    """The shape of a pair with tensors of these shapes.
+
+    Raises:
+        UserError: a tensor is missing, or the two are not of one grid.
+    """
+    missing = [name for name in ("z_h", "z_k") if name not in shapes]
+    if missing:
+        found = ", ".join(shapes)[:200] or "nothing"
+        raise UserError(f"{path}: has no {missing[0]}; expected z_h and z_k, found {found}")
+    z_h, z_k = shapes["z_h"], shapes["z_k"]
+    if len(z_h) != 4 or len(z_k) != 4 or z_h[1:] != z_k[1:] or 0 in z_h + z_k:
+        raise UserError(f"{path}: z_h is {z_h}, z_k is {z_k}; expected two [c, t, h, w] of one grid")
+    return Shape(z_h[0], *z_k)
+
+
+def _unpacked(path: Path) -> bytes:
+    """What a file unpacks to, of all its frames.
+
+    Raises:
+        UserError: it is not zstd, or unpacks to more than a pair may have.
+    """
+    data = read_bytes(path, MAX_BYTES)
+    parts, size = [], 0
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as reader:
+            while part := reader.read(2**20):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_BYTES:
+                    raise UserError(f"{path}: unpacks to more than {MAX_BYTES >> 20} MiB; that is no latent pair")
+    except zstandard.ZstdError as error:
+        raise UserError(f"{path}: cut short or not zstd ({error}); {AGAIN}") from None
+    return b"".join(parts)
+
+
+def tensor_shape(entry: Any) -> list[int]:
+    """The shape that a safetensors header gives a tensor.
+
+    Raises:
+        ValueError: it gives none.
+    """
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
+        raise ValueError("a tensor without a shape")
+    return shape
+
+
+def source_of(values: Any) -> Source | None:
+    """What a pair was made of, if that is said as ours say it."""
+    try:
+        return build(Source, values)
+    except ValueError:
+        return None
+
+
+def _source(header: dict[str, Any]) -> Source | None:
+    try:
+        return source_of(parse_object(header["__metadata__"]["source"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def find_pairs(root: str | Path) -> list[Path]:
+    """All pair files under a folder, sorted, links followed.
+
+    Raises:
+        UserError: the folder is missing or holds none.
+        WeightsError: a folder in it cannot be read.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; run `python -m training extract` first")
+    paths = sorted(pairs_under(root))
+    if not paths:
+        raise UserError(f"{root}: no {SUFFIX} files in it; run `python -m training extract` first")
+    return paths
+
+
+def holds_pairs(root: str | Path) -> bool:
+    """Whether there is a pair file under a folder, or what its name makes one."""
+    return next(pairs_under(root), None) is not None
+
+
+def pairs_under(root: str | Path) -> Iterator[Path]:
+    """The same in no order of use, of a folder that may be missing."""
+    return (path for path in files_under(root) if path.name.endswith(SUFFIX)) if Path(root).is_dir() else iter(())
+
+
+def clip_name(path: Path, root: Path) -> str:
+    """What the clip of a pair file is called: its path in the folder, without the suffix."""
+    return path.relative_to(root).as_posix().removesuffix(SUFFIX)

@@ -1,0 +1,177 @@
+"""Videos: finding them, splitting them, cutting clips from them.
+
+# T frames, H/W pixels; frames are uint8, [3, T, H, W], RGB
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kvae.errors import WeightsError
+from ...serving.fit import CROP, STRETCH, fitted
+from ...serving.video_index import Shown, shown
+from ...serving.video_reader import read_pictures
+from ..errors import UserError
+from .walk import files_under
+
+EXTENSIONS = (".avi", ".mp4", ".mkv", ".mov", ".webm")
+MIN_FRAMES = 5  # two latents; anything shorter is a picture
+UCF101_TEST_GROUPS = range(1, 8)  # testlist01 of UCF101 is groups g01 to g07
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of one video: `count` of them from `first` on, or spread over the whole of it where `first` is None."""
+
+    video: Path
+    count: int
+    first: int | None
+
+
+def find_videos(root: str | Path, split: str = "all") -> list[Path]:
+    """All videos under a folder, sorted, those behind links too; or the part that `split` ("train", "test") names.
+
+    The split is read from UCF101's trainlist01.txt/testlist01.txt (in the folder, or in ucfTrainTestlist beside or
+    inside it), else from folders named train/test/val, wherever they are in the tree, else from the group number in
+    UCF101's file names. Files of a list are known by their names without the extension: copies are often mp4 files.
+
+    Raises:
+        UserError: the folder is missing, holds no video, or has no such split.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; --videos-root takes a folder of videos")
+    videos = sorted(path for path in files_under(root) if path.suffix.lower() in EXTENSIONS and path.is_file())
+    if not videos:
+        raise UserError(f"{root}: no videos in it ({', '.join(EXTENSIONS)})")
+    if split == "all":
+        return videos
+    chosen = _listed(root, videos, split) or _in_folders(root, videos, split) or _of_groups(videos, split)
+    if not chosen:
+        raise UserError(
+            f"{root}: no {split} split found; expected {split}list01.txt, a folder {split}, or UCF101's names "
+            "(v_Class_g01_c01.avi): or leave --split out"
+        )
+    return chosen
+
+
+def _listed(root: Path, videos: list[Path], split: str) -> list[Path]:
+    for folder in (root, root / "ucfTrainTestlist", root.parent / "ucfTrainTestlist"):
+        listing = folder / f"{split}list01.txt"
+        if listing.is_file():
+            lines = listing.read_text(errors="replace").splitlines()
+            stems = {Path(line.split()[0]).stem for line in lines if line.strip()}
+            return [path for path in videos if path.stem in stems]
+    return []
+
+
+def _in_folders(root: Path, videos: list[Path], split: str) -> list[Path]:
+    for name in {"train": ("train",), "test": ("test", "val")}[split]:
+        chosen = [path for path in videos if name in path.relative_to(root).parts[:-1]]
+        if chosen:
+            return chosen
+    return []
+
+
+def _of_groups(videos: list[Path], split: str) -> list[Path]:
+    groups = {path: re.search(r"_g(\d+)_c\d+$", path.stem) for path in videos}
+    return [p for p, g in groups.items() if g and (int(g[1]) in UCF101_TEST_GROUPS) == (split == "test")]
+
+
+def count_frames(path: Path) -> int:
+    """Frames that are shown.
+
+    Raises:
+        UserError: not a video, damaged, or cut short.
+    """
+    return _whole(path).count
+
+
+def cut(path: Path, count: int, clips: int) -> list[Clip]:
+    """`clips` windows of `count` consecutive frames, evenly spaced over the video and never overlapping.
+
+    Raises:
+        UserError: as `count_frames`, where there are to be several.
+    """
+    if clips == 1:
+        return [Clip(path, count, 0)]
+    total = count_frames(path)
+    fit = min(clips, max(1, total // count))
+    gap = (total - count) / (fit - 1) if fit > 1 else 0
+    return [Clip(path, count, int(i * gap)) for i in range(fit)]
+
+
+def read_clip(clip: Clip, height: int, width: int, fit: str = STRETCH) -> Tensor:
+    """The frames of a clip, resized, as uint8 [3, T, H, W]. T may be less than asked where the video is shorter.
+
+    Raises:
+        UserError: not a video, damaged, cut short, or shorter than 5 frames.
+    """
+    return next(read_clips([clip], height, width, fit))
+
+
+def read_clips(clips: list[Clip], height: int, width: int, fit: str = STRETCH) -> Iterator[Tensor]:
+    """The same for several windows of one video, in order and apart, in one go through it.
+
+    Raises:
+        UserError: as `read_clip`, once the windows before are read.
+    """
+    video = clips[0].video
+    if fit not in (CROP, STRETCH):  # a pair of others may say anything
+        raise UserError(f"{video}: fit is {fit!r}; expected {CROP} or {STRETCH}")
+    with _user_errors():
+        places = [_places(clip) for clip in clips]
+        pictures = read_pictures(video, [place for window in places for place in window])
+        for window in places:
+            frames = [fitted(picture, height, width, fit) for picture in islice(pictures, len(window))]
+            if len(frames) < len(window):
+                _whole(video)  # says so where the file breaks off
+            if len(frames) < MIN_FRAMES:
+                raise UserError(f"{video}: only {len(frames)} frames decode; expected at least {MIN_FRAMES}")
+            yield torch.stack(frames, dim=1)
+
+
+def times_of(clip: Clip) -> list[Fraction]:
+    """When the frames of a clip are shown: seconds after its first; none past the end of the video.
+
+    Raises:
+        UserError: not a video, or damaged.
+    """
+    with _user_errors():
+        index = shown(clip.video)
+    places = [place for place in _places(clip) if place < index.count]
+    return [index.seconds(place) - index.seconds(places[0]) for place in places]
+
+
+def _places(clip: Clip) -> list[int] | range:
+    if clip.first is not None:
+        return range(clip.first, clip.first + clip.count)
+    total = count_frames(clip.video)
+    return np.linspace(0, total - 1, min(clip.count, total), dtype=np.int64).tolist()
+
+
+def _whole(path: Path) -> Shown:
+    with _user_errors():
+        index = shown(path)
+    if index.lost:
+        raise UserError(f"{path}: {index.lost}")
+    return index
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """A file that cannot be read is one of many here: as errors of a clip, not of the whole run."""
+    try:
+        yield
+    except WeightsError as error:
+        raise UserError(str(error)) from None

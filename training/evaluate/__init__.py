@@ -1,0 +1,1 @@
+"""Adapters and VAEs measured, and what that looks like."""

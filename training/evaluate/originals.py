@@ -1,0 +1,71 @@
+"""The frames that pairs were made of, found by what the pairs say of themselves, which is not trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from ...adapters.spaces import SPACES
+from ..data.dataset import Pairs
+from ..data.pairs import Pair, Source
+from ..data.videos import EXTENSIONS, Clip, read_clip
+from ..errors import UserError
+from ..options import MOST
+
+LEAST_SIDE = 16  # pixels; SSIM compares windows of 11
+
+
+def check_originals(pairs: Pairs, chosen: list[int], videos_root: str) -> None:
+    """Refuse, before any work, pairs of which the videos are not there.
+
+    Raises:
+        UserError: see `original_frames`.
+    """
+    for i in chosen:
+        _clip(pairs.name(i), pairs[i], videos_root)
+
+
+def original_frames(name: str, pair: Pair, videos_root: str) -> Tensor:
+    """The frames a pair was made of, uint8 [3, T, H, W]; a published pair says nothing, so its recipe is assumed.
+
+    Args:
+        name: the clip's path in its folder of pairs, without suffix.
+
+    Raises:
+        UserError: the video is not there, or the pair says what cannot be of its latents.
+    """
+    clip, source = _clip(name, pair, videos_root)
+    frames = read_clip(clip, source.height, source.width, source.fit)
+    return frames.flip(-1) if source.mirrored else frames
+
+
+def _clip(name: str, pair: Pair, videos_root: str) -> tuple[Clip, Source]:
+    root = Path(videos_root)
+    source = pair.source or _published_source(name, pair, root)
+    _check(name, source, pair)
+    video = root / source.video
+    if not video.is_file():
+        raise UserError(f"{video}: no such file; --videos-root must be the folder that the pairs were extracted from")
+    count = source.frames if source.first is not None else 4 * (pair.z_h.shape[1] - 1) + 1
+    return Clip(video, count, source.first), source
+
+
+def _check(name: str, source: Source, pair: Pair) -> None:
+    """What is said asks for no more frames and pixels than the latents stand for. That it names a file in the folder of
+    videos, `Source` itself has made sure."""
+    _, t, h, w = pair.z_h.shape
+    sizes = {(each.space * h, each.space * w) for each in SPACES.values()}
+    frames = max(each.time for each in SPACES.values()) * (t - 1) + 1
+    fits = (source.height, source.width) in sizes and min(source.height, source.width) >= LEAST_SIDE
+    if not (fits and 1 <= source.frames <= frames and 0 <= (source.first or 0) <= MOST):
+        raise UserError(
+            f"{name}: it says {source.frames} frames of {source.height}x{source.width} from {source.first} on, which "
+            f"its latents, {t}x{h}x{w}, are not of; extract it again"
+        )
+
+
+def _published_source(name: str, pair: Pair, root: Path) -> Source:
+    found = next((name + ext for ext in EXTENSIONS if (root / (name + ext)).is_file()), name + EXTENSIONS[0])
+    _, t, h, w = pair.z_h.shape
+    return Source(found, None, 4 * (t - 1) + 1, 0, 8 * h, 8 * w)

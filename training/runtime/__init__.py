@@ -1,0 +1,1 @@
+"""What training of any kind needs: processes, interrupts, work ahead, states, logs, places to write to."""

@@ -1,0 +1,116 @@
+"""Paths that a user gives to a command: whether they can be written, and what of them other people may see."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from ...kvae.errors import WeightsError
+from ...kvae.paths import PARTIAL_PREFIX, PARTIAL_SUFFIX, file_errors
+from ..errors import UserError
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Refuse a folder that cannot be written to, by trying; nothing is left of the attempt, not even the folder.
+
+    Raises:
+        UserError: names the option, the path and the reason.
+    """
+    if _another_rank():
+        return
+    with _named(option), file_errors(folder), _made(folder):
+        _try(folder / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
+
+
+def check_target(option: str, path: Path) -> None:
+    """The same of a file: its folder can be written to, its name is one, and what has that name now is a file.
+
+    Raises:
+        UserError: as `check_folder`.
+    """
+    if _another_rank():
+        return
+    with _named(option), file_errors(path):
+        try:
+            mode = os.stat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            with _made(path.parent):
+                _try(path)
+            return
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+            raise UserError(f"{path}: this is {kind}; expected the name of a file")
+    check_folder(option, path.parent)
+
+
+def check_apart(outputs: Mapping[str, Path], inputs: Iterable[Path] = ()) -> None:
+    """Refuse outputs that would overwrite each other or an input, whatever their paths look like.
+
+    Args:
+        outputs: by what they are called in the message.
+
+    Raises:
+        UserError: names both.
+    """
+    taken: dict[str, str] = {os.path.realpath(path): str(path) for path in inputs}
+    for name, path in outputs.items():
+        place = os.path.realpath(path)
+        if place in taken:
+            raise UserError(f"{name} is {path}, which is {taken[place]} too; one would overwrite the other")
+        taken[place] = name
+
+
+def shareable(config: Any) -> dict[str, Any]:
+    """The settings of a command as files that people share may hold them: of the paths that tell whose machine this is,
+    absolute ones and those that lead upwards, the last part alone."""
+    return {key: _shareable(value) if isinstance(value, str) else value for key, value in asdict(config).items()}
+
+
+def _shareable(text: str) -> str:
+    windows = PureWindowsPath(text)
+    telling = os.path.isabs(text) or windows.drive or windows.root or ".." in windows.parts or text.startswith("~")
+    return windows.name if telling else text
+
+
+def _another_rank() -> bool:
+    """Of several processes one tries, so that none finds a folder that another is about to remove."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    try:
+        yield
+    except (UserError, WeightsError) as error:
+        advice = "" if ";" in str(error) else "; choose another place"
+        raise UserError(f"{option} {error}{advice}") from None
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder, for a while."""
+    made: list[Path] = []
+    try:
+        for each in (*reversed(folder.parents), folder):
+            if not each.is_dir():
+                if os.path.lexists(each):
+                    raise UserError(f"{each}: this is no folder; choose another place")
+                each.mkdir()
+                made.append(each)
+        yield
+    finally:
+        for each in reversed(made):
+            with suppress(OSError):
+                each.rmdir()
+
+
+def _try(path: Path) -> None:
+    """Make a new file, and delete it."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    path.unlink()

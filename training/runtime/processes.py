@@ -1,0 +1,99 @@
+"""The processes that one command was started in, or this one alone.
+
+torchrun --nproc_per_node 8 -m training extract …
+ACCELERATE_MIXED_PRECISION=bf16 torchrun --nproc_per_node 8 -m training train …
+accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 -m training train …
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+
+class Processes:
+    """Which of how many this is, and what they do together.
+
+    Args:
+        device: what the user asked for; with several processes each one takes the device that accelerate gives it.
+
+    Raises:
+        UserError: accelerate was told to compute in a precision that is not to be had here.
+    """
+
+    def __init__(self, device: str):
+        from accelerate import Accelerator
+
+        _check_devices(device)
+        self._accelerator = Accelerator(cpu=device == "cpu")
+        self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
+        self.main = self.rank == 0
+        self.device = torch.device(device) if self.count == 1 else self._accelerator.device
+        self.accumulation: int = self._accelerator.gradient_accumulation_steps
+        self._precision = self._accelerator.mixed_precision
+        if self._precision not in ("no", "bf16"):
+            raise UserError(f"--mixed_precision is {self._precision}; expected no or bf16, which needs no loss scaling")
+        if self.count > 1:
+            devices = [str(each) for each in self.gather(str(self.device))]
+            self.say(f"{self.count} processes, on {', '.join(devices)}")
+        elif "ACCELERATE_DYNAMO_BACKEND" in os.environ:  # as its launcher leaves it
+            self.say(
+                "accelerate launch started one process. With --multi_gpu it starts as many as --num_processes says, as "
+                "does `torchrun --nproc_per_node 8 -m training …`"
+            )
+
+    def say(self, text: str) -> None:
+        """Print once, whatever the number of processes."""
+        if self.main:
+            print(text, flush=True)
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        self._accelerator.wait_for_everyone()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in order, in each of them."""
+        if self.count == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the processes, in each of them."""
+        if self.count == 1:
+            return tensor
+        return self._accelerator.reduce(tensor.to(self.device), "sum").to(tensor.device)
+
+    def from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite these float32 tensors with those of the first process, in one message."""
+        if self.count == 1:
+            return
+        from accelerate.utils import broadcast
+
+        flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).to(self.device)
+        parts = broadcast(flat, from_process=0).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def autocast(self) -> AbstractContextManager:
+        """Where matrix products and convolutions run in accelerate's mixed precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+
+
+def _check_devices(device: str) -> None:
+    """accelerate gives each process of a machine a device of its own, whether there are so many or not.
+
+    Raises:
+        UserError: there are more processes than GPUs.
+    """
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if local > 1 and device != "cpu" and 0 < gpus < local:
+        raise UserError(f"{local} processes for {gpus} GPUs; start as many as there are, or use --device cpu")
