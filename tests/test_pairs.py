@@ -266,3 +266,22 @@ def test_a_manifest_that_is_none_is_a_line(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="not the manifest of an extraction"):
         read_spaces(tmp_path)
+
+
+def test_a_pair_with_a_changed_bit_is_refused(tmp_path):
+    """The data carry a checksum: no reader takes other latents for the ones that were written."""
+    path, rng = tmp_path / "a.safetensors.zst", np.random.default_rng(0)
+    good = Pair(torch.randn(16, 3, 4, 4).half(), torch.randn(16, 3, 4, 4).half(), None)
+    write_pair(path, good)
+    data, refused = path.read_bytes(), 0
+    for _ in range(300):
+        changed = bytearray(data)
+        changed[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        try:
+            found = read_pair(path)
+        except UserError:
+            refused += 1
+        else:
+            assert torch.equal(found.z_h, good.z_h) and torch.equal(found.z_k, good.z_k)
+    assert refused > 290

@@ -100,7 +100,7 @@ def write_pair(path: Path, pair: Pair) -> None:
         if not z.isfinite().all():
             raise UserError(f"{path}: {name} holds values that are not finite numbers in float16; not written")
     metadata = {"source": json.dumps(asdict(pair.source))} if pair.source else None
-    write_bytes(path, zstandard.ZstdCompressor(level=6).compress(save(tensors, metadata)))
+    write_bytes(path, zstandard.ZstdCompressor(level=6, write_checksum=True).compress(save(tensors, metadata)))
 
 
 def read_pair(path: Path) -> Pair:
