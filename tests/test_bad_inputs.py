@@ -380,21 +380,23 @@ PAIRS = [
 # Manifests and shards of others.
 
 
+def changed(path: Path, change: Callable[[dict], object] | bytes | None) -> None:
+    """A file of JSON with another value in it, with other content, or as a named pipe (None)."""
+    content = json.dumps(change(json.loads(path.read_text()))).encode() if callable(change) else change
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+
+
 def manifest(change: Callable[[dict], object] | bytes | None) -> Plant:
     """The pairs' manifest is this (None: a pipe), or made into this."""
 
     def plant(d: Path, job: Path) -> None:
         shutil.copytree(job / "latents", d / "latents")
         path = d / "latents" / "manifest.json"
-        content = change
-        if callable(change):
-            old = json.loads(path.read_text())
-            content = json.dumps(change(old)).encode()
-        path.unlink()
-        if content is None:
-            os.mkfifo(path)
-        else:
-            path.write_bytes(content)
+        changed(path, change)
 
     return plant
 
@@ -420,12 +422,7 @@ def index(change: Callable[[dict], object] | bytes | None, file: str = "index.js
     def plant(d: Path, job: Path) -> None:
         shutil.copytree(job / "shards", d / "latents")
         path = d / "latents" / file
-        content = json.dumps(change(json.loads(path.read_text()))).encode() if callable(change) else change
-        path.unlink()
-        if content is None:
-            os.mkfifo(path)
-        else:
-            path.write_bytes(content)
+        changed(path, change)
 
     return plant
 

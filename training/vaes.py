@@ -18,6 +18,7 @@ from ..kvae import KVAE, WeightsError, load_kvae, pad_frames
 from ..kvae.engine.convolution import Conv3d
 from ..kvae.files import Weights, what_is
 from ..kvae.find import find_weights
+from ..kvae.finite import all_finite
 from ..kvae.foreign import parse_object
 from ..kvae.paths import read_text, sha256_of
 from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, from_unit, to_unit
@@ -127,7 +128,7 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
         wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         raise WeightsError(f"{path}: {len(wrong)} tensors are not those of a HunyuanVideo VAE, first {wrong[0]}")
     for key, tensor in state.items():
-        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+        if not (tensor.is_floating_point() and all_finite(tensor)):
             raise WeightsError(f"{path}: {key} holds what are no finite numbers; download or make it again")
     vae.load_state_dict({key: tensor.to(dtype) for key, tensor in state.items()}, assign=True)
     return HunyuanVAE(vae.to(device).eval().requires_grad_(False), name, sha256_of(path))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ...kvae.finite import all_finite
 from ...kvae.foreign import build, parse_object
 from ...kvae.paths import check_regular, file_errors, read_bytes, write_bytes
 from ..errors import UserError
@@ -97,7 +98,7 @@ def write_pair(path: Path, pair: Pair) -> None:
     """
     tensors = {"z_h": pair.z_h.half().contiguous().cpu(), "z_k": pair.z_k.half().contiguous().cpu()}
     for name, z in tensors.items():
-        if not z.isfinite().all():
+        if not all_finite(z):
             raise UserError(f"{path}: {name} holds values that are not finite numbers in float16; not written")
     metadata = {"source": json.dumps(asdict(pair.source))} if pair.source else None
     write_bytes(path, zstandard.ZstdCompressor(level=6, write_checksum=True).compress(save(tensors, metadata)))
@@ -121,7 +122,7 @@ def read_pair(path: Path) -> Pair:
     if not (z_h.is_floating_point() and z_k.is_floating_point()):
         raise UserError(f"{path}: z_h is {z_h.dtype}, z_k is {z_k.dtype}; expected float16; {AGAIN}")
     z_h, z_k = z_h.half(), z_k.half()
-    if not (z_h.isfinite().all() and z_k.isfinite().all()):
+    if not (all_finite(z_h) and all_finite(z_k)):
         raise UserError(f"{path}: holds values that are not finite numbers in float16; {AGAIN}")
     return Pair(z_h, z_k, _source(header))
 

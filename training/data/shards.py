@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...kvae import WeightsError
 from ...kvae.files import Weights, save_weights
+from ...kvae.finite import all_finite
 from ...kvae.foreign import parse_json, parse_object
 from ...kvae.paths import check_regular, read_text
 from ..errors import UserError
@@ -208,7 +209,7 @@ class Shards:
         number, row = self._place(i)
         part = (slice(row, row + 1), slice(None), *where)
         z_h, z_k = (self._open(number).get_slice(name)[part][0] for name in ("z_h", "z_k"))
-        if not (z_h.isfinite().all() and z_k.isfinite().all()):
+        if not (all_finite(z_h) and all_finite(z_k)):
             raise UserError(f"{self.root / self.files[number]}: holds values that are not finite numbers; {AGAIN}")
         return z_h, z_k
 
