@@ -9,7 +9,8 @@ import torch
 from kvae_comfyui.kvae import KVAE, KVAEConfig
 from kvae_comfyui.serving.video_writer import write_video
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(autouse=True)

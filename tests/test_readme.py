@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import ROOT
 from kvae_comfyui.benchmarks.memory_table import END, START, table
 from kvae_comfyui.kvae.find import FILE_NAMES
 from kvae_comfyui.training.cli import main
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

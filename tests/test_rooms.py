@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from conftest import ROOT
+
 MAY_IMPORT = {
     "kvae": set(),
     "adapters": {"kvae"},

@@ -7,20 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import ROOT
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data import packing, shards
 from kvae_comfyui.training.data.dataset import open_pairs
 from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = {
     "settings": {"height": 32},
     "hunyuan_vae": {"space": "a", "sha256": "1"},

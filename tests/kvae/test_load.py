@@ -13,12 +13,11 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLKVAEVideo
 from safetensors.torch import save_file
 
+from conftest import ROOT
 from kvae_comfyui.kvae import FAMILY, KVAE, KVAEConfig, WeightsError, load_kvae, save_kvae
 from kvae_comfyui.kvae.files import save_weights
 from kvae_comfyui.kvae.load import config_from_shapes, described_state, official_key
 from kvae_comfyui.kvae.signature import same_weights, signature
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def same(a, b):

@@ -3,13 +3,13 @@
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from conftest import ROOT
 from kvae_comfyui.adapters import HybridVAE, LatentAdapter, space
 from kvae_comfyui.adapters.files import direction_of, save_adapter
 from kvae_comfyui.adapters.hybrid import from_kvae_pixels
@@ -24,8 +24,6 @@ from kvae_comfyui.serving.sample_clip import sample_clip
 from kvae_comfyui.serving.serve import ServedVAE, to_image
 from kvae_comfyui.serving.tiled import TiledVAE, tile_count
 from kvae_comfyui.training.vaes import TINY
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def adapter(source: str, target: str) -> LatentAdapter:

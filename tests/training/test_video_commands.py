@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_videos import make, picture
 
 from kvae_comfyui.serving.fit import CROP, STRETCH
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import find_pairs, read_pair
 from kvae_comfyui.training.data.videos import Clip, read_clip, times_of
 from kvae_comfyui.training.vaes import load_kandinsky_vae
+from made_videos import make, picture
 
 SIZE = ["--num-frames", "9", "--height", "32", "--width", "48", "--device", "cpu"]
 

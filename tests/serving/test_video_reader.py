@@ -10,15 +10,15 @@ import av
 import numpy as np
 import pytest
 import torch
-from made_videos import greys, make, picture, place, remux, which
 
+from conftest import ROOT
 from kvae_comfyui.kvae import WeightsError
 from kvae_comfyui.serving.fit import CROP, STRETCH, fitted, resized
 from kvae_comfyui.serving.shown import Picture, as_shown, deinterlaced
 from kvae_comfyui.serving.video_index import shown
 from kvae_comfyui.serving.video_reader import read_pictures
+from made_videos import greys, make, picture, place, remux, which
 
-ROOT = Path(__file__).resolve().parents[1]
 FAR_IN = [100, 101, 102, 140, 179]  # of 180 frames: each but the second and third behind a key frame of its own
 TURNS = {  # of display matrices (a, b, c, d): what they do to a picture [H, W, 3]
     (1, 0, 0, 1): lambda x: x,

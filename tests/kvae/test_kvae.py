@@ -3,10 +3,10 @@
 import pytest
 import torch
 from diffusers import AutoencoderKLKVAEVideo, Kandinsky6SRVAE
-from small_models import clip, latent, small
 
 from kvae_comfyui.kvae import KVAE, KVAEConfig, Method, pad_frames, padded_frames
 from kvae_comfyui.kvae.load import official_key
+from small_models import clip, latent, small
 
 
 def in_diffusers(small_kvae):

@@ -3,16 +3,15 @@
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import ROOT
 from kvae_comfyui.serving.memory import is_out_of_memory, with_less_memory
 from kvae_comfyui.serving.serve import ServedVAE
 from kvae_comfyui.serving.tiled import TiledVAE
 
-ROOT = Path(__file__).resolve().parents[1]
 WAYS = {
     "decode": lambda served, z, x: served.decode(z),
     "decode_stream": lambda served, z, x: torch.cat(list(served.decode_stream(z)), dim=2),

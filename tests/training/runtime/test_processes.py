@@ -12,14 +12,13 @@ import psutil
 import pytest
 import torch
 
-from conftest import make_videos
+from conftest import ROOT, make_videos
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.runtime.processes import Processes
 
-ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs gloo and POSIX signals")
 
@@ -71,7 +70,9 @@ def test_two_processes_train_as_one_does(tmp_path, latents):
     """Though each draws other random numbers."""
     assert main(train(latents, tmp_path / "one", "--epochs", "3")) == 0
     argv = train(latents, tmp_path / "two", "--epochs", "3")
-    out = run(*argv, program=[str(ROOT / "tests" / "two_ranks.py")], ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2")
+    out = run(
+        *argv, program=[str(Path(__file__).with_name("two_ranks.py"))], ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2"
+    )
     assert out.count("Training on 11 latent pairs") == 1
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert len(one) == len(two) == 7

@@ -1,7 +1,8 @@
 """Every way to compute gives the modules' own result: ways, models and clips drawn at random.
 
-    KVAE_FUZZ_TRIALS=2000 python -m pytest tests/test_fuzz.py     # more than the minute's worth of every day
-    python -m pytest "tests/test_fuzz.py::test_every_way_gives_the_modules_own_result[1234]"    # one of them again
+    # more than the minute's worth of every day, and one of them again:
+    KVAE_FUZZ_TRIALS=2000 python -m pytest tests/kvae/engine/test_fuzz.py
+    python -m pytest "tests/kvae/engine/test_fuzz.py::test_every_way_gives_the_modules_own_result[1234]"
 
 A trial is known by its number, and is the same whatever others run. The reference is the modules' own `forward` in
 float64, segment by segment, on a clip that is padded here by hand; test_kvae.py compares that with diffusers.

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from small_models import SMALL, assert_same, clip, latent, small
 
 from kvae_comfyui.kvae import KVAE
+from small_models import SMALL, assert_same, clip, latent, small
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -5,11 +5,11 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import ROOT
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.kvae import FAMILY, KVAE, BudgetError, KVAEConfig, plan_decode, plan_encode
 
@@ -176,7 +176,7 @@ def test_a_plan_holds_under_a_hard_limit(direction, part):
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-c", HARD_LIMIT, direction, part]
     env = os.environ | malloc | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "more fails\n"
 

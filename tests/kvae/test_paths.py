@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from conftest import ROOT
 from kvae_comfyui.kvae import WeightsError
 from kvae_comfyui.kvae.files import Weights, save_weights
 from kvae_comfyui.kvae.paths import (
@@ -23,7 +24,6 @@ from kvae_comfyui.kvae.paths import (
     written_whole,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 POSIX = pytest.mark.skipif(os.name == "nt", reason="needs named pipes and POSIX signals")
 
 WRITER = """

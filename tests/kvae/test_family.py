@@ -2,14 +2,14 @@
 
 import copy
 
-import plain_kvae
 import pytest
 import torch
-from small_models import SMALL, assert_same, clip, joined, latent, small
 
+import plain_kvae
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.kvae import FAMILY, KVAE, Method, Norms
 from kvae_comfyui.kvae.engine.tiles import needed_to_decode, needed_to_encode
+from small_models import SMALL, assert_same, clip, joined, latent, small
 
 TWO = ["2.0-t4s8", "2.0-t4s16"]
 STRIPS = [Method(strip_bytes=1, recompute=recompute) for recompute in range(4)]  # two rows at a time

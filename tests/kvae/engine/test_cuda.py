@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from small_models import SMALL, assert_same, clip, latent, small
 
 from kvae_comfyui.kvae import Method
+from small_models import SMALL, assert_same, clip, latent, small
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 

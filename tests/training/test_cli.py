@@ -4,14 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from conftest import make_videos
+from conftest import ROOT, make_videos
 from kvae_comfyui.training.cli import main
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def command(*argv, env=None, **kwargs):

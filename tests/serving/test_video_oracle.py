@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_videos import by_ffmpeg, ffmpeg
 
 from kvae_comfyui.kvae import WeightsError
 from kvae_comfyui.serving.video_index import shown
 from kvae_comfyui.serving.video_reader import read_pictures
+from made_videos import by_ffmpeg, ffmpeg
 
 TEST, RATE = "testsrc2=s=160x128:r=25:d=3", "testsrc2=s=160x128:r=30000/1001:d=3"
 SMOOTH = f"{TEST},gblur=sigma=2"  # swscale's versions place colours of half the resolution differently, by half a pixel

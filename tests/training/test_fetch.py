@@ -9,18 +9,17 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 
+from conftest import ROOT
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.fetch import name_of, source_of
 
 pytest.importorskip("huggingface_hub")
-ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "training" / "assets" / "tiny_kvae.safetensors"
 
 

@@ -11,13 +11,12 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import make_videos, shared
+from conftest import ROOT, make_videos, shared
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae import KVAE, KVAEConfig, load_kvae, save_kvae
 from kvae_comfyui.training.adapters import train as training
@@ -28,7 +27,6 @@ from kvae_comfyui.training.evaluate.originals import original_frames
 from kvae_comfyui.training.evaluate.report import write_report
 from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZE = ["--num-frames", "9", "--height", "48", "--width", "64", "--device", "cpu"]
 
 

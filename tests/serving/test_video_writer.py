@@ -10,14 +10,14 @@ import av
 import numpy as np
 import pytest
 import torch
-from made_videos import ffmpeg, picture
 
+from conftest import ROOT
 from kvae_comfyui.kvae import WeightsError
 from kvae_comfyui.serving.video_index import shown
 from kvae_comfyui.serving.video_reader import read_pictures
 from kvae_comfyui.serving.video_writer import CODECS, VideoWriter, exact_rate, write_video
+from made_videos import ffmpeg, picture
 
-ROOT = Path(__file__).resolve().parents[1]
 CLIP = torch.from_numpy(picture()).expand(20, -1, -1, -1)  # [T, H, W, 3]
 SIZE = {"width": 64, "height": 48}
 
