@@ -18,8 +18,16 @@ M = TypeVar("M")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-# in what the allocators of PyTorch say: on Linux and macOS, Windows, MPS, and where C++ itself runs out
-_SAYINGS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory")
+# What allocators say: PyTorch's on Linux and macOS, on Windows and on MPS; C++; and oneDNN, which computes convolutions
+# on a CPU and says no more than this when it has no room for their code or their buffers.
+_SAYINGS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "Cannot allocate memory",
+    "could not create a primitive",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
