@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..kvae import KVAE, Method, WeightsError
+from ..kvae import KVAE, Execution, WeightsError
 from ..kvae.engine.tiles import Part
 from ..kvae.model import Progress
 from ..kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
@@ -28,7 +28,7 @@ from .files import LatentAdapter
 from .inspect import check_finite, check_latent
 from .spaces import LatentSpace, native_space
 
-DEFAULT = Method()
+DEFAULT = Execution()
 
 
 class NativeVAE(nn.Module):
@@ -43,11 +43,11 @@ class NativeVAE(nn.Module):
         """The space of the latents that it takes and gives."""
         return native_space(self.kvae.config)
 
-    def encode(self, x_B3THW: Tensor, method: Method = DEFAULT, progress: Progress | None = None) -> Tensor:
+    def encode(self, x_B3THW: Tensor, execution: Execution = DEFAULT, progress: Progress | None = None) -> Tensor:
         """[B, 3, T, H, W] in −1..1, any T, H, W → raw latents [B, c, t, h, w]; see `KVAE.encode_stream`.
 
         Args:
-            method: how to compute (see `kvae.plan_encode`).
+            execution: how to compute (see `kvae.plan_encode`).
             progress: called with the number of frames done so far; may raise, to cancel.
 
         Raises:
@@ -56,9 +56,9 @@ class NativeVAE(nn.Module):
         """
         self.check_encodes()
         check_finite(x_B3THW, "pixels")
-        return self.from_kvae(self.kvae.encode(to_kvae_pixels(x_B3THW), method, progress))
+        return self.from_kvae(self.kvae.encode(to_kvae_pixels(x_B3THW), execution, progress))
 
-    def decode(self, z_Bcthw: Tensor, method: Method = DEFAULT) -> Tensor:
+    def decode(self, z_Bcthw: Tensor, execution: Execution = DEFAULT) -> Tensor:
         """Raw latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W], about −1..1, not clipped.
 
         Raises:
@@ -66,18 +66,18 @@ class NativeVAE(nn.Module):
             WeightsError: there is no adapter to decode with.
         """
         check_latent(z_Bcthw, self.space)
-        return from_kvae_pixels(self.kvae.decode(self.to_kvae(z_Bcthw), method))
+        return from_kvae_pixels(self.kvae.decode(self.to_kvae(z_Bcthw), execution))
 
-    def decode_stream(self, z_Bcthw: Tensor, method: Method = DEFAULT) -> Iterator[Tensor]:
+    def decode_stream(self, z_Bcthw: Tensor, execution: Execution = DEFAULT) -> Iterator[Tensor]:
         """The same, segment by segment. An adapter sees the whole clip first: latents are small, frames are not."""
         check_latent(z_Bcthw, self.space)
-        for frames in self.kvae.decode_stream(self.to_kvae(z_Bcthw), method):
+        for frames in self.kvae.decode_stream(self.to_kvae(z_Bcthw), execution):
             yield from_kvae_pixels(frames)
 
-    def decode_parts(self, z_Bcthw: Tensor, method: Method, progress: Progress | None = None) -> Iterator[Part]:
+    def decode_parts(self, z_Bcthw: Tensor, execution: Execution, progress: Progress | None = None) -> Iterator[Part]:
         """The same by segments of tiles, float32; see `KVAE.decode_parts`."""
         check_latent(z_Bcthw, self.space)
-        for part in self.kvae.decode_parts(self.to_kvae(z_Bcthw), method, progress):
+        for part in self.kvae.decode_parts(self.to_kvae(z_Bcthw), execution, progress):
             yield replace(part, x=from_kvae_pixels(part.x))
 
     def to_kvae(self, z_Bcthw: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def report(only: str | None, rounds: int, frames: int, height: int, width: int) 
         yield ""
         yield "## Activations, GB, bf16"
         yield ""
-        yield "Counted while the default method runs, and diffusers' KVAE-3D-1.0 beside it in the same way; then what"
+        yield "Counted while the default execution runs, and while diffusers' KVAE-3D-1.0 does; then what"
         yield "`plan_decode` and `plan_encode` say of the least memory: exact and streamed; exact, by tiles too; by"
         yield "blended tiles, which is not exact. Weights, latents and the clip itself are not counted."
         yield ""

@@ -46,7 +46,7 @@ def main() -> None:
 
 def peaks(frames: int, height: int, width: int) -> Iterator[str]:
     """The table, line by line."""
-    yield "| | method | peak, GB | of diffusers' |"
+    yield "| | execution | peak, GB | of diffusers' |"
     yield "|---|---|---|---|"
     for direction in ("decode", "encode"):
         theirs = 0
@@ -57,17 +57,17 @@ def peaks(frames: int, height: int, width: int) -> Iterator[str]:
             found = json.loads(done.stdout)
             peak = found["peak"]
             theirs = theirs or peak
-            row = [found["method"], f"{peak / 1e9:.2f}", f"{peak / theirs:.2f}"]
+            row = [found["execution"], f"{peak / 1e9:.2f}", f"{peak / theirs:.2f}"]
             yield f"| {model} {direction} | {' | '.join(row)} |"
 
 
 @torch.no_grad()
 def measure(model: str, direction: str, budget: int, frames: int, height: int, width: int) -> dict[str, Any]:
-    """Method and bytes of one run, after a small one for what is loaded once.
+    """Execution and bytes of one run, after a small one for what is loaded once.
 
     Args:
         model: of the family, or "diffusers".
-        budget: bytes to plan for; 0 is for the default method.
+        budget: bytes to plan for; 0 is for the default execution.
     """
     vae: Any = AutoencoderKLKVAEVideo() if model == "diffusers" else KVAE(FAMILY[model]).fold()
     vae.eval().requires_grad_(False)
@@ -77,12 +77,12 @@ def measure(model: str, direction: str, budget: int, frames: int, height: int, w
     run, name = getattr(vae, direction), "" if model == "diffusers" else "default"
     if budget:
         plan = plan_decode(vae, source.shape, budget) if decode else plan_encode(vae, source.shape, budget)
-        run, name = partial(run, method=plan.method), str(plan)
+        run, name = partial(run, execution=plan.execution), str(plan)
     run(source[..., : source.shape[3] // 4, : source.shape[4] // 4])
     before = in_use("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     run(source)
-    return {"method": name, "peak": in_use("VmHWM") - before}
+    return {"execution": name, "peak": in_use("VmHWM") - before}
 
 
 def in_use(which: str) -> int:

@@ -2,7 +2,7 @@
 
 from .config import FAMILY, SEGMENT_FRAMES, KVAEConfig
 from .engine.plan import BudgetError, Plan, plan_decode, plan_encode
-from .engine.strips import Method, Norms
+from .engine.strips import Execution, Norms
 from .files import WeightsError
 from .frames import pad_frames, padded_frames
 from .load import load_kvae, save_kvae
@@ -13,8 +13,8 @@ __all__ = [
     "KVAE",
     "SEGMENT_FRAMES",
     "BudgetError",
+    "Execution",
     "KVAEConfig",
-    "Method",
     "Norms",
     "Plan",
     "Posterior",

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from .coders import Coder, Decoder, Encoder
 from .config import SEGMENT_FRAMES, KVAEConfig
-from .engine.strips import Memory, Method, Norms, arranged, compute_segment, tail_frames
+from .engine.strips import Execution, Memory, Norms, arranged, compute_segment, tail_frames
 from .engine.tiles import Part, Span, Tiling, blended_tiling, exact_tiling
 from .frames import padded, padded_frames, pieces_of, regroup, with_last
 from .layers import name_streamed, wide
 from .resample import Resampler
 
-DEFAULT = Method()
+DEFAULT = Execution()
 Progress = Callable[[int], None]  # called with the number of frames done so far; may raise, to cancel
 
 
@@ -77,7 +77,7 @@ class KVAE(nn.Module):
     def encode_stream(
         self,
         frames: Tensor | Iterable[Tensor],
-        method: Method = DEFAULT,
+        execution: Execution = DEFAULT,
         progress: Progress | None = None,
         norms: Norms | None = None,
     ) -> Iterator[Posterior]:
@@ -90,23 +90,23 @@ class KVAE(nn.Module):
             norms: for tiles of a picture, see `Norms`; an empty one is filled. Not with gradients.
 
         Raises:
-            ValueError: the method or the shape is not one the model takes, or there are no frames.
+            ValueError: the execution or the shape is not one the model takes, or there are no frames.
         """
-        self._check_method(method)
-        lengths = method.segment + 1, method.segment
+        self._check_execution(execution)
+        lengths = execution.segment + 1, execution.segment
         if isinstance(frames, Tensor):
             pieces = pieces_of(_checked(frames, 3, "video"), *lengths)
         else:
             pieces = regroup((_checked(chunk, 3, "video") for chunk in frames), *lengths)
-        return self._encoded(pieces, Memory(norms=norms), method, progress)
+        return self._encoded(pieces, Memory(norms=norms), execution, progress)
 
     def _encoded(
-        self, pieces: Iterator[Tensor], memory: Memory, method: Method, progress: Progress | None
+        self, pieces: Iterator[Tensor], memory: Memory, execution: Execution, progress: Progress | None
     ) -> Iterator[Posterior]:
         self.encoder.fold()
         done = 0
         for x, last in with_last(pieces):
-            moments = self._compute(self.encoder, x, memory, not done, last, method)
+            moments = self._compute(self.encoder, x, memory, not done, last, execution)
             done += x.shape[2]
             yield Posterior(*moments.chunk(2, dim=1))
             if progress:
@@ -117,7 +117,7 @@ class KVAE(nn.Module):
     def decode_stream(
         self,
         z_Bcthw: Tensor,
-        method: Method = DEFAULT,
+        execution: Execution = DEFAULT,
         progress: Progress | None = None,
         norms: Norms | None = None,
     ) -> Iterator[Tensor]:
@@ -127,60 +127,60 @@ class KVAE(nn.Module):
             norms: for tiles of a picture, see `Norms`; an empty one is filled. Not with gradients.
 
         Raises:
-            ValueError: the method or the shape is not one the model takes.
+            ValueError: the execution or the shape is not one the model takes.
         """
-        self._check_method(method)
-        length = method.segment // self._cadence
+        self._check_execution(execution)
+        length = execution.segment // self._cadence
         pieces = pieces_of(_checked(z_Bcthw, self.config.z_channels, "latent"), length + 1, length)
-        return self._decoded(pieces, Memory(norms=norms), method, progress)
+        return self._decoded(pieces, Memory(norms=norms), execution, progress)
 
     def _decoded(
-        self, pieces: Iterator[Tensor], memory: Memory, method: Method, progress: Progress | None
+        self, pieces: Iterator[Tensor], memory: Memory, execution: Execution, progress: Progress | None
     ) -> Iterator[Tensor]:
         self.decoder.fold()
         done = 0
         for z, last in with_last(pieces):
-            frames = self._compute(self.decoder, z, memory, not done, last, method)
+            frames = self._compute(self.decoder, z, memory, not done, last, execution)
             done += frames.shape[2]
             yield frames
             del frames  # before the next ones are made
             if progress:
                 progress(done)
 
-    def posterior(self, x_B3THW: Tensor, method: Method = DEFAULT, progress: Progress | None = None) -> Posterior:
+    def posterior(self, x_B3THW: Tensor, execution: Execution = DEFAULT, progress: Progress | None = None) -> Posterior:
         """[B, 3, T, H, W] in −1..1 → the posterior of the latents, [B, c, t, h, w]; see `encode_stream`."""
-        parts = list(self.encode_stream(x_B3THW, method, progress))
+        parts = list(self.encode_stream(x_B3THW, execution, progress))
         return Posterior(torch.cat([p.mean for p in parts], 2), torch.cat([p.logvar for p in parts], 2))
 
-    def encode(self, x_B3THW: Tensor, method: Method = DEFAULT, progress: Progress | None = None) -> Tensor:
+    def encode(self, x_B3THW: Tensor, execution: Execution = DEFAULT, progress: Progress | None = None) -> Tensor:
         """The latent of a video: its posterior's mean, [B, c, t, h, w], raw."""
-        if method.tiles == (1, 1):
-            return torch.cat([posterior.mean for posterior in self.encode_stream(x_B3THW, method, progress)], dim=2)
+        if execution.tiles == (1, 1):
+            return torch.cat([posterior.mean for posterior in self.encode_stream(x_B3THW, execution, progress)], dim=2)
         _checked(x_B3THW, 3, "video")
         B, _, T, H, W = x_B3THW.shape
         side, t = self.config.spatial_factor, (padded_frames(T, self._cadence) - 1) // self._cadence + 1
         z = self._like.new_zeros(B, self.config.z_channels, t, -(-H // side), -(-W // side))
-        for part in self.encode_parts(x_B3THW, method, progress):
+        for part in self.encode_parts(x_B3THW, execution, progress):
             part.put(z)
         return z
 
-    def decode(self, z_Bcthw: Tensor, method: Method = DEFAULT, progress: Progress | None = None) -> Tensor:
+    def decode(self, z_Bcthw: Tensor, execution: Execution = DEFAULT, progress: Progress | None = None) -> Tensor:
         """Raw latents [B, c, t, h, w] → video [B, 3, 4(t − 1) + 1, 8h, 8w], about −1..1, not clipped."""
-        if method.tiles == (1, 1):
-            return torch.cat(list(self.decode_stream(z_Bcthw, method, progress)), dim=2)
+        if execution.tiles == (1, 1):
+            return torch.cat(list(self.decode_stream(z_Bcthw, execution, progress)), dim=2)
         B, _, t, h, w = _checked(z_Bcthw, self.config.z_channels, "latent").shape
         side = self.config.spatial_factor
         x = self._like.new_zeros(B, 3, self._cadence * (t - 1) + 1, side * h, side * w)
-        for part in self.decode_parts(z_Bcthw, method, progress):
+        for part in self.decode_parts(z_Bcthw, execution, progress):
             part.put(x)
         return x
 
-    def encode_parts(self, x_B3THW: Tensor, method: Method, progress: Progress | None = None) -> Iterator[Part]:
+    def encode_parts(self, x_B3THW: Tensor, execution: Execution, progress: Progress | None = None) -> Iterator[Part]:
         """What `encode` puts together, as it comes: the segments of each tile in turn."""
         _, _, T, H, W = _checked(x_B3THW, 3, "video").shape
         side = self.config.spatial_factor
-        tiling = self._tiling(method, -(-H // side), -(-W // side), decode=False)
-        each, norms = self._each(method), None
+        tiling = self._tiling(execution, -(-H // side), -(-W // side), decode=False)
+        each, norms = self._each(execution), None
         report = _over_tiles(progress, len(tiling), T)
         if shrink := self._shrink(tiling):
             norms = Norms()
@@ -194,11 +194,11 @@ class KVAE(nn.Module):
 
         return tiling.parts(latents, scale=1)
 
-    def decode_parts(self, z_Bcthw: Tensor, method: Method, progress: Progress | None = None) -> Iterator[Part]:
+    def decode_parts(self, z_Bcthw: Tensor, execution: Execution, progress: Progress | None = None) -> Iterator[Part]:
         """What `decode` puts together, as it comes: the segments of each tile in turn."""
         _, _, t, h, w = _checked(z_Bcthw, self.config.z_channels, "latent").shape
-        tiling = self._tiling(method, h, w, decode=True)
-        each, norms = self._each(method), None
+        tiling = self._tiling(execution, h, w, decode=True)
+        each, norms = self._each(execution), None
         report = _over_tiles(progress, len(tiling), self._cadence * (t - 1) + 1)
         if shrink := self._shrink(tiling):
             norms = Norms()
@@ -209,15 +209,15 @@ class KVAE(nn.Module):
 
         return tiling.parts(frames, scale=self.config.spatial_factor)
 
-    def _tiling(self, method: Method, h: int, w: int, decode: bool) -> Tiling:
-        if method.overlap is None:
-            return exact_tiling(self.config, h, w, method.tiles, decode)
-        return blended_tiling(h, w, method.tiles, method.overlap)
+    def _tiling(self, execution: Execution, h: int, w: int, decode: bool) -> Tiling:
+        if execution.overlap is None:
+            return exact_tiling(self.config, h, w, execution.tiles, decode)
+        return blended_tiling(h, w, execution.tiles, execution.overlap)
 
-    def _each(self, method: Method) -> Method:
+    def _each(self, execution: Execution) -> Execution:
         """How to compute each of the tiles."""
-        each = replace(method, tiles=(1, 1), overlap=None)
-        self._check_method(each)
+        each = replace(execution, tiles=(1, 1), overlap=None)
+        self._check_execution(each)
         return each
 
     def _shrink(self, tiling: Tiling) -> Callable[[Tensor, int], Tensor] | None:
@@ -234,14 +234,14 @@ class KVAE(nn.Module):
         return shrink
 
     def _compute(
-        self, coder: Encoder | Decoder, x: Tensor, memory: Memory, first: bool, last: bool, method: Method
+        self, coder: Encoder | Decoder, x: Tensor, memory: Memory, first: bool, last: bool, execution: Execution
     ) -> Tensor:
         """A segment: by the modules themselves where a gradient is wanted, else by strips."""
         if self._graded(coder, x):
             return coder(self._whole(coder, x.to(self._like), first), memory.cache)
         with torch.no_grad():
             x = self._whole(coder, arranged(x.to(self._like)), first)
-            return compute_segment(coder, x, memory, first, last, method)
+            return compute_segment(coder, x, memory, first, last, execution)
 
     def _whole(self, coder: Encoder | Decoder, x: Tensor, first: bool) -> Tensor:
         """Pixels repeated up to whole latents: 4n + 1 frames at the start of a stream, 4n later on."""
@@ -264,17 +264,17 @@ class KVAE(nn.Module):
     def _cadence(self) -> int:
         return self.config.temporal_compress_times
 
-    def _check_method(self, method: Method) -> None:
-        if method.tiles != (1, 1):
+    def _check_execution(self, execution: Execution) -> None:
+        if execution.tiles != (1, 1):
             raise ValueError("a stream gives whole pictures, segment by segment: for tiles use encode or decode")
-        frames = method.segment
+        frames = execution.segment
         if not self.config.per_position and frames != SEGMENT_FRAMES:
             raise ValueError(
                 f"segments of {frames} frames; this model has GroupNorm over a segment of {SEGMENT_FRAMES} frames"
             )
         if frames < 1 or frames % self._cadence:
             raise ValueError(f"segments of {frames} frames; expected a multiple of {self._cadence}")
-        if method.recompute > 2 and frames < tail_frames(len(self.decoder.full_resolution())):
+        if execution.recompute > 2 and frames < tail_frames(len(self.decoder.full_resolution())):
             raise ValueError(f"segments of {frames} frames are too short to compute again what they remember")
 
 

@@ -37,8 +37,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(each in str(error) for each in _SAYINGS)
 
 
-def with_less_memory(work: Callable[[M], Iterator[T]], methods: Sequence[Callable[[], M]]) -> Iterator[T]:
-    """What `work` gives by the first of these methods; where memory runs out, by the next, from its beginning.
+def with_less_memory(work: Callable[[M], Iterator[T]], executions: Sequence[Callable[[], M]]) -> Iterator[T]:
+    """What `work` gives by the first of these executions; where memory runs out, by the next, from its beginning.
 
     All that a failed try held is freed before anything else: an exception holds the locals of all frames it came
     through, so neither the next try nor the error that tells of the last one is made while it is handled.
@@ -47,11 +47,11 @@ def with_less_memory(work: Callable[[M], Iterator[T]], methods: Sequence[Callabl
         torch.OutOfMemoryError: there is no memory for the last one either, on whatever device.
     """
     said = ""
-    for method in methods:
+    for execution in executions:
         if said:
             logger.warning("Out of memory; once more in the way that takes least")
         try:
-            yield from work(method())
+            yield from work(execution())
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -23,11 +23,11 @@ from ..adapters.files import LatentAdapter
 from ..adapters.hybrid import HybridVAE, NativeVAE
 from ..adapters.inspect import check_finite, check_latent, check_shape, check_tensor
 from ..adapters.spaces import LatentSpace
-from ..kvae import KVAE, SEGMENT_FRAMES, BudgetError, Method, Plan, plan_decode, plan_encode
+from ..kvae import KVAE, SEGMENT_FRAMES, BudgetError, Execution, Plan, plan_decode, plan_encode
 from ..kvae.model import Progress
 from .memory import room_for, with_less_memory
 
-Methods = tuple[Callable[[], Method], ...]  # to try in turn
+Executions = tuple[Callable[[], Execution], ...]  # to try in turn
 WORKSPACE = 1.1  # what the convolution library takes for itself, beside what is counted
 
 
@@ -80,7 +80,7 @@ class ServedVAE(nn.Module):
             torch.OutOfMemoryError: not even the way that takes least fits.
         """
         x = self._whole(x_B3THW)
-        return self._encode(x, self._methods(plan_encode, x.shape), device)
+        return self._encode(x, self._executions(plan_encode, x.shape), device)
 
     def decode(self, z_Bcthw: Tensor, output_buffer: Tensor | None = None) -> Tensor:
         """Raw latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W] on `output_device`, or in the buffer given.
@@ -93,7 +93,7 @@ class ServedVAE(nn.Module):
             torch.OutOfMemoryError: not even the way that takes least fits.
         """
         x = self._frames(z_Bcthw.shape) if output_buffer is None else output_buffer
-        return self._decode(x, z_Bcthw, self._methods(plan_decode, z_Bcthw.shape))
+        return self._decode(x, z_Bcthw, self._executions(plan_decode, z_Bcthw.shape))
 
     def decode_stream(self, z_Bcthw: Tensor) -> Iterator[Tensor]:
         """The frames of each clip in turn, segment by segment: [1, 3, 17, H, W], [1, 3, 16, H, W] …
@@ -162,69 +162,69 @@ class ServedVAE(nn.Module):
         """What the plan, which counts in the dtype of the weights, takes in another."""
         return WORKSPACE * plan.peak * dtype.itemsize / next(self.kvae.parameters()).dtype.itemsize
 
-    def _encode(self, x_B3THW: Tensor, methods: Methods, device: torch.device | None = None) -> Tensor:
+    def _encode(self, x_B3THW: Tensor, executions: Executions, device: torch.device | None = None) -> Tensor:
         clips = x_B3THW.split(1)
         reports = self._progress(len(clips), (x_B3THW.shape[2] - 1) // self.space.time + 1)
 
-        def work(clip: Tensor, report: Progress, method: Method) -> Iterator[Tensor]:
-            yield self.vae.encode(self._place(clip, device), method, report)
+        def work(clip: Tensor, report: Progress, execution: Execution) -> Iterator[Tensor]:
+            yield self.vae.encode(self._place(clip, device), execution, report)
 
-        latents = (with_less_memory(partial(work, *each), methods) for each in zip(clips, reports, strict=True))
+        latents = (with_less_memory(partial(work, *each), executions) for each in zip(clips, reports, strict=True))
         return torch.cat([z for each in latents for z in each])
 
-    def _decode(self, x_B3THW: Tensor, z_Bcthw: Tensor, methods: Methods) -> Tensor:
+    def _decode(self, x_B3THW: Tensor, z_Bcthw: Tensor, executions: Executions) -> Tensor:
         """The frames of all clips, into the tensor given."""
         check_latent(z_Bcthw, self.space)
         reports = self._progress(len(z_Bcthw), z_Bcthw.shape[2])
 
-        def work(x: Tensor, z: Tensor, report: Progress, method: Method) -> Iterator[None]:
-            if method.overlap is not None:
+        def work(x: Tensor, z: Tensor, report: Progress, execution: Execution) -> Iterator[None]:
+            if execution.overlap is not None:
                 x.zero_()  # tiles that overlap are added up
-            for part in self.vae.decode_parts(self._place(z), method, report):
+            for part in self.vae.decode_parts(self._place(z), execution, report):
                 part.put(x)
                 yield
 
         for each in zip(x_B3THW.split(1), z_Bcthw.split(1), reports, strict=True):
-            deque(with_less_memory(partial(work, *each), methods), maxlen=0)
+            deque(with_less_memory(partial(work, *each), executions), maxlen=0)
         return x_B3THW
 
     def _decode_clip(self, z_1cthw: Tensor, report: Progress) -> Iterator[Tensor]:
         """The frames of one clip, each once: a second try begins at the first frame as well."""
         sent = 0
 
-        def work(method: Method) -> Iterator[Tensor]:
+        def work(execution: Execution) -> Iterator[Tensor]:
             nonlocal sent
             done = 0
-            for frames in self.vae.decode_stream(self._place(z_1cthw), method):
+            for frames in self.vae.decode_stream(self._place(z_1cthw), execution):
                 done += frames.shape[2]
                 if done > sent:
                     frames, sent = frames[:, :, sent - done :], done
                     yield frames
                     report(done)
 
-        return with_less_memory(work, self._methods(plan_decode, z_1cthw.shape, stream=True))
+        return with_less_memory(work, self._executions(plan_decode, z_1cthw.shape, stream=True))
 
-    def _methods(self, plan: Callable[..., Plan], shape: Sequence[int], stream: bool = False) -> Methods:
+    def _executions(self, plan: Callable[..., Plan], shape: Sequence[int], stream: bool = False) -> Executions:
         """The way to compute, and the one to fall back on."""
-        return partial(self._method, plan, shape, stream), partial(self._nearest, plan, shape, 0, stream)
+        return partial(self._execution, plan, shape, stream), partial(self._nearest, plan, shape, 0, stream)
 
-    def _method(self, plan: Callable[..., Plan], shape: Sequence[int], stream: bool = False) -> Method:
+    def _execution(self, plan: Callable[..., Plan], shape: Sequence[int], stream: bool = False) -> Execution:
         if self.budget is not None:
-            return self._plan(plan, shape, self.budget, stream).method
+            return self._plan(plan, shape, self.budget, stream).execution
         return self._nearest(plan, shape, self.free_memory(), stream)
 
-    def _nearest(self, plan: Callable[..., Plan], shape: Sequence[int], budget: int | None, stream: bool) -> Method:
+    def _nearest(self, plan: Callable[..., Plan], shape: Sequence[int], budget: int | None, stream: bool) -> Execution:
         try:
-            return self._plan(plan, shape, budget, stream).method
+            return self._plan(plan, shape, budget, stream).execution
         except BudgetError as error:
-            return error.least.method  # the count is cautious; a host that runs out all the same falls back to tiles
+            return error.least.execution  # the count is cautious; a host that runs out all the same falls back to tiles
 
     def _plan(self, plan: Callable[..., Plan], shape: Sequence[int], budget: int | None, stream: bool = False) -> Plan:
         within = None if budget is None else int(budget / WORKSPACE)
         try:
             return plan(self.kvae, _one(shape), within, stream=stream, approximate=self.approximate)
         except BudgetError as error:
-            least = Plan(error.least.method, int(WORKSPACE * error.least.peak) + 1)
+            least = Plan(error.least.execution, int(WORKSPACE * error.least.peak) + 1)
             raise BudgetError(budget, least) from None  # type: ignore[arg-type]
 
     def _place(self, x: Tensor, device: torch.device | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """TiledVAE: a ServedVAE for hosts that ask for tiles of a size, blended where they overlap.
 
-That takes less memory than any exact way, and is not exact (see `kvae.Method.overlap`). Each tile is streamed through
-the whole clip: tiles in time would cut what a causal VAE remembers, which flickers at their edges, and would save
+This takes less memory than any exact way, and is not exact (see `kvae.Execution`). Each tile is streamed through the
+whole clip: tiles in time would cut what a causal VAE remembers, which flickers at their edges, and would save
 nothing, as memory does not grow with the length. Adapters see the whole latent, never a tile.
 
 # x_B3THW pixels in −1..1, z_Bcthw raw latents
@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kvae import Method, Plan, plan_decode, plan_encode
+from ..kvae import Execution, Plan, plan_decode, plan_encode
 from .serve import ServedVAE
 
 MOST_TILE = 512  # latents: 4096 pixels
@@ -33,8 +33,8 @@ class TiledVAE(ServedVAE):
             ValueError, WeightsError, BudgetError, MemoryError: as `decode`; or the overlap leaves nothing of the tiles.
         """
         x = self._frames(z_Bcthw.shape)
-        method = self._tiles(plan_decode, z_Bcthw.shape, (tile_y, tile_x), overlap, side=1)
-        return self._decode(x, z_Bcthw, (lambda: method,))
+        execution = self._tiles(plan_decode, z_Bcthw.shape, (tile_y, tile_x), overlap, side=1)
+        return self._decode(x, z_Bcthw, (lambda: execution,))
 
     def encode_tiled(
         self, x_B3THW: Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64, **_: int
@@ -47,18 +47,18 @@ class TiledVAE(ServedVAE):
         x, side = self._whole(x_B3THW), self.space.space
         x = x[..., : x.shape[3] // side * side, : x.shape[4] // side * side]
         tile = tile_y // side, tile_x // side
-        method = self._tiles(plan_encode, x.shape, tile, overlap // side, side)
-        return self._encode(x, (lambda: method,))
+        execution = self._tiles(plan_encode, x.shape, tile, overlap // side, side)
+        return self._encode(x, (lambda: execution,))
 
     def _tiles(
         self, plan: Callable[..., Plan], shape: Sequence[int], tile: tuple[int, int], overlap: int, side: int
-    ) -> Method:
+    ) -> Execution:
         """The way to compute tiles of so many latents, of a picture with `side` rows a latent."""
         sides = [n // side for n in shape[3:]]
         rows, columns = (tile_count(n, t, overlap) for n, t in zip(sides, tile, strict=True))
         largest = (side * min(n, t) for n, t in zip(sides, tile, strict=True))
-        method = self._method(plan, (*shape[:3], *largest), stream=True)
-        return replace(method, tiles=(rows, columns), overlap=overlap)
+        execution = self._execution(plan, (*shape[:3], *largest), stream=True)
+        return replace(execution, tiles=(rows, columns), overlap=overlap)
 
     def preferred_decode_tile(self, free_memory: float, dtype: torch.dtype) -> int:
         """The side, in latents, of the largest square tile that decodes in half of so many bytes."""

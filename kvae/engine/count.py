@@ -16,31 +16,31 @@ from ..resample import Downsample, Upsample
 from .affine import BATCH_NORM_DEVICES, STATISTICS_BYTES
 from .costs import ConvolvedMap, HeldMap, Map, Scene, SummedMap, UpsampledMap, shortcut, strip_of
 from .rows import largest_strip
-from .strips import PAST, Method, tail_frames
+from .strips import PAST, Execution, tail_frames
 
 
 class Count:
     """Adds up, along the stages of a coder, what is in use."""
 
-    def __init__(self, kvae: KVAE, coder: Coder, method: Method, batch: int):
-        self.coder, self.method = coder, method
+    def __init__(self, kvae: KVAE, coder: Coder, execution: Execution, batch: int):
+        self.coder, self.execution = coder, execution
         self.decode = isinstance(coder, Decoder)
         self.cadence, self.side = kvae.config.temporal_compress_times, kvae.config.spatial_factor
         self.group = not kvae.config.per_position
-        self.lazy = coder.full_resolution() if method.recompute > 2 else ()
+        self.lazy = coder.full_resolution() if execution.recompute > 2 else ()
         self.reach = tail_frames(len(self.lazy))
         weight = coder.conv_out.conv.weight
         self.item = weight.element_size()
         self.copied = self.item < 4 and weight.device.type not in BATCH_NORM_DEVICES  # in float32, for statistics
         self.unit = batch * self.item  # bytes of one value for all clips
-        self.length = method.segment // (self.cadence if self.decode else 1)
+        self.length = execution.segment // (self.cadence if self.decode else 1)
 
     def segment(self, T: int, H: int, W: int, first: bool, last: bool, tiled: bool = False) -> int:
         """The peak of one segment that enters the coder with these sides; `tiled`: of one tile of many."""
         self.first, self.last, self.peak = first, last, 0
         latent = (T, H, W) if self.decode else None
         rms = not self.group
-        self.scene = Scene(self.item, self.unit, self.method.strip_bytes, first, rms, latent)
+        self.scene = Scene(self.item, self.unit, self.execution.strip_bytes, first, rms, latent)
         source = HeldMap(self.scene, self.coder.conv_in.conv.in_channels, T, H, W)
         self.now = source.bytes
         if tiled or not first:
@@ -104,7 +104,7 @@ class Count:
                     total += self._memory(stage.linear.in_channels, 1, H, W)
                 if self.lazy and stage is self.coder.up[1].upsample:  # type: ignore[union-attr, index]
                     total += self._memory(stage.linear.in_channels, self.reach, H, W)
-                small = 4 if self.method.recompute and T >= PAST else 1
+                small = 4 if self.execution.recompute and T >= PAST else 1
                 H, W = 2 * H, 2 * W
         again = self.decode and self.lazy
         return total + (0 if again else self._memory(self.coder.conv_out.conv.in_channels, PAST, H, W))
@@ -164,7 +164,7 @@ class Count:
         inner: Map
         inner = first = self._convolved(source, conv1, again)
         self._keep(conv1.in_channels, *sides, shrunk=shrunk)
-        if self.method.recompute < 2:
+        if self.execution.recompute < 2:
             inner = self._hold(first)
         outer = self._convolved(inner, conv2)
         self._keep(conv2.in_channels, *sides)
@@ -181,7 +181,7 @@ class Count:
         cin, cout, T, timed = source.channels, layer.linear.in_channels, source.T, hasattr(layer, "temporal_conv")
         H, W = source.H // 2, source.W // 2
         row = max(source.row_bytes, self.unit * cin * T * source.W)
-        n = largest_strip(H, self.method.strip_bytes // (2 * row))
+        n = largest_strip(H, self.execution.strip_bytes // (2 * row))
         asked = min(source.H, 2 * n + 1)
         strip = self.unit * n * W  # of one frame and channel
         framed = self.unit * cin * T * (2 * n + 1) * (source.W + 1)
@@ -213,7 +213,7 @@ class Count:
         if to_lazy:
             self._keep(channels, small.H, small.W, frames=min(self.reach, small.T))
             # what is remembered of the segment before is counted to the end
-        if self.method.recompute:
+        if self.execution.recompute:
             return UpsampledMap(small)
         y = self._hold(UpsampledMap(small))
         self.now -= small.bytes

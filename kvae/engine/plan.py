@@ -2,7 +2,7 @@
 
 plan = plan_decode(kvae, z.shape, budget=6_000_000_000)
 print(plan)                                # segments of 16 frames, strips of 64 MB, …: 5.8 GB
-video = kvae.decode(z, plan.method)
+video = kvae.decode(z, plan.execution)
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..config import SEGMENT_FRAMES
 from ..frames import padded_frames
 from ..model import KVAE
 from .count import Count
-from .strips import Method, tail_frames
+from .strips import Execution, tail_frames
 from .tiles import Tiling, blended_tiling, exact_tiling
 
 STRIP_BYTES = (256 << 20, 64 << 20, 16 << 20)
-# Of `Method.recompute`, decoding and encoding, as benchmarks/methods.py measures it, less what strips cost
+# Of `Execution.recompute`, decoding and encoding, as benchmarks/executions.py measures it, less what strips cost
 RECOMPUTE_COST = {
     ("group", True): (1.0, 1.3, 2.1, 3.0),
     ("group", False): (1.0, 1.05, 1.6, 1.9),
@@ -35,19 +35,21 @@ MARGIN = 1.03  # small tensors that are not counted; measured on small and publi
 
 @dataclass(frozen=True)
 class Plan:
-    """A method, and the most bytes that it is going to hold."""
+    """An execution, and the most bytes that it is going to hold."""
 
-    method: Method
+    execution: Execution
     peak: int
 
     def __str__(self) -> str:
         again = ("", ", upsampled maps again", ", upsampled and inner maps again", ", all of full resolution again")
-        rows, columns = self.method.tiles
-        blended = "" if self.method.overlap is None else f" that blend over {self.method.overlap} latents (not exact)"
+        rows, columns = self.execution.tiles
+        blended = (
+            "" if self.execution.overlap is None else f" that blend over {self.execution.overlap} latents (not exact)"
+        )
         tiled = f"{rows}x{columns} tiles{blended}, " if rows * columns > 1 else ""
         return (
-            f"{tiled}segments of {self.method.segment} frames, strips of {self.method.strip_bytes >> 20} MB"
-            f"{again[self.method.recompute]}: {self.peak / 1e9:.2f} GB"
+            f"{tiled}segments of {self.execution.segment} frames, strips of {self.execution.strip_bytes >> 20} MB"
+            f"{again[self.execution.recompute]}: {self.peak / 1e9:.2f} GB"
         )
 
 
@@ -107,10 +109,10 @@ def _plan(
     decode = coder is kvae.decoder
     h, w = H // side, W // side
 
-    def peak(method: Method, tiling: Tiling) -> int:
-        count = Count(kvae, coder, method, B)
+    def peak(execution: Execution, tiling: Tiling) -> int:
+        count = Count(kvae, coder, execution, B)
         rows, columns = (n * side for n in tiling.largest)
-        length = method.segment // (kvae.config.temporal_compress_times if decode else 1)
+        length = execution.segment // (kvae.config.temporal_compress_times if decode else 1)
         kinds, tiled = _lengths(T, length), len(tiling) > 1
         most = max(count.segment(n, rows, columns, *ends, tiled) for n, ends in kinds)
         if tiled and not decode and not kvae.config.per_position:  # two segments of the smaller version of the picture
@@ -120,8 +122,8 @@ def _plan(
     plans = []
     for overlap in (None, OVERLAP) if approximate and not stream else (None,):
         tilings = _tilings(kvae, h, w, decode, stream, overlap)
-        for method in _methods(kvae, coder, tilings, overlap):
-            plans.append(Plan(method, peak(method, tilings[method.tiles])))
+        for execution in _executions(kvae, coder, tilings, overlap):
+            plans.append(Plan(execution, peak(execution, tilings[execution.tiles])))
             if budget is None or plans[-1].peak <= budget:
                 return plans[-1]
     raise BudgetError(budget, min(plans, key=lambda plan: plan.peak))  # type: ignore[arg-type]
@@ -139,25 +141,27 @@ def _tilings(
     return {count: exact_tiling(kvae.config, h, w, count, decode) for count in pairs}
 
 
-def _methods(kvae: KVAE, coder: Coder, tilings: dict[tuple[int, int], Tiling], overlap: int | None) -> list[Method]:
+def _executions(
+    kvae: KVAE, coder: Coder, tilings: dict[tuple[int, int], Tiling], overlap: int | None
+) -> list[Execution]:
     """All there are for these tiles, from the fastest on."""
     config, blocks = kvae.config, len(coder.full_resolution())
     cadence = config.temporal_compress_times
     segments = (SEGMENT_FRAMES, 2 * cadence, cadence) if config.per_position else (SEGMENT_FRAMES,)
     choices = product(segments, STRIP_BYTES, range(4))
-    methods = [Method(*choice, count, overlap) for choice in choices for count in tilings]
+    executions = [Execution(*choice, count, overlap) for choice in choices for count in tilings]
     reach = tail_frames(len(kvae.decoder.full_resolution()))
     row = 3 * config.decoder_widths[0] * kvae.decoder.conv_out.conv.weight.element_size() * config.spatial_factor
 
-    def cost(method: Method) -> float:
-        tiling = tilings[method.tiles]
-        rows = method.strip_bytes / (row * tiling.largest[1] * method.segment)
-        halo = 1 + 2 * blocks * (method.recompute > 2)  # those of all blocks, where they are computed at once
-        again = RECOMPUTE_COST[config.norm, coder is kvae.decoder][method.recompute]
-        short = 1 + 0.05 * segments.index(method.segment)
+    def cost(execution: Execution) -> float:
+        tiling = tilings[execution.tiles]
+        rows = execution.strip_bytes / (row * tiling.largest[1] * execution.segment)
+        halo = 1 + 2 * blocks * (execution.recompute > 2)  # those of all blocks, where they are computed at once
+        again = RECOMPUTE_COST[config.norm, coder is kvae.decoder][execution.recompute]
+        short = 1 + 0.05 * segments.index(execution.segment)
         return again * (1 + halo / rows) * short * tiling.work
 
-    return sorted((m for m in methods if m.recompute < 3 or m.segment >= reach), key=cost)
+    return sorted((m for m in executions if m.recompute < 3 or m.segment >= reach), key=cost)
 
 
 def _check_shape(shape: Sequence[int]) -> None:

@@ -32,7 +32,7 @@ PAST = 2  # frames before its own that a convolution reads
 
 
 @dataclass(frozen=True)
-class Method:
+class Execution:
     """How to compute a clip; the result is the same, unless tiles overlap.
 
     Attributes:
@@ -101,7 +101,7 @@ class Segment:
         z_Bcthw: conditions the norms, in the decoder.
     """
 
-    method: Method
+    execution: Execution
     memory: Memory
     first: bool
     last: bool
@@ -109,8 +109,8 @@ class Segment:
     z_Bcthw: Tensor | None = None
 
     def strips(self, rows: Rows) -> Iterator[tuple[int, int]]:
-        """Bounds of strips of about the method's size."""
-        yield from even_strips(rows.shape[3], self.method.strip_bytes // max(1, rows.row_bytes))
+        """Bounds of strips of about the execution's size."""
+        yield from even_strips(rows.shape[3], self.execution.strip_bytes // max(1, rows.row_bytes))
 
     def hold(self, rows: Rows, into: Held | None = None, add: Callable[[int, int], Tensor] | None = None) -> Held:
         """Compute all rows, plus those of `add`, into new memory or over a map that they are computed from.
@@ -293,10 +293,10 @@ class Upsampled:
 
 def resnet(segment: Segment, source: Rows, block: ResnetBlock) -> Held:
     """A block's output, in the place of its inner feature map."""
-    method = segment.method
+    execution = segment.execution
     inner: Rows
     inner = first = Convolved(segment, source, block.conv1, block.norm1, again=isinstance(source, Upsampled))
-    if method.recompute < 2:
+    if execution.recompute < 2:
         inner = segment.hold(inner)
     outer = Convolved(segment, inner, block.conv2, block.norm2)
     into = next((m for m in (inner, source) if isinstance(m, Held) and m.shape == outer.shape), None)
@@ -314,7 +314,7 @@ def halve(segment: Segment, source: Rows, layer: Downsample) -> Held:
     future: list[Tensor] = []
     y = None
     row_bytes = max(source.row_bytes, B * source.shape[1] * T * W * segment.element_size)
-    for lo, hi in even_strips(H // 2, segment.method.strip_bytes // (2 * row_bytes)):
+    for lo, hi in even_strips(H // 2, segment.execution.strip_bytes // (2 * row_bytes)):
         above = min(lo, 1)
         part = layer.halve_space(source(2 * lo - above, 2 * hi), w, border=not above)
         if hasattr(layer, "temporal_conv"):
@@ -337,11 +337,11 @@ def arranged(x_BCTHW: Tensor) -> Tensor:
 
 
 def compute_segment(
-    coder: Encoder | Decoder, x_BCTHW: Tensor, memory: Memory, first: bool, last: bool, method: Method
+    coder: Encoder | Decoder, x_BCTHW: Tensor, memory: Memory, first: bool, last: bool, execution: Execution
 ) -> Tensor:
     """What `coder(x, cache)` gives: pixels → moments [B, 2c, t, h, w], or latents → pixels; x as `arranged`."""
     decode = isinstance(coder, Decoder)
-    segment = Segment(method, memory, first, last, x_BCTHW.element_size(), x_BCTHW if decode else None)
+    segment = Segment(execution, memory, first, last, x_BCTHW.element_size(), x_BCTHW if decode else None)
     # what pixels are computed again from, if any is, outlives the segment
     source = Held(x_BCTHW, PAST + tail_frames(len(coder.full_resolution())))
     start = Convolved(segment, source, coder.conv_in, None)
@@ -354,7 +354,7 @@ def compute_segment(
 
 def run(segment: Segment, h: Rows, coder: Encoder | Decoder) -> Rows:
     """All stages of a coder."""
-    lazy = coder.full_resolution() if segment.method.recompute > 2 else ()
+    lazy = coder.full_resolution() if segment.execution.recompute > 2 else ()
     stages = list(coder.stages())
     for i, stage in enumerate(stages):
         if stage in lazy:
@@ -366,7 +366,7 @@ def run(segment: Segment, h: Rows, coder: Encoder | Decoder) -> Rows:
             h = halve(segment, h, stage)
         elif isinstance(stage, Upsample):
             h = Upsampled(segment, h, stage, reach=tail_frames(len(lazy)) if stages[i + 1] in lazy else 2)
-            h = h if segment.method.recompute else segment.hold(h)
+            h = h if segment.execution.recompute else segment.hold(h)
     return h
 
 

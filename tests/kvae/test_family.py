@@ -7,12 +7,12 @@ import torch
 
 import plain_kvae
 from kvae_comfyui.benchmarks.storages import PeakMemory
-from kvae_comfyui.kvae import FAMILY, KVAE, Method, Norms
+from kvae_comfyui.kvae import FAMILY, KVAE, Execution, Norms
 from kvae_comfyui.kvae.engine.tiles import needed_to_decode, needed_to_encode
 from small_models import SMALL, assert_same, clip, joined, latent, small
 
 TWO = ["2.0-t4s8", "2.0-t4s16"]
-STRIPS = [Method(strip_bytes=1, recompute=recompute) for recompute in range(4)]  # two rows at a time
+STRIPS = [Execution(strip_bytes=1, recompute=recompute) for recompute in range(4)]  # two rows at a time
 
 
 @pytest.mark.parametrize(
@@ -44,17 +44,17 @@ def test_two_equals_the_whole_clip_at_once(name, frames):
 def test_two_is_the_same_for_every_segmentation(name, segment):
     kvae = small(name)
     x, z = clip(kvae, 21), latent(kvae, 6)
-    assert_same(kvae.encode(x, Method(segment)), kvae.encode(x))
-    assert_same(kvae.decode(z, Method(segment)), kvae.decode(z))
+    assert_same(kvae.encode(x, Execution(segment)), kvae.encode(x))
+    assert_same(kvae.decode(z, Execution(segment)), kvae.decode(z))
 
 
 def test_one_is_defined_by_its_segments():
     with pytest.raises(ValueError, match="segments of 4 frames; this model has GroupNorm over a segment"):
-        small("1.0").decode(torch.randn(1, 16, 2, 2, 2), Method(segment=4))
+        small("1.0").decode(torch.randn(1, 16, 2, 2, 2), Execution(segment=4))
     with pytest.raises(ValueError, match="segments of 6 frames; expected a multiple of 4"):
-        small("2.0-t4s8").decode(torch.randn(1, 16, 2, 2, 2), Method(segment=6))
+        small("2.0-t4s8").decode(torch.randn(1, 16, 2, 2, 2), Execution(segment=6))
     with pytest.raises(ValueError, match="segments of 4 frames are too short to compute again what they remember"):
-        small("2.0-t4s8").decode(torch.randn(1, 16, 2, 2, 2), Method(segment=4, recompute=3))
+        small("2.0-t4s8").decode(torch.randn(1, 16, 2, 2, 2), Execution(segment=4, recompute=3))
 
 
 @pytest.mark.parametrize(
@@ -74,51 +74,51 @@ def test_one_is_defined_by_its_segments():
 )
 def test_methods_that_no_model_takes_are_refused_as_they_are_made(numbers, message):
     with pytest.raises(ValueError, match=message):
-        Method(**numbers)
+        Execution(**numbers)
 
 
 def test_methods_that_a_model_does_not_take_are_refused_before_anything_is_computed():
     one, two = small("1.0"), small("2.0-t4s8")
-    for kvae, method in (
-        (one, Method(segment=4)),
-        (one, Method(tiles=(2, 1))),
-        (one, Method(segment=4, tiles=(2, 1), overlap=2)),
-        (two, Method(segment=6)),
-        (two, Method(segment=6, tiles=(2, 1))),
-        (two, Method(segment=6, tiles=(2, 1), overlap=2)),
-        (two, Method(segment=4, recompute=3)),
+    for kvae, execution in (
+        (one, Execution(segment=4)),
+        (one, Execution(tiles=(2, 1))),
+        (one, Execution(segment=4, tiles=(2, 1), overlap=2)),
+        (two, Execution(segment=6)),
+        (two, Execution(segment=6, tiles=(2, 1))),
+        (two, Execution(segment=6, tiles=(2, 1), overlap=2)),
+        (two, Execution(segment=4, recompute=3)),
     ):
         z, x = latent(kvae, 2, 4, 4), clip(kvae, 5, 4, 4)
-        for start in (kvae.decode_parts, kvae.decode_stream) if method.tiles == (1, 1) else (kvae.decode_parts,):
+        for start in (kvae.decode_parts, kvae.decode_stream) if execution.tiles == (1, 1) else (kvae.decode_parts,):
             with pytest.raises(ValueError, match="segments of|tiles cannot be exact"):
-                start(z, method)
+                start(z, execution)
         with pytest.raises(ValueError, match="segments of|tiles cannot be exact"):
-            kvae.encode(x, method)
+            kvae.encode(x, execution)
     for run in (two.decode_stream, two.encode_stream):
         with pytest.raises(ValueError, match="a stream gives whole pictures"):
-            run(latent(two, 2), Method(tiles=(2, 1)))
+            run(latent(two, 2), Execution(tiles=(2, 1)))
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("method", [Method(), *STRIPS], ids=str)
+@pytest.mark.parametrize("execution", [Execution(), *STRIPS], ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_strips_equal_the_modules_themselves(name, method, batch):
+def test_strips_equal_the_modules_themselves(name, execution, batch):
     """The layers' own forward, which training runs through, is the reference; diffusers is elsewhere."""
     kvae = small(name)
     x, z = clip(kvae, 21, batch=batch), latent(kvae, 6, batch=batch)
     with torch.enable_grad():
         by_modules = joined(kvae.encode_stream(x.clone().requires_grad_())), kvae.decode(z.clone().requires_grad_())
-    assert_same(kvae.encode(x, method), by_modules[0])
-    assert_same(kvae.decode(z, method), by_modules[1])
+    assert_same(kvae.encode(x, execution), by_modules[0])
+    assert_same(kvae.decode(z, execution), by_modules[1])
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_what_is_remembered_may_be_computed_again(name):
     """In three segments, the one in the middle from one past and for another."""
-    kvae, method = small(name), Method(strip_bytes=1, recompute=3)
+    kvae, execution = small(name), Execution(strip_bytes=1, recompute=3)
     x, z = clip(kvae, 37), latent(kvae, 10)
-    assert_same(kvae.encode(x, method), kvae.encode(x))
-    assert_same(kvae.decode(z, method), kvae.decode(z))
+    assert_same(kvae.encode(x, execution), kvae.encode(x))
+    assert_same(kvae.decode(z, execution), kvae.decode(z))
 
 
 def test_with_the_statistics_of_the_whole_picture_tiles_of_one_are_exact():
@@ -304,12 +304,12 @@ def test_tiles_of_two_are_exact(name):
     kvae = small(name)
     x, z = clip(kvae, 6, 46, 2), latent(kvae, 2, 46, 2)
     told = []
-    assert_same(kvae.decode(z, Method(tiles=(2, 2)), told.append), kvae.decode(z))
+    assert_same(kvae.decode(z, Execution(tiles=(2, 2)), told.append), kvae.decode(z))
     assert told[-1] == 5 and told == sorted(told)
     x = x[..., :-3, :-1]  # sides that are not whole latents
-    assert_same(kvae.encode(x, Method(tiles=(2, 1))), kvae.encode(x))
+    assert_same(kvae.encode(x, Execution(tiles=(2, 1))), kvae.encode(x))
     with pytest.raises(ValueError, match="a stream gives whole pictures"):
-        next(kvae.decode_stream(z, Method(tiles=(2, 1))))
+        next(kvae.decode_stream(z, Execution(tiles=(2, 1))))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -319,18 +319,18 @@ def test_blended_tiles_with_all_that_is_needed_in_common_are_exact_but_for_stati
     x, z = clip(kvae, 6, 46, 2), latent(kvae, 2, 46, 2)
     told = []
     for run, source, halo in ((kvae.decode, z, 18), (kvae.encode, x, 14)):
-        whole, few, many = run(source), *(run(source, Method(tiles=(2, 1), overlap=n)) for n in (2, 2 * halo))
+        whole, few, many = run(source), *(run(source, Execution(tiles=(2, 1), overlap=n)) for n in (2, 2 * halo))
         assert 0 < (few - whole).norm() < 0.5 * whole.norm()
         if kvae.config.per_position:
             middle = whole.shape[3] // 2
             assert_same(many[:, :, :, middle], whole[:, :, :, middle])
-    kvae.decode(z, Method(tiles=(2, 1), overlap=4), told.append)
+    kvae.decode(z, Execution(tiles=(2, 1), overlap=4), told.append)
     assert told[-1] == 5 and told == sorted(told)
 
 
 def test_one_has_no_exact_tiles():
     with pytest.raises(ValueError, match="tiles cannot be exact where GroupNorm runs over the whole picture"):
-        small("1.0").decode(torch.randn(1, 16, 1, 4, 4), Method(tiles=(2, 1)))
+        small("1.0").decode(torch.randn(1, 16, 1, 4, 4), Execution(tiles=(2, 1)))
 
 
 @pytest.mark.parametrize("name", TWO)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLKVAEVideo, Kandinsky6SRVAE
 
-from kvae_comfyui.kvae import KVAE, KVAEConfig, Method, pad_frames, padded_frames
+from kvae_comfyui.kvae import KVAE, Execution, KVAEConfig, pad_frames, padded_frames
 from kvae_comfyui.kvae.load import official_key
 from small_models import clip, latent, small
 
@@ -54,8 +54,8 @@ def test_two_equals_the_vae_of_kandinsky_6(frames, blocks):
         posterior = ours.posterior(x)
         assert relative(torch.cat([posterior.mean, posterior.logvar], 1), moments) <= 2e-6
         z = latent(ours, (frames - 1) // 4 + 1)
-        for method in (Method(), Method(segment=4, recompute=2)):
-            assert relative(ours.decode(z, method), theirs.decode(z).sample) <= 2e-6
+        for execution in (Execution(), Execution(segment=4, recompute=2)):
+            assert relative(ours.decode(z, execution), theirs.decode(z).sample) <= 2e-6
 
 
 def test_bfloat16_is_no_further_from_float32_than_diffusers(small_kvae):

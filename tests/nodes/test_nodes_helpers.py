@@ -125,15 +125,15 @@ def test_memory_is_told_and_kept_to():
     assert 10e9 < real.memory_used_encode((1, 3, 33, 720, 1280), bf16) < 15e9
     asked = []
 
-    def decode_stream(z, method):
-        asked.append(method)
+    def decode_stream(z, execution):
+        asked.append(execution)
         return iter(())
 
     real.vae.decode_stream = decode_stream
     for free in (None, 12 << 30, 1):
         real.free_memory = lambda free=free: free
         list(real._decode_clip(torch.empty(shape, device="meta"), lambda t: None))
-    assert [method.recompute for method in asked] == [0, 2, 3]
+    assert [execution.recompute for execution in asked] == [0, 2, 3]
 
 
 def test_a_budget_is_kept_to_or_refused_in_its_own_words(small_kvae):
@@ -151,13 +151,13 @@ def test_a_budget_is_kept_to_or_refused_in_its_own_words(small_kvae):
 
 def test_out_of_memory_goes_on_with_less_and_loses_nothing(small_kvae, caplog):
     served, z = ServedVAE(small_kvae), torch.randn(1, 16, 10, 4, 4)
-    decode_stream, methods, seen = small_kvae.decode_stream, [], []
+    decode_stream, executions, seen = small_kvae.decode_stream, [], []
     served.on_progress = lambda done, total: seen.append((done, total))
 
-    def small_card(z, method, *progress_and_norms):
-        methods.append(method)
-        for i, frames in enumerate(decode_stream(z, method, *progress_and_norms)):
-            if len(methods) == 1 and i == 1:
+    def small_card(z, execution, *progress_and_norms):
+        executions.append(execution)
+        for i, frames in enumerate(decode_stream(z, execution, *progress_and_norms)):
+            if len(executions) == 1 and i == 1:
                 raise torch.OutOfMemoryError("small card")
             yield frames
 
@@ -167,11 +167,11 @@ def test_out_of_memory_goes_on_with_less_and_loses_nothing(small_kvae, caplog):
             plan_decode(small_kvae, z.shape, 0, stream=True)
         small_kvae.decode_stream = small_card
         for decode in (served.decode, lambda z: torch.cat(list(served.decode_stream(z)), dim=2)):
-            for each in (methods, seen, caplog.records):
+            for each in (executions, seen, caplog.records):
                 each.clear()
             torch.testing.assert_close(decode(z), whole, rtol=0, atol=1e-4)
             assert seen == [(5, 10), (9, 10), (10, 10)]
-            assert methods[1] == caught.value.least.method
+            assert executions[1] == caught.value.least.execution
             assert [record.levelname for record in caplog.records] == ["WARNING"]
         small_kvae.decode_stream = lambda *_: exec("raise torch.OutOfMemoryError", {"torch": torch})
         with pytest.raises(torch.OutOfMemoryError):  # for the host, which goes on with tiles

@@ -23,17 +23,17 @@ class Card:
     """A model's streams on a card that is too small for the first of them, which holds a real tensor when it fails."""
 
     def __init__(self, kvae, message, error=torch.OutOfMemoryError):
-        self.held, self.alive, self.methods, self.failures = [], [], [], 1
+        self.held, self.alive, self.executions, self.failures = [], [], [], 1
         self.message, self.error = message, error
         for name in ("decode_stream", "encode_stream"):
             setattr(kvae, name, self.limited(getattr(kvae, name)))
 
     def limited(self, stream):
-        def limited(x, method, *rest, **options):
-            self.methods.append(method)
+        def limited(x, execution, *rest, **options):
+            self.executions.append(execution)
             self.alive.append([ref() is not None for ref in self.held])
-            for i, part in enumerate(stream(x, method, *rest, **options)):
-                if i and len(self.methods) <= self.failures:
+            for i, part in enumerate(stream(x, execution, *rest, **options)):
+                if i and len(self.executions) <= self.failures:
                     activations = torch.zeros(1000)
                     self.held.append(weakref.ref(activations))
                     raise self.error(self.message)
@@ -71,7 +71,7 @@ def test_the_last_failure_is_the_same_on_every_device_and_holds_nothing(small_kv
     card.failures = 2
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match="can't allocate memory"):
         WAYS[way](served, z, x)
-    assert len(card.methods) == 2
+    assert len(card.executions) == 2
     assert [ref() for ref in card.held] == [None, None]
 
 
@@ -80,15 +80,15 @@ def test_tiles_fail_as_the_rest_does(small_kvae):
     card = Card(small_kvae, "not enough memory: you tried to allocate 8 bytes", RuntimeError)
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match="not enough memory"):
         tiled.encode_tiled(torch.rand(1, 3, 21, 32, 64), 32, 32, 8)
-    assert len(card.methods) == 1  # what to do then is the host's to say
+    assert len(card.executions) == 1  # what to do then is the host's to say
     assert [ref() for ref in card.held] == [None]
 
 
 def test_an_error_that_is_none_of_memory_is_not_tried_again():
     tried = []
 
-    def work(method):
-        tried.append(method)
+    def work(execution):
+        tried.append(execution)
         yield torch.zeros(2) + torch.zeros(3)
 
     with pytest.raises(RuntimeError, match="must match the size"):

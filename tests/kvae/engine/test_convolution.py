@@ -90,7 +90,7 @@ def test_its_memory_is_planned(wide):
     ):
         found = plan(wide, source.shape)
         with torch.no_grad(), PeakMemory() as memory:
-            for _ in stream(source, found.method):
+            for _ in stream(source, found.execution):
                 pass
         assert (
             memory.peak <= found.peak <= 1.25 * memory.peak

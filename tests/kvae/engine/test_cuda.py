@@ -5,18 +5,20 @@ import copy
 import pytest
 import torch
 
-from kvae_comfyui.kvae import Method
+from kvae_comfyui.kvae import Execution
 from small_models import SMALL, assert_same, clip, latent, small
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("method", [Method(), Method(strip_bytes=1 << 14, recompute=2)], ids=["whole", "by strips"])
-def test_float32_without_tf32_equals_the_cpu(name, method):
+@pytest.mark.parametrize(
+    "execution", [Execution(), Execution(strip_bytes=1 << 14, recompute=2)], ids=["whole", "by strips"]
+)
+def test_float32_without_tf32_equals_the_cpu(name, execution):
     kvae = small(name)
     x, z = clip(kvae, 21), latent(kvae, 6)
     there = copy.deepcopy(kvae).cuda()
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-        assert_same(there.encode(x.cuda(), method).cpu(), kvae.encode(x))
-        assert_same(there.decode(z.cuda(), method).cpu(), kvae.decode(z))
+        assert_same(there.encode(x.cuda(), execution).cpu(), kvae.encode(x))
+        assert_same(there.decode(z.cuda(), execution).cpu(), kvae.decode(z))

@@ -16,7 +16,7 @@ from functools import cache
 import pytest
 import torch
 
-from kvae_comfyui.kvae import KVAE, SEGMENT_FRAMES, KVAEConfig, Method, Posterior
+from kvae_comfyui.kvae import KVAE, SEGMENT_FRAMES, Execution, KVAEConfig, Posterior
 from kvae_comfyui.kvae.engine.strips import tail_frames
 
 TRIALS = int(os.environ.get("KVAE_FUZZ_TRIALS", "240"))
@@ -46,7 +46,7 @@ class Trial:
     blocks: int
     decode: bool
     stream: bool
-    method: Method
+    execution: Execution
     shape: tuple[int, ...]  # of the clip: batch, frames, rows and columns of pixels
     dtype: torch.dtype
     memory_format: torch.memory_format
@@ -63,7 +63,7 @@ def drawn(number: int) -> Trial:
     tiles = (1, 1)
     if kvae.config.per_position and rng.random() < 0.2:
         tiles = rng.choice(((2, 1), (1, 2), (2, 2), (3, 1)))
-    method = Method(segment, rng.choice((1, 1 << 12, 1 << 15, 64 << 20)), rng.randint(0, most), tiles)
+    execution = Execution(segment, rng.choice((1, 1 << 12, 1 << 15, 64 << 20)), rng.randint(0, most), tiles)
     batch, frames = rng.choice((1, 1, 2)), rng.randint(1, 41)
     rows, columns = rng.randint(1, 3), rng.randint(1, 3)
     if tiles != (1, 1):  # of a picture that is larger than the halo on one side
@@ -75,7 +75,7 @@ def drawn(number: int) -> Trial:
         blocks,
         decode,
         tiles == (1, 1) and rng.random() < 0.5,
-        method,
+        execution,
         (batch, frames, rows * side - short[0], columns * side - short[1]),
         rng.choice((torch.float32, torch.float32, torch.float64, torch.bfloat16)),
         rng.choice((torch.contiguous_format, torch.channels_last_3d)),
@@ -132,15 +132,19 @@ def by_the_method(trial: Trial, source: torch.Tensor) -> torch.Tensor:
     kvae = model(trial.model, trial.blocks, trial.dtype)
     x = source.to(trial.dtype)
     if trial.decode:
-        return torch.cat(list(kvae.decode_stream(x, trial.method)), 2) if trial.stream else kvae.decode(x, trial.method)
-    if trial.method.tiles != (1, 1):
-        return kvae.encode(x, trial.method)
+        return (
+            torch.cat(list(kvae.decode_stream(x, trial.execution)), 2)
+            if trial.stream
+            else kvae.decode(x, trial.execution)
+        )
+    if trial.execution.tiles != (1, 1):
+        return kvae.encode(x, trial.execution)
     if not trial.stream:
-        return both(kvae.posterior(x, trial.method))
+        return both(kvae.posterior(x, trial.execution))
     sizes = [n for n in trial.chunks if n][: x.shape[2]]
     bounds = torch.tensor(sizes).cumsum(0)
     chunks = x.tensor_split(bounds[bounds < x.shape[2]].tolist(), dim=2)
-    return torch.cat([both(p) for p in kvae.encode_stream(iter(chunks), trial.method)], dim=2)
+    return torch.cat([both(p) for p in kvae.encode_stream(iter(chunks), trial.execution)], dim=2)
 
 
 def both(posterior: Posterior) -> torch.Tensor:
@@ -159,7 +163,7 @@ def test_every_way_gives_the_modules_own_result(number):
     source = source_of(trial, kvae)
     with torch.no_grad():
         expected = by_the_modules(trial, source, torch.float64)
-        if trial.method.tiles != (1, 1) and not trial.decode:
+        if trial.execution.tiles != (1, 1) and not trial.decode:
             expected = expected[:, : kvae.config.z_channels]
         y = by_the_method(trial, source)
         assert y.dtype == trial.dtype and y.shape == expected.shape, trial

@@ -44,16 +44,16 @@ def test_the_prediction_is_what_is_counted(kvae, direction):
         plan(kvae, x.shape, budget=1000, stream=True)
     least = refused.value.least.peak
     assert most.peak > 1.9 * least
-    methods = set()
+    executions = set()
     for budget in (most.peak, (most.peak + least) // 2, (most.peak + 3 * least) // 4, least):
         found = plan(kvae, x.shape, budget, stream=True)
         with PeakMemory() as memory:
-            for _ in stream(x, found.method):
+            for _ in stream(x, found.execution):
                 pass
         assert memory.peak <= found.peak <= budget
         assert found.peak <= 1.15 * memory.peak
-        methods.add(found.method)
-    assert len(methods) > 2
+        executions.add(found.execution)
+    assert len(executions) > 2
 
 
 def frontier(plan, kvae, shape, **way):
@@ -85,7 +85,7 @@ def test_no_plan_that_a_budget_gets_understates(name, direction, dtype, size):
     x = torch.empty(shape, dtype=dtype, device="meta")
     for found in frontier(plan, kvae, shape, stream=True):
         with PeakMemory() as memory:
-            for _ in stream(x, found.method):
+            for _ in stream(x, found.execution):
                 pass
         assert memory.peak <= found.peak <= 1.2 * memory.peak, found
 
@@ -117,8 +117,8 @@ def test_tiles_are_planned_too():
     least = refused.value.least.peak
     found = plan_decode(kvae, z.shape, budget=least * 9 // 10)
     with PeakMemory() as memory:
-        frames = kvae.decode(z, found.method)
-    assert found.method.tiles != (1, 1)
+        frames = kvae.decode(z, found.execution)
+    assert found.execution.tiles != (1, 1)
     assert memory.peak - frames.nbytes <= found.peak <= least * 9 // 10
 
 
@@ -135,9 +135,9 @@ def test_blended_tiles_are_planned_only_where_they_will_do_and_nothing_exact_fit
     least = refused.value.least
     assert plan(kvae, x.shape, least.peak, approximate=True) == least
     found = plan(kvae, x.shape, least.peak * 2 // 3, approximate=True)
-    assert found.method.overlap and "not exact" in str(found)
+    assert found.execution.overlap and "not exact" in str(found)
     with PeakMemory() as memory:
-        y = run(x, found.method)
+        y = run(x, found.execution)
     assert memory.peak - y.nbytes <= found.peak <= least.peak * 2 // 3
     # where nothing is filled up or converted, as here, no segment of the clip is copied; the plan cannot know
     assert found.peak <= 1.25 * (memory.peak - y.nbytes)
@@ -159,9 +159,9 @@ with torch.no_grad():
     taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     limit = taken + int(1.15 * found.peak)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    list(stream(x, found.method))
+    list(stream(x, found.execution))
     try:
-        list(stream(x, most.method) if found != most else [torch.empty(2 * most.peak, dtype=torch.uint8)])
+        list(stream(x, most.execution) if found != most else [torch.empty(2 * most.peak, dtype=torch.uint8)])
     except (RuntimeError, MemoryError):  # of PyTorch, or of oneDNN, in words of its own
         print("more fails")
 """

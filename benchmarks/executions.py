@@ -1,6 +1,6 @@
-"""What the methods of computing a clip take, the source of the costs that `kvae.engine.plan` orders them by.
+"""What the executions of computing a clip take, the source of the costs that `kvae.engine.plan` orders them by.
 
-    python -m benchmarks.methods           # prints the table
+    python -m benchmarks.executions           # prints the table
 
 Models of full size with random weights, float32, 17 frames of 128x128: seconds, the medians of interleaved runs, and
 the peak of the storages that were made meanwhile.
@@ -18,17 +18,17 @@ import torch
 from kvae_comfyui.benchmarks.kvae import exhaust
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.benchmarks.tables import publish
-from kvae_comfyui.kvae import FAMILY, KVAE, Method
+from kvae_comfyui.kvae import FAMILY, KVAE, Execution
 
 MODELS = ("1.0", "2.0-t4s8")
-METHODS = [Method(recompute=level) for level in range(4)] + [Method(strip_bytes=16 << 20)]
-SHORT = [Method(segment=8), Method(segment=4)]  # of 2.0 alone
+EXECUTIONS = [Execution(recompute=level) for level in range(4)] + [Execution(strip_bytes=16 << 20)]
+SHORT = [Execution(segment=8), Execution(segment=4)]  # of 2.0 alone
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each method (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each execution (default 3)")
     publish(table(parser.parse_args().rounds), None)
 
 
@@ -41,22 +41,22 @@ def table(rounds: int) -> Iterator[str]:
         kvae = KVAE(FAMILY[model]).eval().requires_grad_(False).fold()
         sources = {"decode": torch.randn(1, 16, 5, 16, 16), "encode": torch.rand(1, 3, 17, 128, 128) * 2 - 1}
         for direction, source in sources.items():
-            methods = METHODS + (SHORT if kvae.config.per_position else [])
-            runs = [[run(kvae, direction, source, method) for method in methods] for _ in range(rounds)]
+            executions = EXECUTIONS + (SHORT if kvae.config.per_position else [])
+            runs = [[run(kvae, direction, source, execution) for execution in executions] for _ in range(rounds)]
             first = 0.0
-            for method, results in zip(methods, zip(*runs, strict=True), strict=True):
+            for execution, results in zip(executions, zip(*runs, strict=True), strict=True):
                 seconds = statistics.median(result[0] for result in results)
                 first = first or seconds
-                row = [method.segment, method.strip_bytes >> 20, method.recompute]
+                row = [execution.segment, execution.strip_bytes >> 20, execution.recompute]
                 figures = f"{seconds:.1f} | {seconds / first:.2f} | {results[0][1] / 1e9:.2f}"
                 yield f"| {model} {direction} | {' | '.join(map(str, row))} | {figures} |"
 
 
-def run(kvae: KVAE, direction: str, source: torch.Tensor, method: Method) -> tuple[float, int]:
+def run(kvae: KVAE, direction: str, source: torch.Tensor, execution: Execution) -> tuple[float, int]:
     """Seconds, and bytes at the peak."""
     start = time.perf_counter()
     with PeakMemory() as memory:
-        exhaust(getattr(kvae, f"{direction}_stream"), source, method)
+        exhaust(getattr(kvae, f"{direction}_stream"), source, execution)
     return time.perf_counter() - start, memory.peak
 
 
