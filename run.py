@@ -45,7 +45,7 @@ TEST_STEPS = [*DEMO_STEPS, ["-r", "requirements-dev.txt"]]
 PIP_HINTS = [
     (
         r"No space left|Errno 28|not enough space|Disk quota",
-        f"the disk is full: free space in {ROOT} and in {tempfile.gettempdir()}, or set TMPDIR to a larger disk",
+        f"the disk is full: free space in {ROOT} and in {tempfile.gettempdir()}, or point TMPDIR at a larger disk",
     ),
     (
         r"name resolution|getaddrinfo|Network is unreachable|NewConnectionError|Connection|timed out|Proxy|SSL",
