@@ -160,9 +160,9 @@ def random_crops(*z_Bcthw: Tensor) -> list[Tensor]:
     """Crop `DECODED` at random places of random clips; the same places in each tensor."""
     crops = []
     for b in torch.randperm(len(z_Bcthw[0]))[: DECODED[0]].tolist():
-        where = [slice(None)]
+        region = [slice(None)]
         for n, size in zip(z_Bcthw[0].shape[2:], DECODED[1:], strict=True):
             start = int(torch.randint(n - size + 1, ()))
-            where.append(slice(start, start + size))
-        crops.append([z[b][tuple(where)] for z in z_Bcthw])
+            region.append(slice(start, start + size))
+        crops.append([z[b][tuple(region)] for z in z_Bcthw])
     return [torch.stack(each) for each in zip(*crops, strict=True)]
