@@ -105,7 +105,7 @@ def report(judge: Judge, work: Path, entries: dict[str, BenchEntry], parts: dict
     seeds = len(default.networks["h2k"])
     yield from head(
         "Adapters compared",
-        f"The tiny VAEs; trained on {len(open_pairs(work / 'train'))} pairs with {seeds} seeds; judged on "
+        f"The tiny VAEs; trained on {len(open_pairs(work / 'train'))} pairs, seeds: {seeds}; judged on "
         f"{len(judge.pairs)} pairs in latents and on {len(judge.clips)} clips of {FRAMES} frames of {SIDE}x{SIDE} "
         "in pixels. The third table of each direction has one seed.",
     )
