@@ -3,12 +3,11 @@
     python run.py demo [--videos DIR] [other options of "python -m training demo"]
     python run.py test [options of pytest]
 
-demo    trains and compares on real video files: those in DIR, else a few that come with a package
-test    ruff, mypy and pytest, all of them even if one fails
+demo    trains adapters on real videos and judges them: the videos in DIR, or a few that come with a package
+test    ruff, mypy and pytest; all of them, even if one fails
 
-Both work in .venv, an environment of their own in this folder, which they make and keep up to date by themselves.
-The first set-up takes about 3 minutes and 2 GB where PyTorch is the CPU build, and about 10 minutes and 8 GB where it
-comes with CUDA (Linux). After that it is skipped. To start afresh, delete .venv.
+Both make .venv, an environment in this folder, and keep it up to date. The first set-up lasts about 3 minutes and needs
+2 GB with the CPU build of PyTorch; with CUDA (Linux), about 10 minutes and 8 GB. To start anew, delete .venv.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ PYTHON = str(VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 STAMP = VENV / "installed-steps.txt"
 OLDEST_PYTHON = (3, 11)
 
-# The arguments of each "pip install". PyTorch comes first, so that no other package can pull in another build of it.
+# The arguments of each "pip install". PyTorch comes first, so that no other package installs another build of it.
 DEMO_STEPS = [
     ["-r", "requirements-torch.txt"],
     ["-r", "requirements-training.txt"],
@@ -42,11 +41,11 @@ DEMO_STEPS = [
 ]
 TEST_STEPS = [*DEMO_STEPS, ["-r", "requirements-dev.txt"]]
 
-# What to try, by what pip said; the first that matches counts.
+# What to try, by pip's message; the first match counts.
 PIP_HINTS = [
     (
         r"No space left|Errno 28|not enough space|Disk quota",
-        f"the disk is full: free some space in {ROOT} and in {tempfile.gettempdir()}, or set TMPDIR to a larger folder",
+        f"the disk is full: free space in {ROOT} and in {tempfile.gettempdir()}, or point TMPDIR at a larger disk",
     ),
     (
         r"name resolution|getaddrinfo|Network is unreachable|NewConnectionError|Connection|timed out|Proxy|SSL",
@@ -54,40 +53,43 @@ PIP_HINTS = [
     ),
     (
         r"No matching distribution",
-        "there may be no build for this system and Python {python}: try Python 3.12 and a new .venv",
+        "this system and Python {python} may have no build: try Python 3.12 and a new .venv",
     ),
-    (r"", "see pip's message above, then run this again; if it stays, delete .venv first"),
+    (r"", "see pip's message above, then run this again; if that fails too, delete .venv first"),
 ]
 
 
 def main(args: list[str]) -> int:
+    """Run the command and return its exit code."""
     if not args or {"-h", "--help"} & set(args):
         print((__doc__ or "").strip())
         return 0
     if sys.version_info < OLDEST_PYTHON:
-        fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
+        fail(f"this is Python {sys.version.split()[0]}; Python 3.11 or newer is needed")
     command, *rest = args
     if command == "demo":
         return demo(rest)
     if command == "test":
         return test(rest)
-    fail(f'no command "{command}": it is "demo" or "test" (python run.py -h says more)')
+    fail(f'unknown command "{command}": give "demo" or "test" (see python run.py -h)')
 
 
 def demo(args: list[str]) -> int:
+    """Run `python -m training demo` in .venv."""
     parser = argparse.ArgumentParser("run.py demo", add_help=False, allow_abbrev=False)
     parser.add_argument("--videos", type=Path, metavar="DIR")
     known, rest = parser.parse_known_args(args)
     if known.videos:
         if not known.videos.is_dir():
-            fail(f"--videos: there is no folder {known.videos}")
-        # The demo runs in the checkout, the user may have named the folder from elsewhere.
+            fail(f"--videos {known.videos}: no such folder")
+        # The demo runs in the checkout, but the user may run this from another folder.
         rest += ["--videos", str(known.videos.resolve())]
     set_up(DEMO_STEPS)
     return run([PYTHON, "-m", "training", "demo", *rest])
 
 
 def test(args: list[str]) -> int:
+    """Run ruff, mypy and pytest in .venv; return 1 if one of them fails."""
     set_up(TEST_STEPS)
     results = {
         "ruff check": run([PYTHON, "-m", "ruff", "check"]),
@@ -96,15 +98,15 @@ def test(args: list[str]) -> int:
         "pytest": run([PYTHON, "-m", "pytest", *args]),
     }
     failed = [name for name, code in results.items() if code]
-    print(f"\nfailed: {', '.join(failed)}" if failed else f"\nall is well: {', '.join(results)}")
+    print(f"\nfailed: {', '.join(failed)}" if failed else f"\npassed: {', '.join(results)}")
     return 1 if failed else 0
 
 
 def copy_for_mypy() -> Path:
-    """Copy our packages into a package of a fixed name, and return the folder to run mypy in.
+    """Copy our packages into one package with a fixed name, and return the folder to run mypy in.
 
-    The packages import from each other with "from ..kvae", which mypy follows only inside a common package. The
-    checkout is one in ComfyUI alone, and its folder need not have a valid name.
+    The packages import from each other with "from ..kvae", which mypy follows only inside a common package. Only
+    ComfyUI imports the checkout as a package, and its folder need not have a valid name.
     """
     folder = VENV / "typed"
     shutil.rmtree(folder / "kvae_comfyui", ignore_errors=True)
@@ -114,7 +116,7 @@ def copy_for_mypy() -> Path:
 
 
 def set_up(steps: list[list[str]]) -> None:
-    """Make .venv and install into it what is not there yet; quick when nothing is missing."""
+    """Make .venv if needed, and install the steps that are missing in it."""
     start = time.monotonic()
     version = venv_version()
     if version < OLDEST_PYTHON:
@@ -131,7 +133,7 @@ def set_up(steps: list[list[str]]) -> None:
 
 
 def venv_version() -> tuple[int, ...]:
-    """The Python version of .venv; (0,) if its Python does not start or its pip is not all there."""
+    """Python version of .venv; (0,) if its Python does not start or its pip is incomplete."""
     code = "import sys, importlib.metadata as m; m.version('pip'); print(*sys.version_info[:2])"
     try:
         return tuple(map(int, subprocess.check_output([PYTHON, "-c", code], stderr=subprocess.DEVNULL).split()))
@@ -140,24 +142,26 @@ def venv_version() -> tuple[int, ...]:
 
 
 def make_venv() -> None:
+    """Make an empty .venv, in the place of one that does not work."""
     if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         fail(
-            "this Python cannot make environments: on Debian or Ubuntu run "
-            f'"sudo apt install python3.{sys.version_info[1]}-venv", elsewhere install Python from python.org'
+            "this Python cannot make environments: on Debian or Ubuntu, run "
+            f'"sudo apt install python3.{sys.version_info[1]}-venv"; elsewhere, install Python from python.org'
         )
-    again = "is not usable, it is made anew" if VENV.exists() else "is made now"
-    print(f"{VENV} {again}; the set-up takes about 3 minutes, or 10 where PyTorch comes with CUDA")
+    why = " because the one here does not work" if VENV.exists() else ""
+    print(f"making {VENV}{why}; the set-up lasts about 3 minutes, or 10 if PyTorch comes with CUDA")
     if run([sys.executable, "-m", "venv", "--clear", str(VENV)]):
-        fail(f"making {VENV} failed, see the message above: is the disk full, or the folder not writable?")
+        fail(f"cannot make {VENV}, see the message above: is the disk full, or the folder not writable?")
 
 
 def digest(step: list[str], version: tuple[int, ...]) -> str:
-    """Changes with any requirement file, as one may include another, and with the Python version."""
+    """Hash of a step, the Python version and all requirement files, because one file may include another."""
     files = b"".join(path.read_bytes() for path in sorted(ROOT.glob("requirements*.txt")))
     return hashlib.sha256(repr((step, version, files)).encode()).hexdigest()
 
 
 def pip_install(step: list[str]) -> None:
+    """Install a step, or exit with what to try."""
     command = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *step]
     errors: list[str] = []
     if run(command, errors):
@@ -166,7 +170,7 @@ def pip_install(step: list[str]) -> None:
 
 
 def run(command: list[str], errors: list[str] | None = None, cwd: Path = ROOT) -> int:
-    """Run a command, in the checkout, and return its exit code; if `errors` is given, collect its error lines there."""
+    """Run a command in the checkout and return its exit code; append its error lines to `errors`, if given."""
     print(f"$ {shown(command)}", flush=True)
     pipe = None if errors is None else subprocess.PIPE
     child = subprocess.Popen(command, cwd=cwd, stderr=pipe, text=True, errors="replace")
@@ -177,7 +181,7 @@ def run(command: list[str], errors: list[str] | None = None, cwd: Path = ROOT) -
                 errors.append(line)
         return child.wait()
     except KeyboardInterrupt:
-        # The terminal sent Ctrl-C to the child as well: let it end in its own way, but not for ever.
+        # The terminal sent Ctrl-C to the child as well: give it time to end by itself.
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             child.wait(10)
         child.kill()
@@ -185,12 +189,13 @@ def run(command: list[str], errors: list[str] | None = None, cwd: Path = ROOT) -
 
 
 def shown(command: list[str]) -> str:
-    """The command as one would type it in the checkout."""
+    """The command as you would type it in the checkout."""
     short = [arg.replace(f"{ROOT}{os.sep}", "") for arg in command]
     return subprocess.list2cmdline(short) if os.name == "nt" else shlex.join(short)
 
 
 def fail(message: str) -> NoReturn:
+    """Exit with code 1 and one line."""
     sys.exit(f"run.py: {message}")
 
 

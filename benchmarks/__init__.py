@@ -1,1 +1,1 @@
-"""Measurements, side by side in one run: each module prints its table."""
+"""Measurements against other implementations, side by side in one run: each module prints its tables."""

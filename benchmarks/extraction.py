@@ -1,12 +1,12 @@
-"""Extraction beside the one-clip-at-a-time way with the same VAEs: seconds, interleaved in one run.
+"""`extract` compared with one clip at a time by the same VAEs: seconds, interleaved in one run.
 
     python -m benchmarks.extraction --videos-root UCF101 --clips 24
     python -m benchmarks.extraction --videos-root VIDEOS --clips 24 --clips-per-video 8
 
-The plain way, as the published pairs were made: for each clip decode the video, cut and resize, encode with one VAE
-and with the other, in the modules of diffusers (which has none for a KVAE other than KVAE-3D-1.0), compress, write;
-then the next. Both sides run on one thread a library (PyTorch's and the decoder's), take the same windows and make the
-same pairs, which is checked. The VAEs are loaded outside of the time.
+One at a time is how the published pairs were made: decode the video, cut and resize, encode with one VAE and then with
+the other in the modules of diffusers, compress, write; then the next clip. (diffusers has no module for a KVAE other
+than KVAE-3D-1.0.) Both sides have one thread for PyTorch and one for the video decoder, cut the same windows and make
+the same pairs, which is checked. Loading the VAEs is not timed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,7 +38,32 @@ from kvae_comfyui.training.vaes import HunyuanVAE, KandinskyVAE, VideoVAE, load_
 
 
 def main() -> None:
-    """Print the ratio."""
+    """Time both sides in turns, check that they made the same pairs, and print the ratio."""
+    options = parse_options()
+    torch.set_num_threads(1)
+    seconds: dict[str, list[float]] = {"one at a time": [], "extract": []}
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(options)
+        ours = load_hunyuan_vae(config.hunyuan_vae, config.device), load_kandinsky_vae(config.kvae, config.device)
+        sides = {
+            "one at a time": partial(one_at_a_time, config, plain_hunyuan(ours[0]), plain_kvae(ours[1])),
+            "extract": partial(extract_with, config, *ours),
+        }
+        for n in range(options.rounds):
+            for name, side in sides.items():
+                config.output_root = os.path.join(folder, f"{name} {n}")
+                start = time.perf_counter()
+                side()
+                seconds[name].append(time.perf_counter() - start)
+                print(f"round {n + 1}, {name}: {seconds[name][-1]:.1f} s", flush=True)
+            check_same(Path(folder, f"one at a time {n}"), Path(folder, f"extract {n}"))
+    theirs, took = (statistics.median(each) for each in seconds.values())
+    print(f"{options.clips} clips of {options.size}, medians of {options.rounds}: {theirs:.1f} s → {took:.1f} s")
+    print(f"ratio {theirs / took:.2f}")
+
+
+def parse_options() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos-root", required=True)
     parser.add_argument("--clips", type=int, default=16, help="clips a round (default 16)")
@@ -48,43 +74,33 @@ def main() -> None:
     parser.add_argument("--size", default="33x128x128", help="FRAMESxHEIGHTxWIDTH (default 33x128x128)")
     parser.add_argument("--batch-size", type=int, default=extract.BATCH_SIZE)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    return parser.parse_args()
+
+
+def config_of(options: argparse.Namespace) -> extract.ExtractConfig:
+    """The settings of both sides, except for the folder to write to."""
     frames, height, width = map(int, options.size.split("x"))
-    with tempfile.TemporaryDirectory() as folder:
-        config = extract.ExtractConfig(
-            videos_root=options.videos_root,
-            output_root="",
-            hunyuan_vae=options.hunyuan_vae,
-            kvae=options.kvae,
-            max_clips=options.clips,
-            clips_per_video=options.clips_per_video,
-            num_frames=frames,
-            fit="stretch",
-            height=height,
-            width=width,
-            batch_size=options.batch_size,
-            device=options.device,
-        )
-        ours = load_hunyuan_vae(config.hunyuan_vae, config.device), load_kandinsky_vae(config.kvae, config.device)
-        plain = plain_hunyuan(ours[0]), plain_kvae(ours[1])
-        loaded: Any = {"load_hunyuan_vae": lambda *_: ours[0], "load_kandinsky_vae": lambda *_: ours[1]}
-        seconds: dict[str, list[float]] = {"one at a time": [], "extract": []}
-        for n in range(options.rounds):
-            for name in seconds:
-                config.output_root = os.path.join(folder, f"{name} {n}")
-                start = time.perf_counter()
-                if name == "extract":
-                    with contextlib.redirect_stdout(io.StringIO()), patch.multiple(extract, **loaded):
-                        extract.run(config)
-                else:
-                    one_at_a_time(config, *plain)
-                seconds[name].append(time.perf_counter() - start)
-                print(f"round {n + 1}, {name}: {seconds[name][-1]:.1f} s", flush=True)
-            check_same(Path(folder, f"one at a time {n}"), Path(folder, f"extract {n}"))
-    theirs, took = (statistics.median(each) for each in seconds.values())
-    print(f"{options.clips} clips of {options.size}, medians of {options.rounds}: {theirs:.1f} s → {took:.1f} s")
-    print(f"ratio {theirs / took:.2f}")
+    return extract.ExtractConfig(
+        videos_root=options.videos_root,
+        output_root="",
+        hunyuan_vae=options.hunyuan_vae,
+        kvae=options.kvae,
+        max_clips=options.clips,
+        clips_per_video=options.clips_per_video,
+        num_frames=frames,
+        fit="stretch",
+        height=height,
+        width=width,
+        batch_size=options.batch_size,
+        device=options.device,
+    )
+
+
+def extract_with(config: extract.ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> None:
+    """Run `extract` with VAEs that are already loaded."""
+    loaded: dict[str, Any] = {"load_hunyuan_vae": lambda *_: hunyuan, "load_kandinsky_vae": lambda *_: kvae}
+    with contextlib.redirect_stdout(io.StringIO()), patch.multiple(extract, **loaded):
+        extract.run(config)
 
 
 def plain_hunyuan(hunyuan: HunyuanVAE) -> HunyuanVAE:
@@ -95,7 +111,7 @@ def plain_hunyuan(hunyuan: HunyuanVAE) -> HunyuanVAE:
 
 
 def plain_kvae(kvae: KandinskyVAE) -> KandinskyVAE:
-    """The same weights in diffusers' own module, where it has one."""
+    """The same weights in diffusers' own module, if it has one."""
     return DiffusersKVAE(kvae) if kvae.kvae.config == KVAEConfig() else kvae
 
 
@@ -112,12 +128,13 @@ class DiffusersKVAE(KandinskyVAE):
 
     @torch.inference_mode()
     def encode(self, x_B3THW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """uint8 [B, 3, T, H, W] → raw latents, the posterior's mode."""
         x = pad_frames(to_unit(x_B3THW.to(self.vae.device), KVAE_HALF_RANGE))
         return self.vae.encode(x).latent_dist.mode().float()
 
 
 def one_at_a_time(config: extract.ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> None:
-    """The plain loop: nothing overlaps, and every window decodes its video from the start."""
+    """Extract in a plain loop: nothing overlaps, and every window decodes its video from the start."""
     root, out = Path(config.videos_root), Path(config.output_root)
     left = config.max_clips
     for video in find_videos(root):
@@ -137,10 +154,10 @@ def one_at_a_time(config: extract.ExtractConfig, hunyuan: VideoVAE, kvae: VideoV
 
 
 def check_same(plain: Path, ours: Path) -> None:
-    """Both made the same pairs, to the last bits of fp16."""
+    """Exit unless both sides made the same pairs, up to the last bits of fp16."""
     one, other = ([path.relative_to(root) for path in find_pairs(root)] for root in (plain, ours))
     if one != other:
-        raise SystemExit(f"{len(one)} and {len(other)} pairs, of other names")
+        raise SystemExit(f"the two sides made {len(one)} and {len(other)} pairs, or pairs of different names")
     for path in one:
         a, b = read_pair(plain / path), read_pair(ours / path)
         for x, y in ((a.z_h, b.z_h), (a.z_k, b.z_k)):

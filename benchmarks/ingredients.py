@@ -1,4 +1,4 @@
-"""What the default recipe of the adapters was taken apart into, and what was tried beside it: recipes for the bench.
+"""The ingredients of the default recipe, and what else was tried: recipes for `benchmarks.adapters`.
 
 # B batch, c channels, t latent frames, h/w latent rows and columns; z_h HunyuanVideo's latents, z_k KVAE's
 """
@@ -19,15 +19,14 @@ from kvae_comfyui.training.adapters.train import DIRECTIONS
 from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kandinsky_vae
 
 DECODED = (2, 3, 6, 6)  # clips, latent frames, rows and columns that a step decodes
-JACOBIANS = 16  # times as many crops
-FLOOR = 1e-4  # added to squared errors of decodes: pixels 46 dB alike need not come nearer
-
+JACOBIANS = 16  # draws of DECODED crops that M is averaged over
+FLOOR = 1e-4  # added to squared errors of decodes: pixels that agree to 46 dB need not come closer
 
 PLAIN = Recipe(loss=latent_errors)
 
 
 def ingredients() -> dict[str, tuple[dict[str, Any], Recipe]]:
-    """Names → options that are not the command's defaults, and the recipe: PLAIN first, then one change of it each."""
+    """Names → changed options of `train`, and the recipe: PLAIN first, then recipes that change one thing in it."""
     return {
         "squared errors alone": ({}, PLAIN),
         "not from the closed form": ({}, replace(PLAIN, closed_form=False)),
@@ -47,7 +46,7 @@ def ingredients() -> dict[str, tuple[dict[str, Any], Recipe]]:
 
 
 def with_noise(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, share: float) -> Errors:
-    """White noise in the sources, of up to this share of their deviation, one strength for each clip."""
+    """Add white noise to the sources, one strength for each clip: up to `share` of their deviation."""
 
     def noisy(z: Tensor, network: Network) -> Tensor:
         strength = share * torch.rand(len(z), 1, 1, 1, 1, device=z.device)
@@ -57,7 +56,7 @@ def with_noise(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, sha
 
 
 def with_statistics(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, share: float) -> Errors:
-    """Every source channel scaled and shifted, by up to this share of its deviation, one draw for each clip."""
+    """Scale and shift every source channel, one draw for each clip: by up to `share` of its deviation."""
 
     def shifted(z: Tensor, network: Network) -> Tensor:
         scale, shift = share * (2 * torch.rand(2, *z.shape[:2], 1, 1, 1, device=z.device) - 1)
@@ -70,6 +69,7 @@ def with_statistics(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor
 def _from_disturbed(
     networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, disturb: Callable[[Tensor, Network], Tensor]
 ) -> Errors:
+    """Squared errors of both adapters on disturbed sources."""
     return {
         "h2k": latent_error(networks["h2k"](disturb(z_h, networks["h2k"])), z_k, weight),
         "k2h": latent_error(networks["k2h"](disturb(z_k, networks["k2h"])), z_h, weight),
@@ -77,7 +77,7 @@ def _from_disturbed(
 
 
 def with_cycle(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, factor: float) -> Errors:
-    """And there and back again must be where it was."""
+    """Squared errors of both adapters, and `factor` times those of both round trips."""
     k_hat, h_hat = networks["h2k"](z_h), networks["k2h"](z_k)
     return {
         "h2k": latent_error(k_hat, z_k, weight),
@@ -88,14 +88,14 @@ def with_cycle(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, fac
 
 
 class WithDecodes:
-    """And the targets' frozen decoders must make the same of crops of what the adapters give as of the right latents.
+    """Squared errors of both adapters, and the error of what the targets' frozen decoders make of random crops.
 
-    The term is the mean logarithm of squared errors, one for each crop, which is PSNR.
+    That second term is the mean logarithm of the squared error of each crop, which is its PSNR.
 
     Args:
-        factor: of that term.
-        directions: those that have it.
-        after: how many steps go by without it.
+        factor: weight of the second term.
+        directions: those that have the second term.
+        after: number of steps before the second term begins.
     """
 
     def __init__(self, factor: float, directions: Sequence[str], after: int = 0):
@@ -117,15 +117,16 @@ class WithDecodes:
 
 
 def load_decoders() -> dict[str, Callable[[Tensor], Tensor]]:
-    """What decodes the targets of each direction: the embedded VAEs, frozen."""
+    """The frozen decoder of each direction's targets, from the tiny VAEs: raw latents → pixels in −1..1."""
     kvae, hunyuan = load_kandinsky_vae("tiny", "cpu").kvae, load_hunyuan_vae("tiny", "cpu").vae
     return {"h2k": kvae.decode, "k2h": lambda z: hunyuan.decode(z).sample}
 
 
 class ByJacobians:
-    """Errors of latents weigh as much as they show: e'Me, where M is a frozen decoder's mean J'J, of mean eigenvalue 1.
+    """Errors e of latents, weighed by how much they show: e'Me, where M is a frozen decoder's mean J'J.
 
-    Taken from the first batch, with random signs v of the pixels: J'J is the mean of J'v (J'v)'.
+    M is scaled to a mean eigenvalue of 1. It is estimated from the first batch: with random signs v of the pixels,
+    J'J is the mean of J'v (J'v)'.
     """
 
     def __init__(self) -> None:
@@ -156,12 +157,12 @@ class ByJacobians:
 
 
 def random_crops(*z_Bcthw: Tensor) -> list[Tensor]:
-    """The same `DECODED` at random places of random clips of each."""
+    """Crop `DECODED` at random places of random clips; the same places in each tensor."""
     crops = []
     for b in torch.randperm(len(z_Bcthw[0]))[: DECODED[0]].tolist():
-        where = [slice(None)]
+        region = [slice(None)]
         for n, size in zip(z_Bcthw[0].shape[2:], DECODED[1:], strict=True):
             start = int(torch.randint(n - size + 1, ()))
-            where.append(slice(start, start + size))
-        crops.append([z[b][tuple(where)] for z in z_Bcthw])
+            region.append(slice(start, start + size))
+        crops.append([z[b][tuple(region)] for z in z_Bcthw])
     return [torch.stack(each) for each in zip(*crops, strict=True)]

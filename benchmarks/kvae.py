@@ -1,7 +1,7 @@
 """KVAE beside diffusers' KVAE: seconds, side by side in one run, and peak memory.
 
     python -m benchmarks.kvae                          # prints the tables
-    python -m benchmarks.kvae --write docs/performance.md
+    python -m benchmarks.kvae --write docs/results/kvae.md
 
 Memory is counted on the meta device (see `benchmarks.storages`), so any size can be asked for on any machine, and
 measured here for one (see `benchmarks.peak`). Times are medians of interleaved runs of models of full size with the

@@ -1,11 +1,11 @@
-"""What the pairs are best made of: the default recipe on pairs extracted in several ways, judged on the same clips.
+"""How pairs are best extracted: the default recipe on pairs extracted in several ways, judged on the same clips.
 
-    python -m benchmarks.pairs --videos-root UCF101 --work bench-pairs
+    python -m benchmarks.pairs --videos-root UCF101 --work bench-pairs --write docs/results/pairs.md
 
-One clip of each video of groups g08 and up and its mirror image, in as many pairs and steps for every row: 17 frames
-of 128x128 from the start, the posterior's mode, but for what the row says. Judged on one clip of each video of g01 to
-g07: the first 17 frames of 128x128, of 192x256, and frame 0 alone. What is made stays under --work: the same command
-goes on after an interruption.
+Every row trains on as many pairs, for as many steps: one clip of each video of groups g08 and up, and its mirror image.
+A clip is the first 17 frames of 128x128 and the posterior's mode, except for what the row names. The judges are one
+clip of each video of g01 to g07: its first 17 frames of 128x128 and of 192x256, and frame 0 alone. Pairs and adapters
+stay under --work: the same command goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvae_comfyui.benchmarks.adapters import SIDE, Bench, Row, paired, share, train_rows
-from kvae_comfyui.benchmarks.tables import publish
+from kvae_comfyui.benchmarks.entries import BenchEntry, Training, train_entries
+from kvae_comfyui.benchmarks.judge import FRAMES, SIDE, Judge, mean_and_difference, nmse
+from kvae_comfyui.benchmarks.tables import head, publish
 from kvae_comfyui.training.adapters.recipe import DEFAULT, Errors, Networks, with_change
 from kvae_comfyui.training.adapters.train import DIRECTIONS
 from kvae_comfyui.training.data import extract
@@ -30,41 +31,52 @@ from kvae_comfyui.training.data.videos import find_videos
 
 # z_h HunyuanVideo's latents, z_k KVAE's, [B, c, t, h, w]
 
-Size = tuple[int, int, int]
-CLIP: Size = (17, SIDE, SIDE)  # frames, height, width
-LARGE: Size = (17, 192, 256)
+Size = tuple[int, int, int]  # frames, height, width
+CLIP: Size = (FRAMES, SIDE, SIDE)
+LARGE: Size = (FRAMES, 192, 256)
 SIZES: list[Size] = [CLIP, (33, 96, 160), (9, 192, 192)]
 EXTRACTIONS: dict[str, dict[str, Any]] = {
     "mode": {},
     "sample": {"posterior": "sample"},
     "spread": {"sampling": "uniform"},
 }
+COLUMNS = """\
+- *of variance*: squared error of the latents divided by the variance of the target latents (NMSE).
+- *frame 0*: the same for the first latent frame alone. *192x256*: the same for pictures of that size.
+- *PSNR*: the decode against the original. *PSNR source*: against the source VAE's decode of the same latent.
+- *flicker*: root mean square of the change of the error from frame to frame, in 0..255.
+- *−*: mean difference to the first row, clip by clip, ± its standard error over the clips."""
 
 
 def main() -> None:
-    """Extract, train, judge, print the tables; write them too, where asked."""
+    """Extract, train and judge; print the tables, and write them if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos-root", required=True, type=Path, help="UCF101, or part of it")
     parser.add_argument("--work", required=True, type=Path, help="folder for the pairs and the adapters")
     parser.add_argument("--epochs", type=int, default=13, help="of every row (default 13)")
-    parser.add_argument("--clips", type=int, default=12, help="clips of the pixel figures (default 12)")
+    parser.add_argument("--clips", type=int, default=12, help="clips to judge in pixels (default 12)")
     parser.add_argument("--write", type=Path, help="Markdown file to write the tables to")
     options = parser.parse_args()
     extract_all(options.videos_root, options.work)
-    mode, *others = (({"latent_root": str(options.work / name)}, DEFAULT) for name in (*EXTRACTIONS, "sizes"))
-    rows = {
+    entries = train_entries(options.work, options.epochs, trainings(options.work), seeds=1)
+    judge = Judge(options.work, str(options.videos_root), options.clips)
+    publish(report(judge, options.work, entries), options.write)
+
+
+def trainings(work: Path) -> dict[str, Training]:
+    """The default recipe on each extraction, and a recipe that learns frame 0 alone as well."""
+    mode, sample, spread, sizes = (({"latent_root": str(work / name)}, DEFAULT) for name in (*EXTRACTIONS, "sizes"))
+    return {
         "mode, consecutive, one size": mode,
-        "posterior samples": others[0],
-        "frames spread over the video": others[1],
-        "three sizes and lengths": others[2],
+        "posterior samples": sample,
+        "frames spread over the video": spread,
+        "three sizes and lengths": sizes,
         "frame 0 alone as well": (mode[0], replace(DEFAULT, loss=partial(with_frame_0, factor=0.2))),
     }
-    trained = train_rows(options.work, options.epochs, rows, seeds=1)
-    publish(report(options.work, str(options.videos_root), trained, options.clips), options.write)
 
 
 def extract_all(videos_root: Path, work: Path) -> None:
-    """The pairs of every row, and those to judge on."""
+    """Extract the pairs of every row, and those of the judges."""
     for name, changes in EXTRACTIONS.items():
         extract_one(videos_root, work / name, CLIP, mirror="yes", **changes)
     videos = find_videos(videos_root, "train")
@@ -81,19 +93,14 @@ def extract_all(videos_root: Path, work: Path) -> None:
 
 
 def extract_one(videos_root: Path, out: Path, size: Size, **changes: Any) -> None:
+    """Extract the training split with the tiny VAEs; `changes` are other options of `extract`."""
     frames, height, width = size
-    options: Any = {
-        "split": "train",
-        "num_frames": frames,
-        "height": height,
-        "width": width,
-        "fit": "stretch",
-    } | changes
-    extract.run(extract.ExtractConfig(str(videos_root), str(out), **options))
+    options: dict[str, Any] = {"split": "train", "num_frames": frames, "height": height, "width": width}
+    extract.run(extract.ExtractConfig(str(videos_root), str(out), **options | {"fit": "stretch"} | changes))
 
 
 def with_frame_0(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, factor: float) -> Errors:
-    """And pictures: latent 0 of a clip is what its first frame alone gives."""
+    """Errors of `with_change`, and `factor` times the same errors of latent 0 mapped alone, as a picture is."""
     first = weight[:, :, :1] / weight[:, :, :1].sum((1, 2, 3, 4), keepdim=True)
     pictures = with_change(networks, z_h[:, :, :1], z_k[:, :, :1], first)
     pictures = {f"{name} of frame 0": factor * error for name, error in pictures.items()}
@@ -101,24 +108,31 @@ def with_frame_0(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, f
 
 
 @torch.inference_mode()
-def report(work: Path, videos_root: str, rows: dict[str, Row], clips: int) -> Iterator[str]:
-    """The tables, line by line, as Markdown."""
-    bench, large = Bench(work, videos_root, clips), open_pairs(work / "large")
-    for direction, name in zip(DIRECTIONS, ("H→K", "K→H"), strict=True):
+def report(judge: Judge, work: Path, entries: dict[str, BenchEntry]) -> Iterator[str]:
+    """The results file, line by line."""
+    large = open_pairs(work / "large")
+    yield from head(
+        "Pairs compared",
+        f"The tiny VAEs; the default recipe on {len(open_pairs(work / 'mode'))} pairs with one seed; judged on "
+        f"{len(judge.pairs)} pairs in latents and on {len(judge.clips)} clips in pixels.",
+    )
+    yield ""
+    yield from COLUMNS.splitlines()
+    for direction, title in zip(DIRECTIONS, ("H→K", "K→H"), strict=True):
         base: Tensor | None = None
         yield ""
-        yield f"## {name}"
+        yield f"## {title}"
         yield ""
         yield "| | of variance | frame 0 | 192x256 | PSNR | − first row | PSNR source | − | flicker | − |"
         yield "|---|---|---|---|---|---|---|---|---|---|"
-        for row, trained in rows.items():
-            networks = trained.networks[direction]
-            shares = share(direction, networks, bench.pairs), share(direction, networks, bench.pairs, latents=1)
-            cells = [f"{each:.2%}" for each in (*shares, share(direction, networks, large))]
-            figures = bench.pixels(direction, networks)
-            base = figures if base is None else base
-            cells += [f"{figures[:, j].mean():.2f} | {paired(figures[:, j] - base[:, j])}" for j in range(3)]
-            yield f"| {row} | {' | '.join(cells)} |"
+        for name, entry in entries.items():
+            networks = entry.networks[direction]
+            errors = nmse(direction, networks, judge.pairs), nmse(direction, networks, judge.pairs, latents=1)
+            cells = [f"{error:.2%}" for error in (*errors, nmse(direction, networks, large))]
+            metrics = judge.pixels(direction, networks)
+            base = metrics if base is None else base
+            cells += [mean_and_difference(metrics[:, j], base[:, j]) for j in range(3)]
+            yield f"| {name} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Peak memory by counting storages: the same on every device, the meta device included, where nothing is computed.
+"""Peak memory by counting storages: the same on every device, and on meta, where nothing is computed.
 
     with PeakMemory() as memory:
         video = kvae.decode(z)
-    memory.peak        # bytes of the storages that were made inside and alive at one time; inputs and weights are not
+    memory.peak        # bytes of the storages made inside and alive at the same time; not inputs and weights
 
-What a convolution's kernel takes for itself while it runs is not a storage, and is not counted.
+Memory that a kernel allocates for itself while it runs is not a storage, and is not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """While this lasts, follows every storage from the operator that makes it to its end."""
+    """Context manager that follows every storage from the operator that makes it until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()

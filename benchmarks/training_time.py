@@ -4,10 +4,10 @@
     python -m benchmarks.training_time … --epochs 25        # a tenth of the recipe, and a tenth of the ratio
 
 The published recipe trains from random weights: 1x1x1 networks, AdamW at 1e-4, batches of 512, 250 epochs. The other
-side is what `train` starts from: affine 3x3x3 maps in closed form. Both read the same pairs, and both are judged by
-their mean squared error on the validation pairs, outside of the time that is counted. Seconds are those of the CPU,
-with one thread, so that other work on the machine does not count. The last line is where the time of a training of the
-default network went: its epochs' seconds on the clock, and how many of them it waited for data.
+side is where `train` starts: affine 3x3x3 maps in closed form. Both read the same pairs, and both are judged by their
+mean squared error on the validation pairs, which is not timed. Seconds are those of the clock, with one thread: let
+nothing else run. The last line tells where a training of the default network spends its time: the seconds of its
+epochs, and how many of them it waited for data.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import contextlib
 import io
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,79 +40,55 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=250, help="of the published recipe (default 250)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    roots = {"latent_root": options.latent_root, "val_latent_root": options.val_latent_root, "device": "cpu"}
-    val = open_pairs(options.val_latent_root)
+    roots = {"latent_root": options.latent_root, "val_latent_root": options.val_latent_root}
 
-    start = time.process_time()
+    start = time.perf_counter()
     fits = fit_both_ways(open_pairs(options.latent_root), "cpu")
     maps = {name: fit.solve() for name, fit in fits.items()}
-    closed_form = time.process_time() - start
+    closed_form = time.perf_counter() - start
+    val = open_pairs(options.val_latent_root)
     ours = {name: error(network, name, val) for name, network in maps.items()}
     print(f"closed form: {closed_form:.1f} s, {shown(ours)}", flush=True)
 
+    log = log_of_training(**roots, **PUBLISHED, epochs=options.epochs)
+    published, _ = epoch_seconds(log)
+    theirs = {name: min(row[f"val_{name}"] for row in log if f"val_{name}" in row) for name in train.DIRECTIONS}
+    print(f"published recipe, {options.epochs} epochs: {published:.1f} s, {shown(theirs)}", flush=True)
+    reached = all(ours[name] <= theirs[name] for name in ours)
+    print(f"ratio 1/{published / closed_form:.0f}" if reached else "the closed form has not reached that error")
+
+    seconds, waited = epoch_seconds(log_of_training(**roots, epochs=2))
+    print(f"default network, 2 epochs: {seconds:.1f} s, of which {waited:.2f} s ({waited / seconds:.1%}) for data")
+
+
+def log_of_training(**options: Any) -> list[dict]:
+    """Train into a folder that is then deleted, and return the rows of train.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
-        with beside("fit_both_ways", "_validate", "_report") as uncounted:
-            start = time.process_time()
-            rows = run(train.TrainConfig(**roots, **PUBLISHED, epochs=options.epochs, **outputs(folder)), folder)  # type: ignore[arg-type]
-            published = time.process_time() - start - sum(uncounted)
-        theirs = {name: min(row[f"val_{name}"] for row in rows if f"val_{name}" in row) for name in train.DIRECTIONS}
-        print(f"published recipe, {options.epochs} epochs: {published:.1f} s, {shown(theirs)}", flush=True)
-        reached = all(ours[name] <= theirs[name] for name in ours)
-        print(f"ratio 1/{published / closed_form:.0f}" if reached else "the closed form has not reached that error")
-
-        rows = run(train.TrainConfig(**roots, epochs=2, **outputs(folder)), folder)  # type: ignore[arg-type]
-        seconds, waited = (sum(row.get(key, 0) for row in rows) for key in ("seconds", "waited"))
-        print(f"default network, 2 epochs: {seconds:.1f} s, of which {waited:.2f} s ({waited / seconds:.1%}) for data")
+        files = {f"out_{name}": str(Path(folder, f"{name}.safetensors")) for name in train.DIRECTIONS}
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.run(train.TrainConfig(**options | files | {"device": "cpu"}))
+        return read_log(Path(folder, "train.jsonl"))
 
 
-@contextlib.contextmanager
-def beside(*names: str) -> Iterator[list[float]]:
-    """The CPU seconds spent in these functions of `train`."""
-    spent: list[float] = []
-
-    def timed(function: Callable) -> Callable:
-        def call(*args: object) -> object:
-            start = time.process_time()
-            try:
-                return function(*args)
-            finally:
-                spent.append(time.process_time() - start)
-
-        return call
-
-    real = {name: getattr(train, name) for name in names}
-    for name, function in real.items():
-        setattr(train, name, timed(function))
-    try:
-        yield spent
-    finally:
-        for name, function in real.items():
-            setattr(train, name, function)
-
-
-def outputs(folder: str) -> dict[str, str]:
-    return {f"out_{name}": str(Path(folder, f"{name}.safetensors")) for name in train.DIRECTIONS}
-
-
-def run(config: train.TrainConfig, folder: str) -> list[dict]:
-    """The rows of the training's log."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.run(config)
-    return read_log(Path(folder, "train.jsonl"))
+def epoch_seconds(log: list[dict]) -> tuple[float, float]:
+    """Seconds of all epochs without validation, and how many of them the training waited for data."""
+    seconds, waited = (sum(row.get(key, 0.0) for row in log) for key in ("seconds", "waited"))
+    return seconds, waited
 
 
 @torch.inference_mode()
-def error(network: torch.nn.Module, name: str, val: Pairs) -> float:
+def error(network: torch.nn.Module, direction: str, val: Pairs) -> float:
     """Mean squared error of a direction over the validation pairs."""
     errors = []
     for i in range(len(val)):
         z_h, z_k = val.batch([i], CPU)
-        source, target = (z_h, z_k) if name == "h2k" else (z_k, z_h)
+        source, target = (z_h, z_k) if direction == "h2k" else (z_k, z_h)
         errors.append(F.mse_loss(network(source), target).item())
     return sum(errors) / len(errors)
 
 
 def shown(errors: dict[str, float]) -> str:
+    """One clause of a line."""
     return f"validation MSE H→K {errors['h2k']:.4f}, K→H {errors['k2h']:.4f}"
 
 

@@ -1,4 +1,4 @@
-"""The examples of the README and of docs/ run, and what they name exists."""
+"""The examples of the pages run; the commands, options, files, headings and benches that they name exist."""
 
 import os
 import re
@@ -16,6 +16,7 @@ from kvae_comfyui.kvae.find import FILE_NAMES
 from kvae_comfyui.training.cli import main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("web/docs/*.md")]
 
 
 def run_python(text: str, folder: Path, hub: Path | None = None) -> str:
@@ -58,24 +59,46 @@ def test_the_examples_of_the_family_run(tmp_path):
     assert refused.startswith("the budget is 0.00 GB; the least memory this takes is ")
 
 
-def test_every_option_named_exists(capsys):
-    commands = re.findall(r"python -m training (\w+)((?:[^\n`]*\\\n)*[^\n`]*)", README)
-    assert {name for name, _ in commands} >= {"extract", "train", "evaluate"}
+def test_the_example_of_the_adapters_runs(tmp_path):
+    text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    assert run_python(text, tmp_path).startswith("hunyuan_video → kvae_3d_1.0, Residual, 265,504 weights")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_named_exists(page, capsys):
+    commands = re.findall(r"-m training (\w+)((?:[^\n`]*\\\n)*[^\n`]*)", page.read_text(encoding="utf-8"))
     for name, rest in (each for each in commands if each[0] != "COMMAND"):
         with pytest.raises(SystemExit):
             main([name, "--help"])
         shown = capsys.readouterr().out
         for option in re.findall(r"--[\w-]+", rest):
-            assert option in shown
+            assert option in shown, f"{name} {option}"
+
+
+def test_benches_and_their_options_exist():
+    for page in PAGES:
+        for name, rest in re.findall(r"-m benchmarks\.(\w+)([^`\n]*)", page.read_text(encoding="utf-8")):
+            source = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
+            for option in re.findall(r"--[\w-]+", rest):
+                assert f'"{option}"' in source, f"{page}: {name} {option}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as GitHub names them in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_links_and_files_exist():
-    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("web/docs/*.md")]
-    for page in pages:
+    for page in PAGES:
         for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
-            assert not link.partition("#")[0] or (page.parent / link.partition("#")[0]).exists(), f"{page}: {link}"
-    for name in re.findall(r"`([\w/-]+\.(?:txt|py|md))`", README):
-        assert (ROOT / name).exists() or name == "evaluation.txt"
+            file, _, anchor = link.partition("#")
+            assert (page.parent / file).exists(), f"{page}: {link}"
+            assert not anchor or anchor in anchors(page.parent / file if file else page), f"{page}: {link}"
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for name in re.findall(r"`([\w/-]+\.(?:txt|py|md|json))`", page.read_text(encoding="utf-8")):
+            made_up = "NAME" in name or "KVAEName" in name or name in ("evaluation.txt", "report.json")
+            assert made_up or (ROOT / name).exists(), f"{page}: {name}"
 
 
 def test_the_memory_table_is_what_is_planned():
