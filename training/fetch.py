@@ -17,14 +17,14 @@ from typing import Any
 
 from ..kvae import WeightsError
 from ..kvae.files import Weights, what_is
-from ..kvae.find import FILE_NAMES, HUB
+from ..kvae.hub import HUB_IDS, WEIGHTS_FILES
 from ..kvae.load import official_key
 from ..kvae.paths import file_errors, written_whole
 from .errors import UserError
 from .options import option
 from .partial import Partial, hub_hash
 
-KNOWN = {name: (repository, "model.safetensors") for name, repository in HUB.items()}
+KNOWN = {name: (repository, WEIGHTS_FILES[0]) for name, repository in HUB_IDS.items()}
 CHUNK_BYTES = 2**20  # of the hub's client; it keeps nothing of a chunk that is broken off
 MOST_NAME = 200  # letters of a file's name; a file system takes 255 bytes, and ours of parts are longer
 
@@ -76,7 +76,7 @@ def source_of(model: str) -> tuple[str, str]:
 def name_of(repository: str, file: str) -> str:
     """The name to save a file under: its own, or that of its repository where its own says nothing."""
     name = Path(file).name
-    return f"{repository.rpartition('/')[2]}.safetensors" if name in FILE_NAMES else name
+    return f"{repository.rpartition('/')[2]}.safetensors" if name in WEIGHTS_FILES else name
 
 
 def from_cache(repository: str, file: str, target: Path) -> str | None:
