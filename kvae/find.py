@@ -1,4 +1,4 @@
-"""Find the file that holds a model's weights: a file, in a folder, or on the Hugging Face hub."""
+"""Find a model's weights file: given as a file, in a folder, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def find_weights(name: str | os.PathLike, subfolder: str = "") -> Path:
             (owner/name). Only the last two use the network, and only if no such file or folder exists.
 
     Raises:
-        WeightsError: there is no such file, or it cannot be downloaded.
+        WeightsError: no such file exists, or it cannot be downloaded.
     """
     path = Path(name)
     with file_errors(path):
@@ -52,5 +52,5 @@ def _download(repository: str, subfolder: str) -> Path:
         return Path(hub_client().snapshot_download(repository, allow_patterns=patterns))
     except WeightsError as error:
         raise WeightsError(f"{repository}: no such file or folder, and {error}") from None
-    except Exception as error:  # the hub's HTTP library, and its errors, are not the same in every version
+    except Exception as error:  # which HTTP library raises it depends on huggingface_hub's version
         raise WeightsError(f"{repository}: no such file or folder, and the hub says: {hub_reason(error)}") from None

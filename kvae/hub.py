@@ -12,15 +12,15 @@ WEIGHTS_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # 
 
 
 def hub_address(model: str) -> str:
-    """The address of a published model's weights, for a browser."""
+    """The address from which a browser downloads a published model's weights."""
     return f"https://huggingface.co/{HUB_IDS[model]}/resolve/main/{WEIGHTS_FILES[0]}"
 
 
 def hub_client() -> Any:
-    """The package huggingface_hub, which only downloads need. It reads its environment variables at import.
+    """Import huggingface_hub, which only downloads need. It reads its environment variables at import.
 
     Raises:
-        WeightsError: it is not installed, or rejects an environment variable.
+        WeightsError: huggingface_hub is not installed, or rejects an environment variable.
     """
     try:
         import huggingface_hub
@@ -35,6 +35,6 @@ def hub_client() -> Any:
 
 
 def hub_reason(error: Exception) -> str:
-    """The first line of an error of the hub's client or of its HTTP library, which differs between versions."""
+    """The first line of an error that huggingface_hub or its HTTP library raised."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return f"{reason} (HF_ENDPOINT is set)" if os.environ.get("HF_ENDPOINT") else reason

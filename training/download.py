@@ -1,7 +1,7 @@
 """Download a file over HTTP in pieces that the next run can continue.
 
-huggingface_hub's hf_hub_download cannot: from 1.18 on it starts again from zero after every interruption
-(https://github.com/huggingface/huggingface_hub/issues/4196), and it never compares the hash.
+huggingface_hub's hf_hub_download does not continue: from version 1.18 on it restarts every interrupted download from
+zero (https://github.com/huggingface/huggingface_hub/issues/4196). It also never compares the hash.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ MAX_FAILURES = 3  # attempts in a row that bring no new byte
 
 @contextmanager
 def open_partial(target: Path, etag: str, size: int) -> Iterator[BufferedRandom]:
-    """What earlier runs downloaded, open at its end and locked against other processes.
+    """Open the partial file of earlier runs at its end, locked against other processes.
 
     The file stays next to `target` for the next run, unless it is empty or `keep` has renamed it. Its name contains
-    the hub's tag, so that parts of two versions never mix.
+    the hub's tag, so that two versions of a file never mix.
 
     Args:
+        etag: the hub's tag of the file.
         size: of the complete file, in bytes; a longer partial file is emptied.
 
     Raises:
@@ -44,7 +45,7 @@ def open_partial(target: Path, etag: str, size: int) -> Iterator[BufferedRandom]
     safe = etag if re.fullmatch("[0-9a-f]{12,}", etag) else hashlib.sha256(etag.encode()).hexdigest()
     path = target.with_name(f"{target.name}.{safe[:12]}.partial")
     for other in glob.glob(f"{glob.escape(str(target))}.*.partial"):
-        if other != str(path):  # of an earlier version on the hub
+        if other != str(path):  # belongs to an earlier version on the hub
             delete_unlocked(other)
     with file_errors(path):
         _delete_unless_plain(path)
@@ -85,24 +86,26 @@ def download_rest(url: str, file: BufferedRandom, size: int, name: str) -> None:
         name: what the progress bar shows.
 
     Raises:
-        UserError: the server stops sending, or sends more than `size` bytes.
+        UserError: the connection fails repeatedly without a new byte, or the server sends more than `size` bytes.
         WeightsError: the file cannot be written.
     """
-    most, failures = file.tell(), 0
-    with hub_client().utils.tqdm(total=size, initial=most, unit="B", unit_scale=True, desc=name, disable=None) as bar:
+    furthest, failures = file.tell(), 0
+    with hub_client().utils.tqdm(
+        total=size, initial=furthest, unit="B", unit_scale=True, desc=name, disable=None
+    ) as bar:
         while file.tell() < size:
             try:
                 _append(url, file, size, bar)
                 reason = "the connection ended early"
             except (UserError, WeightsError):
                 raise
-            except Exception as error:  # the HTTP library, and its errors, are not the same in every version
+            except Exception as error:  # which HTTP library raises it depends on huggingface_hub's version
                 reason = hub_reason(error)
-            failures = 0 if file.tell() > most else failures + 1
-            most = max(most, file.tell())
+            failures = 0 if file.tell() > furthest else failures + 1
+            furthest = max(furthest, file.tell())
             if failures == MAX_FAILURES:
                 raise UserError(f"{url}: {reason}; run the same command again to continue")
-            if most < size:
+            if furthest < size:
                 time.sleep(1)
 
 
@@ -124,7 +127,11 @@ def _append(url: str, file: BufferedRandom, size: int, bar: Any) -> None:
 
 @contextmanager
 def _get(url: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """Request a file from byte `start` on: where the answer starts (0 if the server ignores ranges), and its chunks."""
+    """Request a file from byte `start` on.
+
+    Yields:
+        the position where the response starts, which is 0 if the server ignores ranges; and its chunks.
+    """
     hub = hub_client()
     headers = {**hub.utils.build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
     session, timeout = hub.get_session(), hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -139,7 +146,7 @@ def _get(url: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
 
 
 def hash_of(file: BufferedRandom, etag: str) -> str | None:
-    """The file's hash, of the kind that the hub's tag is: sha256 of large files, git's sha1 of others; else None."""
+    """The hash to compare with the hub's tag: sha256 for large files, git's sha1 for others; None for other tags."""
     size = file.seek(0, os.SEEK_END)
     if re.fullmatch("[0-9a-f]{64}", etag):
         digest = hashlib.sha256()

@@ -60,7 +60,7 @@ def parse_model(model: str) -> tuple[str, str]:
     from the file's address on the hub.
 
     Raises:
-        UserError: it is none of the three.
+        UserError: `model` is none of the three.
     """
     if model in HUB_IDS:
         return HUB_IDS[model], WEIGHTS_FILES[0]
@@ -76,7 +76,7 @@ def parse_model(model: str) -> tuple[str, str]:
 
 
 def local_name(repository: str, file: str) -> str:
-    """The name to save a file under: the file's, or the repository's if the file's name says nothing."""
+    """The name to save a file under: its own, or the repository's if its own is generic (model.safetensors)."""
     name = Path(file).name
     return f"{repository.rpartition('/')[2]}.safetensors" if name in WEIGHTS_FILES else name
 
@@ -125,11 +125,11 @@ def download(url: str, target: Path) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """What the tensors of a file are, in words.
+    """The kind of file, in words, by the names of its tensors.
 
     Raises:
-        UserError: neither a KVAE-3D nor a latent adapter.
-        WeightsError: not a safetensors file.
+        UserError: the file is neither a KVAE-3D nor a latent adapter.
+        WeightsError: the file is not safetensors.
     """
     kind = what_is(map(official_key, Weights(path).shapes))
     if not kind.startswith(("a KVAE-3D", "a latent adapter")):
@@ -145,7 +145,7 @@ def _url(repository: str, file: str) -> str:
 
 
 def _metadata(url: str, target: Path) -> Any:
-    """What the hub says about a file, with a size and a tag."""
+    """The size and the tag that the hub gives for a file, as its HfFileMetadata."""
     hub = hub_client()
     try:
         about = hub.get_hf_file_metadata(url)
@@ -153,7 +153,7 @@ def _metadata(url: str, target: Path) -> Any:
         raise UserError(
             f"HF_HUB_OFFLINE is set, and the hub's cache does not have the file; save {url} as {target} by hand"
         ) from None
-    except Exception as error:  # the HTTP library, and its errors, are not the same in every version
+    except Exception as error:  # which HTTP library raises it depends on huggingface_hub's version
         raise UserError(f"{url}: {hub_reason(error)}; check the name and the network") from None
     if not about.size or about.size < 0 or not about.etag:
         raise UserError(f"{url}: the hub does not say how large the file is; save it as {target} by hand")
@@ -161,7 +161,7 @@ def _metadata(url: str, target: Path) -> Any:
 
 
 def _check(url: str, file: BufferedRandom, etag: str) -> str:
-    """The kind of a complete download; one that is damaged or of another kind is deleted."""
+    """The kind of a complete download. Delete it if it is damaged, or neither a KVAE-3D nor an adapter."""
     found = hash_of(file, etag)
     try:
         if found not in (etag, None):
