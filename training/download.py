@@ -50,7 +50,8 @@ def open_partial(target: Path, etag: str, size: int) -> Iterator[BufferedRandom]
     with file_errors(path):
         _delete_unless_plain(path)
         file = open(path, "r+b", opener=_create)  # noqa: SIM115 (closed below)
-    if is_held(file.fileno()) or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+        held = is_held(file.fileno()) or not os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    if held:
         file.close()
         raise UserError(f"{target}: another process is downloading it; wait until that process ends")
     try:
@@ -59,11 +60,11 @@ def open_partial(target: Path, etag: str, size: int) -> Iterator[BufferedRandom]
             file.truncate()
         yield file
     finally:
-        with suppress(OSError, ValueError):  # a full disk; a file that `keep` has closed
-            if not os.fstat(file.fileno()).st_size:
-                path.unlink()
-        with suppress(OSError):
+        with suppress(OSError):  # what a full disk did not accept
             file.close()
+        with suppress(OSError):  # `keep` has renamed it
+            if not path.stat().st_size:
+                path.unlink()
 
 
 def _create(path: str, flags: int) -> int:
