@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .config import FAMILY, KVAEConfig
 from .files import Weights, WeightsError, save_weights, what_is
-from .find import FILE_NAMES, find_weights
+from .find import find_weights
 from .finite import all_finite
 from .foreign import build, parse_object
+from .hub import WEIGHTS_FILES
 from .model import KVAE
 from .paths import read_text
 
@@ -159,7 +160,7 @@ def _config_tensor(weights: Weights) -> str | None:
 def _config_beside(path: Path) -> str | None:
     """A folder of one model has its config there; a file in a folder of many has not."""
     beside = path.parent / "config.json"
-    return read_text(beside) if path.name in FILE_NAMES and beside.is_file() else None
+    return read_text(beside) if path.name in WEIGHTS_FILES and beside.is_file() else None
 
 
 def _sound(path: Path, key: str, tensor: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import folder_paths
 
-from ..adapters.files import direction_of, weights_of
+from ..adapters.files import PUBLISHED_NAMES, direction_of, weights_of
 from ..kvae import KVAE as KVAEModel
 from ..kvae import WeightsError
-from ..kvae.find import FILE_NAMES, HUB
+from ..kvae.hub import hub_address
 from ..kvae.paths import file_errors
 from ..kvae.signature import same_weights, signature
 
@@ -20,10 +20,8 @@ MOST_NAME = 200  # bytes of a name, so that a number and an ending fit into the 
 PACK = Path(__file__).parents[1]
 ASSETS = PACK / "training" / "assets"
 
-ADDRESS = f"https://huggingface.co/{HUB['KVAE-3D-1.0']}/resolve/main/{FILE_NAMES[0]}"
-ADAPTER_NAMES = (
-    "adapter_hunyuan_to_kvae3d.safetensors (to decode) and adapter_kvae3d_to_hunyuan.safetensors (to encode)"
-)
+ADDRESS = hub_address("KVAE-3D-1.0")
+ADAPTER_NAMES = "{} (to decode) and {} (to encode)".format(*PUBLISHED_NAMES)
 
 
 def register() -> None:

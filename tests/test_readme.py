@@ -12,7 +12,7 @@ import torch
 
 from conftest import ROOT
 from kvae_comfyui.benchmarks.memory_table import END, START, table
-from kvae_comfyui.kvae.find import FILE_NAMES
+from kvae_comfyui.kvae.hub import WEIGHTS_FILES
 from kvae_comfyui.training.cli import main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,10 +41,11 @@ def test_the_line_for_the_real_weights_runs_as_it_stands(tmp_path):
     """With a hub's cache that holds the small KVAE under the real one's name, and a CPU where there is no GPU."""
     line = re.search(r'with the real one: (load_kvae\("KVAE-3D-1.0", torch.bfloat16, "cuda"\))', README)[1]
     folder = tmp_path / "hf" / "hub" / "models--kandinskylab--KVAE-3D-1.0"
-    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("0" * 40)
-    shutil.copyfile(ROOT / "training/assets/tiny_kvae.safetensors", folder / "snapshots" / ("0" * 40) / FILE_NAMES[0])
+    shutil.copyfile(ROOT / "training/assets/tiny_kvae.safetensors", snapshot / WEIGHTS_FILES[0])
     line = line if torch.cuda.is_available() else line.replace('"cuda"', '"cpu"')
     text, replaced = re.subn(r"\nkvae = load_kvae\(.*\)", f"\nkvae = {line}", README)
     assert replaced == 1

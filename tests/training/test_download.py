@@ -1,0 +1,175 @@
+"""Downloads over HTTP: continued, bounded, checked, and never under the final name before that."""
+
+import hashlib
+import os
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from conftest import ROOT
+from fake_hub import running
+from kvae_comfyui.kvae import WeightsError
+from kvae_comfyui.training.download import CHUNK_BYTES, MAX_FAILURES, open_partial
+from kvae_comfyui.training.errors import UserError
+from kvae_comfyui.training.fetch import download
+
+pytest.importorskip("huggingface_hub")
+KVAE = (ROOT / "training" / "assets" / "tiny_kvae.safetensors").read_bytes()
+LARGE = save({"decoder.mid.block_1.norm1.conv_y.weight": torch.arange(7_000_000.0)})
+OTHER = save({"x": torch.randn(8)})
+
+
+@pytest.fixture
+def hub():
+    with running({"/kvae": KVAE, "/large": LARGE, "/other": OTHER}) as hub:
+        yield hub
+
+
+@pytest.fixture
+def target(tmp_path):
+    (tmp_path / "models").mkdir()
+    return tmp_path / "models" / "kvae.safetensors"
+
+
+@pytest.fixture
+def get(hub, target, monkeypatch):
+    """Download a file of the hub to the target."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    return lambda file="kvae": download(f"{hub.url}/{file}", target)
+
+
+def partial_of(target, data=KVAE):
+    return target.with_name(f"{target.name}.{hashlib.sha256(data).hexdigest()[:12]}.partial")
+
+
+def names_beside(target):
+    return [path.name for path in target.parent.iterdir()]
+
+
+def test_a_download_has_its_size_said_first_and_leaves_nothing_beside_it(get, target, capsys):
+    assert get() == "a KVAE-3D"
+    assert f"{len(KVAE) / 1e9:.2f} GB" in capsys.readouterr().out.splitlines()[0]
+    assert target.read_bytes() == KVAE
+    assert names_beside(target) == [target.name]
+
+
+def test_a_broken_connection_is_reopened_where_it_broke(hub, get, target):
+    hub.cuts = [3_500_000, 6_500_000]
+    get("large")
+    first, second, third = hub.starts
+    assert first == 0 and 0 <= 3_500_000 - second < CHUNK_BYTES and 0 <= 6_500_000 - third < CHUNK_BYTES
+    assert target.read_bytes() == LARGE
+
+
+def test_a_server_that_always_breaks_off_is_given_up_and_the_next_call_continues(hub, get, target, capsys):
+    hub.cut = 12_000_000
+    with pytest.raises(UserError, match="run the same command again to continue"):
+        get("large")
+    assert len(hub.starts) == 1 + MAX_FAILURES
+    have = partial_of(target, LARGE).stat().st_size
+    assert names_beside(target) == [partial_of(target, LARGE).name]
+    hub.cut, hub.starts = None, []
+    get("large")
+    assert hub.starts == [have] and have > 11_000_000
+    assert "0.01 GB of it already downloaded" in capsys.readouterr().out
+    assert target.read_bytes() == LARGE
+
+
+def test_a_server_without_ranges_is_read_from_the_start(hub, get, target):
+    hub.accepts_ranges, hub.cut = False, 12_000_000
+    with pytest.raises(UserError, match="run the same command again"):
+        get("large")
+    assert len(hub.starts) == 1 + MAX_FAILURES
+    hub.cut = None
+    get("large")
+    assert target.read_bytes() == LARGE
+
+
+def test_a_body_that_does_not_end_is_broken_off(hub, get, target):
+    hub.surplus = 2**34
+    with pytest.raises(UserError, match=f"sends more than the {len(KVAE):,} bytes it announced"):
+        get()
+    assert names_beside(target) == []
+    hub.surplus = 0
+    get()
+    assert target.read_bytes() == KVAE
+
+
+def test_a_damaged_or_foreign_file_is_deleted(get, target):
+    partial_of(target).write_bytes(b"other bytes")
+    with pytest.raises(UserError, match="the downloaded file is damaged"):
+        get()
+    assert names_beside(target) == []
+    with pytest.raises(UserError, match="/other: this is not a file this project knows; expected a KVAE-3D VAE or a"):
+        get("other")
+    assert names_beside(target) == []
+
+
+def test_a_partial_file_longer_than_the_file_is_emptied(get, target):
+    partial_of(target).write_bytes(bytes(len(KVAE) + 1))
+    get()
+    assert target.read_bytes() == KVAE
+
+
+def test_the_partial_file_of_an_earlier_version_is_deleted(get, target):
+    partial_of(target, b"another version").write_bytes(b"other bytes")
+    get()
+    assert names_beside(target) == [target.name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_one_process_at_a_time_downloads_to_a_target(get, target):
+    tag = hashlib.sha256(KVAE).hexdigest()
+    with open_partial(target, tag, len(KVAE)), pytest.raises(UserError, match="another process is downloading it"):
+        get()
+    get()
+    assert names_beside(target) == [target.name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs the links of POSIX")
+@pytest.mark.parametrize("plant", [os.symlink, os.link])
+def test_a_link_in_place_of_the_partial_file_is_not_followed(get, target, tmp_path, plant):
+    (tmp_path / "victim").write_bytes(b"dear")
+    plant(tmp_path / "victim", partial_of(target))
+    get()
+    assert (tmp_path / "victim").read_bytes() == b"dear"
+    assert not target.is_symlink() and target.read_bytes() == KVAE
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs the pipes of POSIX")
+def test_a_pipe_or_a_folder_in_place_of_the_partial_file(get, target):
+    os.mkfifo(partial_of(target))
+    get()
+    assert target.read_bytes() == KVAE
+    target.unlink()
+    partial_of(target).mkdir()
+    with pytest.raises(WeightsError, match="partial: "):
+        get()
+
+
+@pytest.mark.parametrize("tag", ['W/"a/b"', '"../../x"', f'"{"n" * 3000}"'])
+def test_without_a_hash_only_the_size_is_compared(hub, get, target, capsys, tag):
+    hub.tag = tag
+    get()
+    assert "the hub gives no hash of this file; only its size was compared" in capsys.readouterr().out
+    assert names_beside(target) == [target.name]
+
+
+def test_the_hash_of_files_that_git_stores_is_compared_too(hub, get, target, capsys):
+    hub.tag = f'"{hashlib.sha1(f"blob {len(KVAE)}".encode() + bytes(1) + KVAE).hexdigest()}"'
+    get()
+    assert "gives no hash" not in capsys.readouterr().out
+    hub.tag = f'"{"0" * 40}"'
+    with pytest.raises(UserError, match="the downloaded file is damaged"):
+        get()
+
+
+def test_a_token_goes_to_the_hub_and_not_where_the_hub_redirects(hub, get, target, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with running({"/stored": KVAE}) as storage:
+        hub.redirects["/kvae"] = f"http://localhost:{storage.server_port}/stored"  # another host than 127.0.0.1
+        get()
+        assert {token for *_, token in hub.requests} == {"Bearer hf_secret"}
+        assert storage.requests == [("GET", "/stored", None)]
+    assert target.read_bytes() == KVAE
