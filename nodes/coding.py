@@ -1,4 +1,4 @@
-"""KVAE Decode and KVAE Encode: what VAE Decode and VAE Encode do, and what they cannot know."""
+"""KVAE Decode and KVAE Encode: VAE Decode and VAE Encode that also use what a latent says of itself."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class KVAEDecode(io.ComfyNode):
             node_id="KVAEDecode",
             display_name="KVAE Decode",
             category="KVAE",
-            description="Decodes a video latent with a VAE from Load KVAE. Beyond VAE Decode: checks that the latent "
-            "is of the VAE's space, takes latents of wrapper packs, decodes the video part of a latent with audio, and "
-            "gives back just the frames that KVAE Encode was given.",
+            description="Decodes a video latent with a VAE from Load KVAE. In addition to what VAE Decode does, it "
+            "checks that the latent belongs to the VAE's space, accepts latents from wrapper packs, decodes the video "
+            "part of a latent with audio, and returns exactly the frames that KVAE Encode got.",
             inputs=[
                 *latent_inputs(),
                 io.Boolean.Input(
                     "approximate",
                     default=False,
-                    tooltip="Where nothing exact fits the memory: off, use the way that takes least, or say that the "
-                    "budget is too small; on, decode tiles that blend where they overlap, which takes far less and is "
-                    "faster, and differs a little from the exact result.",
+                    tooltip="Used only if nothing exact fits. Off: the exact way that needs least memory, or an error "
+                    "if memory_gb is too small. On: blended tiles; far less memory, faster, about 43 dB PSNR against "
+                    "the exact frames.",
                 ),
             ],
-            outputs=[io.Image.Output(tooltip="The frames; the clips of a batch one after the other.")],
+            outputs=[io.Image.Output(tooltip="The frames: the clips of a batch, one after the other.")],
         )
 
     @classmethod
@@ -55,13 +55,16 @@ class KVAEEncode(io.ComfyNode):
             node_id="KVAEEncode",
             display_name="KVAE Encode",
             category="KVAE",
-            description="Encodes a clip with a VAE from Load KVAE. Beyond VAE Encode: keeps every frame, by repeating "
-            "the last one up to the next 4n + 1, and tells the latent which space it is in.",
+            description="Encodes a clip with a VAE from Load KVAE. In addition to what VAE Encode does, it keeps every "
+            "frame, by repeating the last one up to the next 4n + 1, and writes the name of its space into the latent.",
             inputs=[
-                io.Image.Input("pixels", tooltip="The frames of one clip. Sides are cropped to a multiple of 8."),
+                io.Image.Input(
+                    "pixels",
+                    tooltip="The frames of one clip. Sides are cropped to a multiple of 8 (of 16 for KVAE 2.0-t4s16).",
+                ),
                 io.Vae.Input("vae", tooltip="From Load KVAE."),
             ],
-            outputs=[io.Latent.Output(tooltip="The latent of the clip, raw, as samplers of ComfyUI take it.")],
+            outputs=[io.Latent.Output(tooltip="The latent of the clip: raw, as ComfyUI's samplers expect it.")],
         )
 
     @classmethod
@@ -74,50 +77,56 @@ class KVAEEncode(io.ComfyNode):
 
 
 def latent_inputs() -> list[io.Input]:
-    """The inputs of every node that decodes."""
+    """Inputs of every node that decodes."""
     return [
-        io.Latent.Input("samples", tooltip="A video latent of the space that the VAE serves."),
+        io.Latent.Input("samples", tooltip="A video latent of the space that this VAE reads."),
         io.Vae.Input("vae", tooltip="From Load KVAE."),
         io.Combo.Input(
             "scaling",
             options=[RAW, SCALED],
-            tooltip="Latents of ComfyUI's own nodes are raw. Choose scaled for those of wrapper packs that pass on "
-            "what their sampler works with (HunyuanVideoWrapper); if colours are flat or burnt, it is the other one.",
+            tooltip="Latents of ComfyUI's own nodes are raw. Choose scaled for wrapper packs that pass on their "
+            "sampler's internal latents (HunyuanVideoWrapper). If colours look flat or burnt, choose the other one.",
         ),
         memory_input(),
     ]
 
 
 def memory_input() -> io.Input:
-    """The input for a budget."""
+    """Input for a memory budget in GB."""
     return io.Float.Input(
         "memory_gb",
         default=0.0,
         min=0.0,
         max=1024.0,
         step=0.5,
-        tooltip="GB that KVAE may use beside its weights; 0 is automatic: what ComfyUI says is free. The result is the "
-        "same, only slower in less. Where nothing exact fits, the error says what would.",
+        tooltip="GB that KVAE may use in addition to its weights. 0 is automatic: as much as ComfyUI says is free. A "
+        "smaller budget gives the same result, more slowly. If it is too small for that, the error states the minimum.",
     )
 
 
 def within(vae: KVAEVae, memory_gb: float, approximate: bool = False) -> KVAEVae:
-    """The VAE with that budget (0: its own), exact or not.
+    """Copy of the VAE with a budget of `memory_gb` GB; 0 keeps the budget that the VAE has.
+
+    Args:
+        approximate: whether to decode in blended tiles if nothing exact fits.
 
     Raises:
-        ValueError: it is no budget.
+        ValueError: memory_gb is negative or not finite.
     """
     if not math.isfinite(memory_gb) or memory_gb < 0:
-        raise ValueError(f"memory_gb is {memory_gb}; expected a number of GB, or 0 for what is free")
+        raise ValueError(f"memory_gb is {memory_gb}; expected a number of GB, or 0 for automatic")
     return vae.within(round(memory_gb * 1e9) or vae.first_stage_model.budget, approximate)
 
 
 def latent_for(vae: KVAEVae, latent: dict, scaling: str, stream: bool = True) -> torch.Tensor:
-    """The raw latent [B, c, t, h, w] to decode, as a stream or as a whole.
+    """Raw latent [B, c, t, h, w] to decode, once it is checked.
+
+    Args:
+        stream: whether its frames are needed segment by segment, rather than all at once.
 
     Raises:
-        ValueError: the VAE is not one of ours, or the latent is not for it.
-        MemoryError: there is no room for its frames.
+        ValueError: the VAE is not from Load KVAE, or the latent does not belong to the VAE's space.
+        MemoryError: the frames do not fit into memory.
     """
     check_vae(vae)
     if scaling not in (RAW, SCALED):
@@ -130,11 +139,7 @@ def latent_for(vae: KVAEVae, latent: dict, scaling: str, stream: bool = True) ->
 
 
 def check_vae(vae: object) -> None:
-    """Refuse a VAE that does not come from Load KVAE.
-
-    Raises:
-        ValueError: says which VAE it is.
-    """
+    """Raise ValueError unless the VAE comes from Load KVAE."""
     if not isinstance(vae, KVAEVae):
         found = type(getattr(vae, "first_stage_model", vae)).__name__
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Compare VAEs: one clip or one latent through two VAEs, in pictures and in figures."""
+"""Compare VAEs: one clip or one latent through two VAEs, compared in pictures and numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .latent_dict import samples_of
 
 @dataclass
 class Run:
-    """What one VAE made, [T, H, W, 3] in 0..1, and what it took."""
+    """Frames that one VAE made, [T, H, W, 3] in 0..1, and their cost: seconds, and GB on CUDA."""
 
     frames: torch.Tensor
     cost: dict[str, float]
@@ -30,27 +30,29 @@ class KVAECompare(io.ComfyNode):
             node_id="KVAECompare",
             display_name="Compare VAEs",
             category="KVAE",
-            description="Runs two VAEs, of any kind, on one clip (encode and decode) or on one latent (decode), and "
-            "compares what comes out: with the clip, else with each other.",
+            description="Runs two VAEs of any kind on one clip (encode and decode) or on one latent (decode). Compares "
+            "the results with the clip; for a latent, with each other.",
             inputs=[
                 io.Vae.Input("vae_a", tooltip="The first VAE, on the left."),
                 io.Vae.Input("vae_b", tooltip="The second VAE, on the right."),
                 io.Image.Input(
                     "pixels",
                     optional=True,
-                    tooltip="A clip to encode and decode. Sides are cropped to a multiple of 16.",
+                    tooltip="A clip to encode and decode, cut to 4n + 1 frames and to sides that are multiples of 16.",
                 ),
-                io.Latent.Input("samples", optional=True, tooltip="A latent to decode, of a space both VAEs take."),
+                io.Latent.Input(
+                    "samples", optional=True, tooltip="A latent to decode, of a space that both VAEs read."
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="side_by_side", tooltip="Each frame by the first VAE, and by the second."),
+                io.Image.Output(display_name="side_by_side", tooltip="Each frame: first VAE left, second VAE right."),
                 io.Image.Output(
                     display_name="difference",
-                    tooltip="Second minus first, grey where they agree, errors shown 8 times as large.",
+                    tooltip="Second minus first: grey where they agree, errors enlarged 8 times.",
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="PSNR, SSIM, flicker and colour bias, seconds, and peak memory on CUDA.",
+                    tooltip="PSNR, SSIM, flicker, colour bias and seconds; on CUDA also peak memory.",
                 ),
             ],
             is_output_node=True,
@@ -59,7 +61,7 @@ class KVAECompare(io.ComfyNode):
     @classmethod
     def execute(cls, vae_a, vae_b, pixels: torch.Tensor | None = None, samples: dict | None = None) -> io.NodeOutput:
         if (pixels is None) == (samples is None):
-            raise ValueError("Compare VAEs needs a clip or a latent, one of the two: connect pixels or samples.")
+            raise ValueError("Compare VAEs needs a clip or a latent: connect one of the two, pixels or samples.")
         if pixels is not None:
             check_tensor(pixels, "pixels")
             room_for(pixels.shape, "cpu", f"pixels, {list(pixels.shape)}: compare fewer or smaller frames")
@@ -76,13 +78,13 @@ class KVAECompare(io.ComfyNode):
 
 
 def whole(pixels: torch.Tensor) -> torch.Tensor:
-    """[T, H, W, C] cut to 4n + 1 frames, multiples of 16 pixels and RGB, which every video VAE takes whole."""
+    """[T, H, W, C] cut to 4n + 1 frames, multiples of 16 pixels and RGB, which no video VAE needs to crop."""
     T, H, W, _ = pixels.shape
     return pixels[: 4 * ((T - 1) // 4) + 1, : H - H % 16, : W - W % 16, :3]
 
 
 def run(vae, pixels: torch.Tensor | None, z: torch.Tensor | None) -> Run:
-    """One VAE on the clip, or on the latent."""
+    """Run one VAE on the clip [T, H, W, 3] (encode and decode), or on the latent (decode)."""
     device = comfy.model_management.get_torch_device()
     on_cuda = comfy.model_management.is_device_cuda(device)
     if on_cuda:

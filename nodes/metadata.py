@@ -1,4 +1,4 @@
-"""The workflow, for the files that nodes write: drop such a file on the page to get the workflow back."""
+"""The workflow, stored in the files that nodes write: drop such a file on the page to get the workflow back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 
 def workflow_of(node: type[io.ComfyNode]) -> dict[str, str]:
-    """Prompt and workflow of the running node as JSON texts; empty with ComfyUI's --disable-metadata."""
+    """Prompt and workflow of the running node as JSON texts; empty if ComfyUI runs with --disable-metadata."""
     if args.disable_metadata:
         return {}
     known = {"prompt": node.hidden.prompt, **(node.hidden.extra_pnginfo or {})}
