@@ -36,6 +36,7 @@ def test_every_node_input_and_output_is_explained(ours):
 @pytest.mark.parametrize("language", ["zh", "ru"])
 def test_every_text_is_translated(server, ours, language):
     texts = server.get("/i18n")[language]["nodeDefs"]
+    assert set(ours) == {name for name in texts if name.startswith("KVAE")}
     for name, node in ours.items():
         assert texts[name]["display_name"] and texts[name]["description"]
         inputs = {key for part in ("required", "optional") for key in node["input"].get(part, {})}
@@ -48,9 +49,11 @@ def test_every_text_is_translated(server, ours, language):
 def test_every_node_has_a_help_page(server, ours):
     for name in ours:
         page = server.content(f"/extensions/kvae/docs/{name}.md").decode()
-        assert page.startswith("# ")
+        assert page.splitlines()[0] == f"# {ours[name]['display_name']}"
         (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
         assert server.content(f"/extensions/kvae/docs/{picture}").startswith(b"\xff\xd8")  # a JPEG
+        for language in ("zh", "ru"):
+            assert server.content(f"/extensions/kvae/docs/{name}/{language}.md").decode().startswith("# ")
 
 
 def test_another_adapter_is_all_that_is_read_again(server, base):
