@@ -13,6 +13,7 @@ TEXTS = {
     for folder in sorted((ROOT / "locales").iterdir())
 }
 NODES = sorted(TEXTS["zh"])
+ROOMS = ("nodes", "serving", "adapters", "kvae")
 QUOTED = {"zh": r"“([^”]+)”", "ru": r"«([^»]+)»"}
 OF_COMFYUI = {  # node names in its own pages, as of the frontends 1.35.9 and 1.49.6
     "zh": {"加载VAE", "保存VAE", "VAE解码", "VAE解码（分块）", "VAE编码", "加载Latent"},
@@ -90,3 +91,22 @@ def test_pages_call_settings_by_the_names_that_the_node_shows(language):
         names = {re.split(r" \(|,", slot["name"])[0] for slot in slots}
         for word in words.findall(translated(node, language)):
             assert word in values or re.split(r" \(|,|[:：]", word)[0] in names, f"{node}: {word}"
+
+
+OF_OTHERS = ("KeyError", "The expanded size")  # how errors of ComfyUI and PyTorch begin
+# Filled into messages when they are raised
+INSERTED = ("a HunyuanVideo VAE", "a KVAE-3D VAE", "an image latent", "musubi-tuner cache of")
+INSERTED += ("hunyuan_video_1.5", "encode", "frames")
+
+
+def test_errors_are_quoted_as_they_are_raised():
+    """What docs/comfyui.md quotes of an error, between its dots, is in the source files."""
+    sources = [path.read_text(encoding="utf-8") for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    source = re.sub(r"[\"']\n\s*f?[\"']", "", "\n".join(sources))  # texts of several lines
+    page = (ROOT / "docs" / "comfyui.md").read_text(encoding="utf-8")
+    rows = page.split("| what you see |")[1].split("\n\n")[0].splitlines()
+    quoted = [quote for row in rows[2:] for quote in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    assert len(quoted) > 10
+    for quote in quoted:
+        for part in re.split(f"…|({'|'.join(INSERTED)})", quote):
+            assert (part or "").strip() in source or quote.startswith(OF_OTHERS), f"{quote}: {part}"
