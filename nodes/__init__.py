@@ -1,4 +1,4 @@
-"""The ComfyUI nodes: schemas and a few lines each. The arithmetic is in serving, adapters and kvae."""
+"""The ComfyUI nodes: schemas and a few lines each. What they compute is in adapters and kvae."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class KVAEExtension(ComfyExtension):
-    """The extension that `comfy_entrypoint` returns."""
+    """What `comfy_entrypoint` returns."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        folders.register()  # before any schema lists the files; not every ComfyUI calls `on_load`
+        folders.register()  # before any schema lists the files; `on_load` is not called by every version
         return NODES

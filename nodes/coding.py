@@ -1,4 +1,4 @@
-"""KVAE Decode and KVAE Encode: VAE Decode and VAE Encode that also use what a latent says of itself."""
+"""KVAE Decode and KVAE Encode: what VAE Decode and VAE Encode do, and what they cannot know."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class KVAEEncode(io.ComfyNode):
 
 
 def latent_inputs() -> list[io.Input]:
-    """Inputs of every node that decodes."""
+    """The inputs of every node that decodes."""
     return [
         io.Latent.Input("samples", tooltip="A video latent of the space that this VAE reads."),
         io.Vae.Input("vae", tooltip="From Load KVAE."),
@@ -92,7 +92,7 @@ def latent_inputs() -> list[io.Input]:
 
 
 def memory_input() -> io.Input:
-    """Input for a memory budget in GB."""
+    """The input for a budget."""
     return io.Float.Input(
         "memory_gb",
         default=0.0,
@@ -105,28 +105,22 @@ def memory_input() -> io.Input:
 
 
 def within(vae: KVAEVae, memory_gb: float, approximate: bool = False) -> KVAEVae:
-    """Copy of the VAE with a budget of `memory_gb` GB; 0 keeps the budget that the VAE has.
-
-    Args:
-        approximate: whether to decode in blended tiles if nothing exact fits.
+    """The VAE with that budget (0: its own), exact or not.
 
     Raises:
-        ValueError: memory_gb is negative or not finite.
+        ValueError: it is no budget.
     """
     if not math.isfinite(memory_gb) or memory_gb < 0:
-        raise ValueError(f"memory_gb is {memory_gb}; expected a number of GB, or 0 for automatic")
+        raise ValueError(f"memory_gb is {memory_gb}; expected a number of GB, or 0 for what is free")
     return vae.within(round(memory_gb * 1e9) or vae.first_stage_model.budget, approximate)
 
 
 def latent_for(vae: KVAEVae, latent: dict, scaling: str, stream: bool = True) -> torch.Tensor:
-    """Raw latent [B, c, t, h, w] to decode, once it is checked.
-
-    Args:
-        stream: whether its frames are needed segment by segment, rather than all at once.
+    """The raw latent [B, c, t, h, w] to decode, as a stream or as a whole.
 
     Raises:
-        ValueError: the VAE is not from Load KVAE, or the latent does not belong to the VAE's space.
-        MemoryError: the frames do not fit into memory.
+        ValueError: the VAE is not one of ours, or the latent is not for it.
+        MemoryError: there is no room for its frames.
     """
     check_vae(vae)
     if scaling not in (RAW, SCALED):
@@ -139,7 +133,11 @@ def latent_for(vae: KVAEVae, latent: dict, scaling: str, stream: bool = True) ->
 
 
 def check_vae(vae: object) -> None:
-    """Raise ValueError unless the VAE comes from Load KVAE."""
+    """Refuse a VAE that does not come from Load KVAE.
+
+    Raises:
+        ValueError: says which VAE it is.
+    """
     if not isinstance(vae, KVAEVae):
         found = type(getattr(vae, "first_stage_model", vae)).__name__
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Compare VAEs: one clip or one latent through two VAEs, compared in pictures and numbers."""
+"""Compare VAEs: one clip or one latent through two VAEs, in pictures and in figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .latent_dict import samples_of
 
 @dataclass
 class Run:
-    """Frames that one VAE made, [T, H, W, 3] in 0..1, and their cost: seconds, and GB on CUDA."""
+    """What one VAE made, [T, H, W, 3] in 0..1, and what it took."""
 
     frames: torch.Tensor
     cost: dict[str, float]
@@ -61,7 +61,7 @@ class KVAECompare(io.ComfyNode):
     @classmethod
     def execute(cls, vae_a, vae_b, pixels: torch.Tensor | None = None, samples: dict | None = None) -> io.NodeOutput:
         if (pixels is None) == (samples is None):
-            raise ValueError("Compare VAEs needs a clip or a latent: connect one of the two, pixels or samples.")
+            raise ValueError("Compare VAEs needs a clip or a latent, one of the two: connect pixels or samples.")
         if pixels is not None:
             check_tensor(pixels, "pixels")
             room_for(pixels.shape, "cpu", f"pixels, {list(pixels.shape)}: compare fewer or smaller frames")
@@ -78,13 +78,13 @@ class KVAECompare(io.ComfyNode):
 
 
 def whole(pixels: torch.Tensor) -> torch.Tensor:
-    """[T, H, W, C] cut to 4n + 1 frames, multiples of 16 pixels and RGB, which no video VAE needs to crop."""
+    """[T, H, W, C] cut to 4n + 1 frames, multiples of 16 pixels and RGB, which every video VAE takes whole."""
     T, H, W, _ = pixels.shape
     return pixels[: 4 * ((T - 1) // 4) + 1, : H - H % 16, : W - W % 16, :3]
 
 
 def run(vae, pixels: torch.Tensor | None, z: torch.Tensor | None) -> Run:
-    """Run one VAE on the clip [T, H, W, 3] (encode and decode), or on the latent (decode)."""
+    """One VAE on the clip, or on the latent."""
     device = comfy.model_management.get_torch_device()
     on_cuda = comfy.model_management.is_device_cuda(device)
     if on_cuda:

@@ -1,4 +1,4 @@
-"""Load Latent Adapter and Convert Latent: latents of one space → latents of another, without decoding."""
+"""Load Latent Adapter and Convert Latent: latents of one space → latents of another, before or without decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the files are: KVAEs in models/kvae and models/vae, adapters in models/latent_adapters, or in extra paths."""
+"""Where the files are: KVAEs in models/kvae and models/vae, adapters in models/latent_adapters; extra paths count."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..kvae.signature import same_weights, signature
 
 KVAE, ADAPTERS = "kvae", "latent_adapters"
 TINY = "tiny KVAE (included)"
-MOST_NAME = 200  # bytes in a name: a number and an ending must still fit into the 255 that file systems allow
+MOST_NAME = 200  # bytes of a name, so that a number and an ending fit into the 255 of file systems
 PACK = Path(__file__).parents[1]
 ASSETS = PACK / "training" / "assets"
 
@@ -27,7 +27,7 @@ ADAPTER_NAMES = (
 
 
 def register() -> None:
-    """Register the two folders with ComfyUI. Paths that extra_model_paths.yaml gave them stay."""
+    """Tell ComfyUI of the two folders. Paths that extra_model_paths.yaml gave them stay."""
     for key in (KVAE, ADAPTERS):
         folder_paths.add_model_folder_path(key, os.path.join(folder_paths.models_dir, key))
         paths, _ = folder_paths.folder_names_and_paths[key]
@@ -35,16 +35,16 @@ def register() -> None:
 
 
 def kvae_names() -> list[str]:
-    """Names that Load KVAE offers: models/kvae first, then models/vae, then the tiny KVAE of this pack."""
+    """What the loader offers: models/kvae first, then models/vae, then the tiny KVAE of this pack."""
     beside = [name for name in folder_paths.get_filename_list("vae") if name.endswith(".safetensors")]
     return [*dict.fromkeys([*folder_paths.get_filename_list(KVAE), *beside]), TINY]
 
 
 def kvae_path(name: str) -> str:
-    """Path of the KVAE file of that name.
+    """The file of that name.
 
     Raises:
-        WeightsError: there is no such file.
+        WeightsError: there is none.
     """
     if name == TINY:
         return str(ASSETS / "tiny_kvae.safetensors")
@@ -53,37 +53,37 @@ def kvae_path(name: str) -> str:
         folders = folder_paths.get_folder_paths(KVAE) + folder_paths.get_folder_paths("vae")
         fetch = f"python -m training fetch --model KVAE-3D-1.0 --output {folders[-1]}"
         raise WeightsError(
-            f"{name} is not in {' or '.join(folders)}. Download KVAE-3D-1.0 from {ADDRESS}, save it there as {name}, "
-            f'or run "{fetch}" in {PACK}; then press R. To try things out, choose "{TINY}".'
+            f"{name}: no such file in {' or '.join(folders)}. KVAE-3D-1.0 is {ADDRESS}: save it there as {name}, or "
+            f'run "{fetch}" in {PACK}, and press R; or choose "{TINY}" to try things out.'
         )
     return path
 
 
 def adapter_names() -> list[str]:
-    """Names of the adapter files."""
+    """The adapter files there are."""
     return folder_paths.get_filename_list(ADAPTERS)
 
 
 def adapter_path(name: str) -> str:
-    """Path of the adapter file of that name.
+    """The adapter file of that name.
 
     Raises:
-        WeightsError: there is no such file.
+        WeightsError: there is none.
     """
     path = folder_paths.get_full_path(ADAPTERS, name)
     if path is None:
-        raise WeightsError(f"{name} is not in {_adapter_folders()}. {_get_adapters()}")
+        raise WeightsError(f"{name}: no such file in {_adapter_folders()}. {_get_adapters()}")
     return path
 
 
 def find_adapter(source: str, target: str, kvae_name: str, kvae: KVAEModel) -> str | None:
-    """Path of the only adapter file that states source → target and was not made for other weights of the KVAE; None
-    if there is none.
+    """The one adapter file that says of itself that it maps source → target, and not for other weights than these of
+    the KVAE; None if there is none.
 
-    For the tiny KVAE only the included adapters are searched: no other fits.
+    For the tiny KVAE it is one of those that come with it: no other fits.
 
     Raises:
-        WeightsError: several files fit.
+        WeightsError: there are several.
     """
     included = [str(path) for path in ASSETS.glob("tiny_*_to_*.safetensors")]
     paths = included if kvae_name == TINY else [adapter_path(name) for name in adapter_names()]
@@ -96,7 +96,7 @@ def find_adapter(source: str, target: str, kvae_name: str, kvae: KVAEModel) -> s
 
 
 def no_adapters(source: str, target: str) -> str:
-    """Message for a KVAE that has no adapter in either direction."""
+    """What to say where neither direction is found for a KVAE."""
     text = f"No adapter in {_adapter_folders()} maps {source} → {target} or back for this KVAE. {_get_adapters()}"
     ways = (source, target), (target, source)
     others = [name for name in adapter_names() if _direction(adapter_path(name)) in ways]
@@ -104,7 +104,7 @@ def no_adapters(source: str, target: str) -> str:
 
 
 def stamp(*paths: str | None) -> list:
-    """Path, modification time and size of each file: changes if a file does."""
+    """Changes when one of the files does."""
     return [path and (path, os.path.getmtime(path), os.path.getsize(path)) for path in paths]
 
 
@@ -112,11 +112,11 @@ def _direction(path: str) -> tuple[str, str] | None:
     try:
         return direction_of(path)
     except WeightsError:
-        return None  # a damaged file is reported when it is chosen, not while searching for another
+        return None  # a damaged file is reported when it is chosen, not when another one is looked for
 
 
 def _fits(path: str, spaces: tuple[str, str], known: tuple[float, ...]) -> bool:
-    """Whether an adapter is for a KVAE with these weights; True if its file does not say."""
+    """Whether an adapter is for a KVAE with these weights, as far as its file says."""
     side = next(name for name in spaces if name.startswith("kvae"))
     try:
         return same_weights(weights_of(path).get(side, ()), known)
@@ -125,10 +125,10 @@ def _fits(path: str, spaces: tuple[str, str], known: tuple[float, ...]) -> bool:
 
 
 def latent_path(file: object) -> str:
-    """Path of the latent file that an entry of the list means: in ComfyUI's input, output or temp folder only.
+    """The latent file that a name of the list means: in ComfyUI's input, output or temp folder, and nowhere else.
 
     Raises:
-        WeightsError: there is no such file. The message is the same whether or not it exists elsewhere.
+        WeightsError: there is none. Whether there is such a file elsewhere is not told.
     """
     missing = (
         f"{str(file)[:200]}: no such latent file; put it into ComfyUI's input folder and refresh the page (press R)."
@@ -148,7 +148,7 @@ def latent_path(file: object) -> str:
 
 
 def has_latent(name: str) -> bool:
-    """Whether `latent_path` finds the file."""
+    """Whether `latent_path` knows it."""
     try:
         latent_path(name)
     except WeightsError:
@@ -157,20 +157,20 @@ def has_latent(name: str) -> bool:
 
 
 def output_path(prefix: object, ending: str, width: int = 0, height: int = 0) -> tuple[str, str, str]:
-    """(path, file, subfolder) of the next file with that prefix in ComfyUI's output folder.
+    """(path, file, subfolder) of the next file of that prefix in ComfyUI's output folder.
 
     Args:
         width, height: in pixels, for %width% and %height% in the prefix.
 
     Raises:
-        WeightsError: the prefix is not a valid file name, or its folder cannot be made.
+        WeightsError: the prefix makes no name of a file, or its folder cannot be made.
     """
     if not isinstance(prefix, str):
         raise WeightsError(f"filename_prefix is a {type(prefix).__name__}; expected text")
     with file_errors(prefix):
         if any(len(os.fsencode(part)) > MOST_NAME for part in prefix.replace("\\", "/").split("/")):
             raise WeightsError(
-                f"filename_prefix: {prefix[:40]}… has a name of over {MOST_NAME} bytes; choose a shorter name"
+                f"filename_prefix: {prefix[:40]}… has a name of over {MOST_NAME} bytes; choose a shorter one"
             )
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             prefix, folder_paths.get_output_directory(), width, height

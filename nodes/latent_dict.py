@@ -1,7 +1,7 @@
-"""ComfyUI's LATENT, a dict with the samples, and the two keys that this pack adds to it.
+"""ComfyUI's LATENT, a dict around the samples, and what this pack writes into it beside them.
 
-`kvae_space` is the name of the samples' space, if a node of this pack knows it. `kvae_frames` is the number of frames
-of the clip that they were encoded from. Samplers and most latent nodes pass both on.
+`kvae_space` names the space of the samples where a node of this pack knows it, and `kvae_frames` the frames of the clip
+they were encoded from. Samplers and most latent nodes carry both on.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ SPACE, FRAMES = "kvae_space", "kvae_frames"
 
 
 def samples_of(latent: dict) -> Tensor:
-    """The samples; for a nested latent (video with audio) its video part, which comes first.
+    """The samples; of a nested latent (video with audio) the video part, which comes first.
 
     Raises:
-        ValueError: this is not a LATENT, or its samples are not a tensor of floats.
+        ValueError: it is not a LATENT, or its samples are no tensor of floats.
     """
     if not isinstance(latent, dict) or "samples" not in latent:
         raise ValueError(
@@ -31,10 +31,10 @@ def samples_of(latent: dict) -> Tensor:
 
 
 def space_of(latent: dict) -> str | None:
-    """Name of the samples' space; None if it is not known.
+    """The name of the space of the samples, if it is known.
 
     Raises:
-        ValueError: `kvae_space` is not a text.
+        ValueError: it is no name.
     """
     name = latent.get(SPACE)
     if name is not None and not isinstance(name, str):

@@ -16,7 +16,7 @@ from .metadata import workflow_of
 
 AUTO = "auto"
 SCALINGS = {AUTO: None, "raw": False, "scaled": True}
-SAVED = "latents"  # the folder in ComfyUI's output that Save Latent writes to by default
+SAVED = "latents"  # the folder in ComfyUI's output that Save Latent writes to, unless told otherwise
 
 
 class KVAEInspectLatent(io.ComfyNode):
@@ -127,7 +127,7 @@ class KVAELoadLatent(io.ComfyNode):
     def execute(cls, file: str, scaling: str, model: str = AUTO) -> io.NodeOutput:
         if scaling not in SCALINGS:
             raise ValueError(f"scaling is {scaling!r}; expected one of {', '.join(SCALINGS)}")
-        path = folders.latent_path(file)  # checked once more: by now it may be a link to another place
+        path = folders.latent_path(file)  # again: by now it may be a link to another place
         found = load_latent(path, SCALINGS[scaling], None if model == AUTO else model)
         latent = {"samples": found.z, SPACE: found.space, FRAMES: found.frames}
         latent = {key: value for key, value in latent.items() if value is not None}
@@ -136,7 +136,7 @@ class KVAELoadLatent(io.ComfyNode):
 
 
 def _latent_files() -> list[str]:
-    """Names to choose from, without links that lead out of ComfyUI's folders."""
+    """The names to choose from: of files that can be read, so of no link that leads out of ComfyUI's folders."""
     found = []
     for folder, below, ending, suffix in (
         (folder_paths.get_input_directory(), "", (".latent", ".safetensors"), ""),

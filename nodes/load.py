@@ -1,4 +1,4 @@
-"""Load KVAE: a KVAE file, and adapters if it is to serve another model's latents → VAE."""
+"""Load KVAE: a KVAE file, and adapters where it is to serve another model's latents → VAE."""
 
 from __future__ import annotations
 
@@ -104,10 +104,10 @@ class KVAELoad(io.ComfyNode):
 
 @lru_cache(maxsize=1)
 def load_patcher(stamp: tuple[str, float, int], dtype: torch.dtype) -> ModelPatcher:
-    """The KVAE of a file. The last KVAE stays loaded, so that another adapter or budget does not read the file again.
+    """The KVAE of a file. The last one is kept, so that another adapter, or another budget, does not load it again.
 
     Raises:
-        WeightsError: the file is not a KVAE.
+        WeightsError: it is not a KVAE.
     """
     path, *_ = stamp
     kvae = load_kvae(path, dtype)
@@ -118,10 +118,10 @@ def load_patcher(stamp: tuple[str, float, int], dtype: torch.dtype) -> ModelPatc
 def hunyuan_adapters(
     kvae: KVAE, kvae_name: str, decode: str, encode: str
 ) -> tuple[LatentAdapter | None, LatentAdapter | None]:
-    """Decode and encode adapter between HunyuanVideo's latents and this KVAE's, chosen by name or found.
+    """The two adapters between HunyuanVideo's latents and those of this KVAE, chosen by name or found.
 
     Raises:
-        WeightsError: both are missing, one maps another way than it is chosen for, or several fit.
+        WeightsError: neither is there, one is not what it is chosen for, or several fit.
     """
     if decode == encode == NONE:
         raise WeightsError(f'Both adapters are none: choose one of them, or latents "{NATIVE}".')

@@ -1,4 +1,4 @@
-"""The workflow, stored in the files that nodes write: drop such a file on the page to get the workflow back."""
+"""The workflow, for the files that nodes write: drop such a file on the page to get the workflow back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sample Clip: a built-in clip to try a VAE on."""
+"""Sample Clip: frames to try a VAE on, without a file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A KVAE as ComfyUI's VAE: the one file that touches comfy.sd.VAE.
 
-The parent's constructor gets no weights, so it sets the defaults of the installed ComfyUI and returns early. This file
-sets what differs. TiledVAE does all work on tensors, frames and memory included.
+The parent's constructor sets the defaults of the ComfyUI at hand and returns early, as there are no weights for it;
+what differs is set here. Everything between the tensors, frames and memory included, is TiledVAE's.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ DTYPES = [torch.bfloat16, torch.float32]
 
 
 def working_dtype() -> torch.dtype:
-    """Precision in which ComfyUI runs a VAE on this machine; its --bf16-vae and --fp32-vae count."""
+    """What ComfyUI would run a VAE in on this machine, its --bf16-vae and --fp32-vae included."""
     return comfy.model_management.vae_dtype(comfy.model_management.vae_device(), DTYPES)
 
 
 def patcher_of(kvae: KVAE) -> ModelPatcher:
-    """Patcher with which ComfyUI moves the KVAE between devices; without the adapters, so that it can outlive them."""
+    """What ComfyUI moves between devices: the KVAE alone, so that it can outlive the adapters beside it."""
     offload = comfy.model_management.vae_offload_device()
     return ModelPatcher(kvae, load_device=comfy.model_management.vae_device(), offload_device=offload)
 
 
 class KVAEVae(comfy.sd.VAE):
-    """ComfyUI's VAE around a TiledVAE: memory management, tiling and every stock node work with it unchanged.
+    """ComfyUI's VAE around a TiledVAE: memory management, tiling and every stock node work on it unchanged.
 
     Args:
-        patcher: moves the KVAE of `served`.
+        patcher: of its KVAE.
     """
 
     def __init__(self, served: TiledVAE, patcher: ModelPatcher):
@@ -53,7 +53,7 @@ class KVAEVae(comfy.sd.VAE):
         self.latent_dim = 3
         self.output_channels = 3
         self.not_video = False
-        self.handles_tiling = True  # newer hosts; older hosts call the two methods below
+        self.handles_tiling = True  # newer hosts; older ones come to the two methods below
         self.upscale_ratio = (lambda t: max(0, space.time * (t - 1) + 1), space.space, space.space)
         self.downscale_ratio = (lambda T: max(0, (T - 1) // space.time + 1), space.space, space.space)
         self.upscale_index_formula = self.downscale_index_formula = (space.time, space.space, space.space)
@@ -62,7 +62,7 @@ class KVAEVae(comfy.sd.VAE):
         self.process_output = to_image
         self.working_dtypes = DTYPES
         self.vae_dtype = next(served.kvae.parameters()).dtype
-        self.disable_offload = True  # plain torch.nn layers cannot be moved in part
+        self.disable_offload = True  # plain torch.nn layers are moved whole or not at all
         self.device = patcher.load_device
         self.output_device = served.output_device = comfy.model_management.intermediate_device()
         self.patcher = patcher
@@ -71,7 +71,7 @@ class KVAEVae(comfy.sd.VAE):
         served.free_memory = lambda: int(comfy.model_management.get_free_memory(self.device))
 
     def within(self, budget: int | None, approximate: bool = False) -> KVAEVae:
-        """Copy of this VAE with a budget of that many bytes in addition to the weights; None: what is free.
+        """This VAE, to stay within so many bytes beside the weights instead of within what is free (None).
 
         Args:
             approximate: see `ServedVAE`.
@@ -83,7 +83,7 @@ class KVAEVae(comfy.sd.VAE):
         return vae
 
     def decode_tiled_3d(self, samples, tile_t=None, tile_x=32, tile_y=32, overlap=(1, 8, 8)):
-        """Decode [B, c, t, h, w] in tiles, sized in latents, for hosts that do not know `handles_tiling`."""
+        """[B, c, t, h, w] by tiles of latents, for hosts that know nothing of `handles_tiling`."""
         z = samples.to(self.vae_dtype).to(self.device)
         return to_image(self.first_stage_model.decode_tiled(z, tile_x, tile_y, overlap[1]))
 
@@ -93,12 +93,12 @@ class KVAEVae(comfy.sd.VAE):
         return self.first_stage_model.encode_tiled(x, tile_x, tile_y, overlap[1]).float().to(self.output_device)
 
     def get_sd(self) -> dict[str, torch.Tensor]:
-        """Tensors that ComfyUI's VAESave writes: the KVAE's weights under their own names, and its config as one more
-        tensor, since that node writes only its own metadata. Load KVAE reads the file. Adapters are not in it."""
+        """What ComfyUI's Save VAE writes: the KVAE's weights under their own names, and its config as one more tensor,
+        since that node keeps no metadata but its own. Load KVAE reads it; the adapters stay in their files."""
         return described_state(self.first_stage_model.kvae)
 
     def decode_stream(self, z_Bcthw: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Decode to IMAGEs [17 or 16, H, W, 3] in 0..1, a segment at a time, so that frames do not fill the memory."""
+        """Frames as IMAGEs [17 or 16, H, W, 3] in 0..1: a segment at a time, so that memory does not grow."""
         memory = self.memory_used_decode(z_Bcthw.shape, self.vae_dtype)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
         for frames in self.first_stage_model.decode_stream(z_Bcthw.to(self.device)):
@@ -106,14 +106,14 @@ class KVAEVae(comfy.sd.VAE):
 
 
 def show_progress(done: int, total: int) -> None:
-    """Move the progress bar of the running node. Raises ComfyUI's own exception if the user has pressed Cancel."""
+    """Move the bar of the node that runs. Raises ComfyUI's own exception when the user has pressed Cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     comfy.utils.ProgressBar(total).update_absolute(done)
 
 
 @contextmanager
 def _no_weights_is_fine() -> Iterator[None]:
-    """Filter out ComfyUI's warning that there are no weights: none are meant to be there."""
+    """Keep ComfyUI from warning that there are no weights, which is just what it is asked for."""
 
     def without_warning(record: logging.LogRecord) -> bool:
         return "No VAE weights" not in record.getMessage()
