@@ -23,20 +23,20 @@ class KVAEDecode(io.ComfyNode):
             node_id="KVAEDecode",
             display_name="KVAE Decode",
             category="KVAE",
-            description="Decodes a video latent with a VAE from Load KVAE. Beyond VAE Decode: checks that the latent "
-            "is of the VAE's space, takes latents of wrapper packs, decodes the video part of a latent with audio, and "
-            "gives back just the frames that KVAE Encode was given.",
+            description="Decodes a video latent with a VAE from Load KVAE. In addition to what VAE Decode does, it "
+            "checks that the latent belongs to the VAE's space, accepts latents from wrapper packs, decodes the video "
+            "part of a latent with audio, and returns exactly the frames that KVAE Encode got.",
             inputs=[
                 *latent_inputs(),
                 io.Boolean.Input(
                     "approximate",
                     default=False,
-                    tooltip="Where nothing exact fits the memory: off, use the way that takes least, or say that the "
-                    "budget is too small; on, decode tiles that blend where they overlap, which takes far less and is "
-                    "faster, and differs a little from the exact result.",
+                    tooltip="Used only if nothing exact fits. Off: the exact way that needs least memory, or an error "
+                    "if memory_gb is too small. On: blended tiles; far less memory, faster, about 43 dB PSNR against "
+                    "the exact frames.",
                 ),
             ],
-            outputs=[io.Image.Output(tooltip="The frames; the clips of a batch one after the other.")],
+            outputs=[io.Image.Output(tooltip="The frames: the clips of a batch, one after the other.")],
         )
 
     @classmethod
@@ -55,13 +55,16 @@ class KVAEEncode(io.ComfyNode):
             node_id="KVAEEncode",
             display_name="KVAE Encode",
             category="KVAE",
-            description="Encodes a clip with a VAE from Load KVAE. Beyond VAE Encode: keeps every frame, by repeating "
-            "the last one up to the next 4n + 1, and tells the latent which space it is in.",
+            description="Encodes a clip with a VAE from Load KVAE. In addition to what VAE Encode does, it keeps every "
+            "frame, by repeating the last one up to the next 4n + 1, and writes the name of its space into the latent.",
             inputs=[
-                io.Image.Input("pixels", tooltip="The frames of one clip. Sides are cropped to a multiple of 8."),
+                io.Image.Input(
+                    "pixels",
+                    tooltip="The frames of one clip. Sides are cropped to a multiple of 8 (of 16 for KVAE 2.0-t4s16).",
+                ),
                 io.Vae.Input("vae", tooltip="From Load KVAE."),
             ],
-            outputs=[io.Latent.Output(tooltip="The latent of the clip, raw, as samplers of ComfyUI take it.")],
+            outputs=[io.Latent.Output(tooltip="The latent of the clip: raw, as ComfyUI's samplers expect it.")],
         )
 
     @classmethod
@@ -76,13 +79,13 @@ class KVAEEncode(io.ComfyNode):
 def latent_inputs() -> list[io.Input]:
     """The inputs of every node that decodes."""
     return [
-        io.Latent.Input("samples", tooltip="A video latent of the space that the VAE serves."),
+        io.Latent.Input("samples", tooltip="A video latent of the space that this VAE reads."),
         io.Vae.Input("vae", tooltip="From Load KVAE."),
         io.Combo.Input(
             "scaling",
             options=[RAW, SCALED],
-            tooltip="Latents of ComfyUI's own nodes are raw. Choose scaled for those of wrapper packs that pass on "
-            "what their sampler works with (HunyuanVideoWrapper); if colours are flat or burnt, it is the other one.",
+            tooltip="Latents of ComfyUI's own nodes are raw. Choose scaled for wrapper packs that pass on their "
+            "sampler's internal latents (HunyuanVideoWrapper). If colours look flat or burnt, choose the other one.",
         ),
         memory_input(),
     ]
@@ -96,8 +99,8 @@ def memory_input() -> io.Input:
         min=0.0,
         max=1024.0,
         step=0.5,
-        tooltip="GB that KVAE may use beside its weights; 0 is automatic: what ComfyUI says is free. The result is the "
-        "same, only slower in less. Where nothing exact fits, the error says what would.",
+        tooltip="GB that KVAE may use in addition to its weights. 0 is automatic: as much as ComfyUI says is free. A "
+        "smaller budget gives the same result, more slowly. If it is too small for that, the error states the minimum.",
     )
 
 

@@ -30,27 +30,29 @@ class KVAECompare(io.ComfyNode):
             node_id="KVAECompare",
             display_name="Compare VAEs",
             category="KVAE",
-            description="Runs two VAEs, of any kind, on one clip (encode and decode) or on one latent (decode), and "
-            "compares what comes out: with the clip, else with each other.",
+            description="Runs two VAEs of any kind on one clip (encode and decode) or on one latent (decode). Compares "
+            "the results with the clip; for a latent, with each other.",
             inputs=[
                 io.Vae.Input("vae_a", tooltip="The first VAE, on the left."),
                 io.Vae.Input("vae_b", tooltip="The second VAE, on the right."),
                 io.Image.Input(
                     "pixels",
                     optional=True,
-                    tooltip="A clip to encode and decode. Sides are cropped to a multiple of 16.",
+                    tooltip="A clip to encode and decode, cut to 4n + 1 frames and to sides that are multiples of 16.",
                 ),
-                io.Latent.Input("samples", optional=True, tooltip="A latent to decode, of a space both VAEs take."),
+                io.Latent.Input(
+                    "samples", optional=True, tooltip="A latent to decode, of a space that both VAEs read."
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="side_by_side", tooltip="Each frame by the first VAE, and by the second."),
+                io.Image.Output(display_name="side_by_side", tooltip="Each frame: first VAE left, second VAE right."),
                 io.Image.Output(
                     display_name="difference",
-                    tooltip="Second minus first, grey where they agree, errors shown 8 times as large.",
+                    tooltip="Second minus first: grey where they agree, errors enlarged 8 times.",
                 ),
                 io.String.Output(
                     display_name="report",
-                    tooltip="PSNR, SSIM, flicker and colour bias, seconds, and peak memory on CUDA.",
+                    tooltip="PSNR, SSIM, flicker, colour bias and seconds; on CUDA also peak memory.",
                 ),
             ],
             is_output_node=True,

@@ -21,7 +21,7 @@ class KVAELoadAdapter(io.ComfyNode):
             node_id="KVAELoadAdapter",
             display_name="Load Latent Adapter",
             category="KVAE",
-            description="Loads an adapter between two latent spaces, for Convert Latent. The file says what it maps.",
+            description="Loads an adapter between two latent spaces, for Convert Latent.",
             inputs=[
                 io.Combo.Input(
                     "adapter_name",
@@ -31,7 +31,9 @@ class KVAELoadAdapter(io.ComfyNode):
             ],
             outputs=[
                 Adapter.Output(display_name="adapter", tooltip="For Convert Latent."),
-                io.String.Output(display_name="about", tooltip="What it maps, and what it was trained on and reached."),
+                io.String.Output(
+                    display_name="about", tooltip="What it maps, what it was trained on, and what it reached."
+                ),
             ],
         )
 
@@ -60,8 +62,8 @@ class KVAEConvertLatent(io.ComfyNode):
             node_id="KVAEConvertLatent",
             display_name="Convert Latent",
             category="KVAE",
-            description="Maps a latent from one space to another with an adapter, say HunyuanVideo → KVAE. Load KVAE "
-            "with adapters does this by itself; use this node to work on the converted latent.",
+            description="Maps a latent from one space to another with an adapter, for example HunyuanVideo → KVAE. "
+            "Load KVAE with adapters does this by itself; use this node to work on the converted latent.",
             inputs=[
                 io.Latent.Input("samples", tooltip="A latent of the space that the adapter maps from."),
                 Adapter.Input("adapter", tooltip="From Load Latent Adapter."),

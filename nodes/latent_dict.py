@@ -39,6 +39,6 @@ def space_of(latent: dict) -> str | None:
     name = latent.get(SPACE)
     if name is not None and not isinstance(name, str):
         raise ValueError(
-            f"{SPACE} of this latent is {repr(name)[:60]}; expected the name of a space. Check what made it."
+            f"{SPACE} of this latent is {repr(name)[:60]}; expected the name of a space. Check the node that made it."
         )
     return name

@@ -26,8 +26,8 @@ class KVAEInspectLatent(io.ComfyNode):
             node_id="KVAEInspectLatent",
             display_name="Inspect Latent",
             category="KVAE",
-            description="Says what a latent is: its shape, what it decodes to, its statistics, and which model's space "
-            "it looks like and why.",
+            description="Reports what a latent is: its shape, the video it decodes to, its statistics, and which "
+            "model's space it looks like and why.",
             inputs=[io.Latent.Input("samples", tooltip="Any latent.")],
             outputs=[io.String.Output(display_name="report", tooltip="The report as text.")],
             is_output_node=True,
@@ -46,18 +46,21 @@ class KVAESaveLatent(io.ComfyNode):
             node_id="KVAESaveLatent",
             display_name="Save Latent (KVAE)",
             category="KVAE",
-            description="Saves a latent before it is decoded, so that a decode that fails after a long sampling can be "
-            "done again. The file is ComfyUI's .latent, and names its space.",
+            description="Saves a latent before it is decoded: if decoding fails after a long sampling, decode the "
+            "file. It is a ComfyUI .latent file that also names the latent's space.",
             inputs=[
-                io.Latent.Input("samples", tooltip="The latent to save. Of a latent with audio, the video part."),
+                io.Latent.Input(
+                    "samples", tooltip="The latent to save. If it has audio, only the video part is saved."
+                ),
                 io.String.Input(
                     "filename_prefix",
                     default=f"{SAVED}/KVAE",
-                    tooltip=f"Folder and name in ComfyUI's output. Load Latent from File looks in {SAVED}.",
+                    tooltip="Folder and start of the name in ComfyUI's output folder. Load Latent from File looks in "
+                    f"output/{SAVED}.",
                 ),
             ],
             outputs=[
-                io.Latent.Output(tooltip="The same latent: connect it to the decoder, so that saving comes first.")
+                io.Latent.Output(tooltip="The same latent. Connect it to the decoder, so that it is saved first.")
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
@@ -77,30 +80,33 @@ class KVAELoadLatent(io.ComfyNode):
             node_id="KVAELoadLatent",
             display_name="Load Latent from File",
             category="KVAE",
-            description="Loads a latent that ComfyUI, musubi-tuner or diffusers saved, as a raw latent. Only "
+            description="Loads a latent that ComfyUI, musubi-tuner or diffusers saved, and returns it raw. Reads only "
             "safetensors files: a pickle (.pt, .bin) can run code when it is opened.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=_latent_files(),
-                    tooltip=f"A .latent or .safetensors file of ComfyUI's input folder, or one of output/{SAVED}.",
+                    tooltip="A .latent or .safetensors file from ComfyUI's input folder, or a .latent file from "
+                    f"output/{SAVED}.",
                 ),
                 io.Combo.Input(
                     "scaling",
                     options=list(SCALINGS),
-                    tooltip="Whether it holds raw latents or a sampler's scaled ones. auto goes by the kind of file.",
+                    tooltip="Whether the file holds a raw latent or a sampler's scaled one. auto decides by the kind "
+                    "of file.",
                 ),
                 io.Combo.Input(
                     "model",
                     options=[AUTO, *MODELS],
                     optional=True,
-                    tooltip="What the latent is of. auto goes by the file; where it can be read in two ways, an error "
-                    "asks. diffusers saves latents of Kandinsky 5 with the channels last, all others with them first.",
+                    tooltip="Which model the latent belongs to. auto decides by the file; if the file can be read in "
+                    "two ways, an error asks you to choose. diffusers saves Kandinsky 5 latents with channels last, "
+                    "all others with channels first.",
                 ),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The latent, raw."),
-                io.String.Output(display_name="report", tooltip="What the file was taken for, and what the latent is."),
+                io.String.Output(display_name="report", tooltip="How the file was read, and what the latent is."),
             ],
         )
 

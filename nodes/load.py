@@ -30,8 +30,8 @@ class KVAELoad(io.ComfyNode):
             node_id="KVAELoad",
             display_name="Load KVAE",
             category="KVAE",
-            description="Loads KVAE-3D as a VAE for every node that takes one. With latent adapters it stands in for "
-            "the VAE of HunyuanVideo and Kandinsky 5: put it in the place of Load VAE.",
+            description="Loads KVAE-3D as a VAE for every node that uses one. With latent adapters it replaces the VAE "
+            "of HunyuanVideo and Kandinsky 5: use it instead of Load VAE.",
             inputs=[
                 io.Combo.Input(
                     "kvae_name",
@@ -41,30 +41,33 @@ class KVAELoad(io.ComfyNode):
                 io.Combo.Input(
                     "latents",
                     options=[HUNYUAN, NATIVE],
-                    tooltip="Whose latents the VAE takes and gives. HunyuanVideo / Kandinsky 5 goes through latent "
-                    "adapters; KVAE is for models trained on KVAE latents, or to encode and decode with KVAE alone.",
+                    tooltip="Which model's latents this VAE reads and writes. HunyuanVideo / Kandinsky 5: through "
+                    "latent adapters. KVAE (native): for models trained on KVAE latents, or to encode and decode with "
+                    "KVAE alone.",
                 ),
                 io.Combo.Input(
                     "decode_adapter",
                     options=adapters,
-                    tooltip="HunyuanVideo → KVAE, from models/latent_adapters. auto takes the one file that says it "
-                    "maps that way; none leaves a VAE that only encodes. Not used for native latents.",
+                    tooltip="HunyuanVideo → KVAE, from models/latent_adapters. auto: the only file that fits, by its "
+                    "metadata or its published name. none: the VAE only encodes. Not used for native latents.",
                 ),
                 io.Combo.Input(
                     "encode_adapter",
                     options=adapters,
-                    tooltip="KVAE → HunyuanVideo, from models/latent_adapters; needed for image-to-video. auto takes "
-                    "the one file that says it maps that way; none leaves a VAE that only decodes. Not used for native "
-                    "latents.",
+                    tooltip="KVAE → HunyuanVideo, from models/latent_adapters; needed for image-to-video. auto: the "
+                    "only file that fits, by its metadata or its published name. none: the VAE only decodes. Not used "
+                    "for native latents.",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=[AUTO, *DTYPES],
-                    tooltip="auto is what ComfyUI uses for VAEs on this machine. bf16 halves the memory of fp32.",
+                    tooltip="auto: what ComfyUI uses for VAEs on this machine. bf16 needs half the memory of fp32.",
                 ),
                 memory_input(),
             ],
-            outputs=[io.Vae.Output(tooltip="For VAE Decode, VAE Encode, image-to-video nodes and those of this pack.")],
+            outputs=[
+                io.Vae.Output(tooltip="For VAE Decode, VAE Encode, image-to-video nodes and the nodes of this pack.")
+            ],
         )
 
     @classmethod

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 
 def workflow_of(node: type[io.ComfyNode]) -> dict[str, str]:
-    """Prompt and workflow of the running node as JSON texts; empty with ComfyUI's --disable-metadata."""
+    """Prompt and workflow of the running node as JSON texts; empty if ComfyUI runs with --disable-metadata."""
     if args.disable_metadata:
         return {}
     known = {"prompt": node.hidden.prompt, **(node.hidden.extra_pnginfo or {})}

@@ -14,12 +14,16 @@ class KVAESampleClip(io.ComfyNode):
             node_id="KVAESampleClip",
             display_name="Sample Clip",
             category="KVAE",
-            description="A clip that needs no file: a drifting colour gradient, a disc, fine stripes, a grey ramp.",
+            description="A built-in test clip: a drifting colour gradient, a disc, fine stripes and a grey ramp.",
             inputs=[
                 io.Int.Input("width", default=256, min=16, max=4096, step=16, tooltip="Width in pixels."),
                 io.Int.Input("height", default=160, min=16, max=4096, step=16, tooltip="Height in pixels."),
                 io.Int.Input(
-                    "length", default=33, min=1, max=1025, tooltip="Number of frames. Video VAEs like 4n + 1."
+                    "length",
+                    default=33,
+                    min=1,
+                    max=1025,
+                    tooltip="Number of frames. Video VAEs work in 4n + 1 frames (5, 9 … 33).",
                 ),
             ],
             outputs=[io.Image.Output(tooltip="The frames.")],

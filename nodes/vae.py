@@ -88,7 +88,7 @@ class KVAEVae(comfy.sd.VAE):
         return to_image(self.first_stage_model.decode_tiled(z, tile_x, tile_y, overlap[1]))
 
     def encode_tiled_3d(self, samples, tile_t=None, tile_x=512, tile_y=512, overlap=(1, 64, 64)):
-        """[B, 3, T, H, W] in 0..1 by tiles of pixels, for the same hosts."""
+        """Encode [B, 3, T, H, W] in 0..1 in tiles, sized in pixels, for the same hosts."""
         x = self.process_input(samples).to(self.vae_dtype).to(self.device)
         return self.first_stage_model.encode_tiled(x, tile_x, tile_y, overlap[1]).float().to(self.output_device)
 

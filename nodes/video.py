@@ -1,4 +1,4 @@
-"""KVAE Decode to Video: from a latent straight into a file."""
+"""KVAE Decode to Video: a latent decoded straight into a file."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class KVAEDecodeToVideo(io.ComfyNode):
             node_id="KVAEDecodeToVideo",
             display_name="KVAE Decode to Video",
             category="KVAE",
-            description="Decodes a video latent straight into a file, a few frames at a time, so that memory does not "
-            "grow with the length of the video. Needs a VAE from Load KVAE.",
+            description="Decodes a video latent straight into a file, a few frames at a time: the frames of a long "
+            "video never have to fit into memory together. Needs a VAE from Load KVAE.",
             inputs=[
                 *latent_inputs(),
                 io.Float.Input(
@@ -35,10 +35,13 @@ class KVAEDecodeToVideo(io.ComfyNode):
                     default=18,
                     min=0,
                     max=51,
-                    tooltip="Constant quality: lower is better and larger. 18 is hard to tell from the original.",
+                    tooltip="Constant quality: lower is better and makes larger files. 18 is hard to tell from the "
+                    "original.",
                 ),
                 io.String.Input(
-                    "filename_prefix", default="video/KVAE", tooltip="Folder and start of the name in ComfyUI's output."
+                    "filename_prefix",
+                    default="video/KVAE",
+                    tooltip="Folder and start of the name in ComfyUI's output folder.",
                 ),
                 io.Audio.Input("audio", optional=True, tooltip="Sound for the video, cut where the video ends."),
             ],

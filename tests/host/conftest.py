@@ -121,11 +121,11 @@ def server(comfyui_path, base):
 
 @pytest.fixture(scope="session")
 def info(server):
-    """The live schemas of all nodes."""
+    """Live schemas of all nodes."""
     return server.get("/object_info")
 
 
 @pytest.fixture(scope="session")
 def ours(info):
-    """Those of this pack."""
+    """Schemas of this pack's nodes."""
     return {name: node for name, node in info.items() if node["python_module"].startswith("custom_nodes.kvae")}

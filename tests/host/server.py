@@ -1,4 +1,4 @@
-"""A ComfyUI server of our own on loopback, and prompts queued on it. Standard library only."""
+"""A private ComfyUI server on loopback, and prompts queued on it. Standard library only."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ RUN_SECONDS = 300
 
 
 class Server:
-    """ComfyUI with the given base directory, from `with` to its end; only this process is ever signalled.
+    """ComfyUI with the given base directory, as a context manager. Only its own process is ever signalled.
 
     Args:
-        device: the option that says where it computes: --cpu; or on a GPU --lowvram, --novram …
+        device: the option that sets where it computes: --cpu; on a GPU --lowvram, --novram …
     """
 
     def __init__(self, comfyui: Path, base: Path, device: str = "--cpu"):
@@ -60,16 +60,16 @@ class Server:
         self.log.close()
 
     def get(self, path: str):
-        """The JSON that a GET answers."""
+        """JSON answer to a GET."""
         return self._send(urllib.request.Request(self._url(path)))
 
     def content(self, path: str) -> bytes:
-        """What a GET answers."""
+        """Body of the answer to a GET."""
         with self._open(urllib.request.Request(self._url(path))) as answer:
             return answer.read()
 
     def post(self, path: str, data: dict):
-        """The JSON that a POST answers, refusals (400) included."""
+        """JSON answer to a POST, refusals (400) included."""
         request = urllib.request.Request(self._url(path), json.dumps(data).encode())
         request.add_header("Content-Type", "application/json")
         try:
@@ -78,17 +78,17 @@ class Server:
             return json.loads(error.read())
 
     def start(self, prompt: dict) -> str:
-        """Queue a prompt in API format; its id.
+        """Queue a prompt in API format; returns its id.
 
         Raises:
-            AssertionError: the server refuses it, or a part of it.
+            AssertionError: the server refuses the prompt or a part of it.
         """
         answer = self.post("/prompt", {"prompt": prompt})
         assert "prompt_id" in answer and not answer["node_errors"], json.dumps(answer, indent=1)
         return answer["prompt_id"]
 
     def wait(self, prompt_id: str) -> dict:
-        """The history of a prompt once it has ended: `status` and `outputs`."""
+        """Wait for a prompt to end; returns its history, with `status` and `outputs`."""
         deadline = time.monotonic() + RUN_SECONDS
         while time.monotonic() < deadline:
             history = self.get(f"/history/{prompt_id}")
@@ -98,7 +98,7 @@ class Server:
         raise AssertionError(f"no end after {RUN_SECONDS} s:\n{self.log_text()[-3000:]}")
 
     def log_text(self) -> str:
-        """What the server wrote."""
+        """The log of the server."""
         return (self.base / "server.log").read_text(errors="replace")
 
     def _url(self, path: str) -> str:

@@ -14,7 +14,7 @@ NATIVE = "KVAE (native)"
 
 
 class Nested:
-    """As ComfyUI's latents of video with audio."""
+    """Like ComfyUI's latents of video with audio."""
 
     is_nested = True
 
@@ -175,7 +175,7 @@ BAD_LATENTS = {
     "frames in words": ({"samples": torch.zeros(1, 16, 1, 4, 4), "kvae_frames": "one"}, "kvae_frames of this latent"),
     "a space in numbers": ({"samples": torch.zeros(1, 16, 1, 4, 4), "kvae_space": 5}, "kvae_space of this latent is 5"),
 }
-HARMLESS = {  # what a node does not ask for, or is there to tell
+HARMLESS = {  # entries that a node does not read, or that it reports
     "KVAEDecode": (),
     "KVAEConvertLatent": ("frames in words",),
     "KVAEInspectLatent": ("frames in words", "NaN"),
@@ -185,9 +185,9 @@ HARMLESS = {  # what a node does not ask for, or is there to tell
 
 @pytest.mark.parametrize("node", HARMLESS)
 @pytest.mark.parametrize("name", BAD_LATENTS)
-def test_what_is_no_latent_is_said_in_a_sentence(run, load, comfy, base, node, name):
+def test_a_bad_latent_is_refused_in_one_sentence(run, load, comfy, base, node, name):
     if name in HARMLESS[node]:
-        pytest.skip("this node takes it")
+        pytest.skip("this node accepts it")
     latent, words = BAD_LATENTS[name]
     with pytest.raises(ValueError, match=words) as caught:
         if node == "KVAEDecode":
@@ -202,7 +202,7 @@ def test_what_is_no_latent_is_said_in_a_sentence(run, load, comfy, base, node, n
     assert not list((base / "output").glob("bad/*"))
 
 
-def test_settings_that_mean_nothing_are_refused(run, load):
+def test_invalid_settings_are_refused(run, load):
     latent, vae = {"samples": torch.zeros(1, 16, 1, 4, 4)}, load()
     with pytest.raises(ValueError, match="scaling is 'other'; expected raw or scaled"):
         run("KVAEDecode", samples=latent, vae=vae, scaling="other", memory_gb=0.0)
@@ -218,7 +218,7 @@ def test_settings_that_mean_nothing_are_refused(run, load):
         run("KVAEConvertLatent", samples=latent, adapter=None)
 
 
-def test_pixels_that_are_spoilt_or_too_many_are_refused_at_once(run, load):
+def test_bad_pixels_and_too_many_pixels_are_refused_before_any_work(run, load):
     clip, vae = sample_clip(5, 32, 32), load()
     clip[2, 3, 4, 1] = torch.nan
     for node in ("KVAEEncode", "VAEEncode"):
@@ -246,7 +246,7 @@ def test_pixels_that_are_spoilt_or_too_many_are_refused_at_once(run, load):
     ],
     ids=["long", "NUL", "long in UTF-8"],
 )
-def test_a_prefix_that_is_no_name_leaves_nothing(comfy, base, prefix, words):
+def test_a_prefix_that_is_not_a_file_name_leaves_nothing(comfy, base, prefix, words):
     before = sorted((base / "output").rglob("*"))
     with pytest.raises(ValueError, match=words):
         with_hidden(comfy.classes["KVAESaveLatent"]).execute(
@@ -277,7 +277,7 @@ def elsewhere(base, tmp_path):
 
 
 def test_latents_are_read_from_comfyuis_folders_alone(run, comfy, elsewhere):
-    """Neither when the prompt is checked nor when it is run; whether there is such a file is not told."""
+    """Both the check of the prompt and its run refuse other files, and do not tell whether they exist."""
     node = comfy.classes["KVAELoadLatent"]
     for name in elsewhere:
         with pytest.raises(ValueError, match="no such latent file; put it into ComfyUI's input folder"):

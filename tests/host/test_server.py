@@ -1,4 +1,4 @@
-"""The pack in a real server: it imports, its schemas say all, a changed adapter is all that is read, Cancel works."""
+"""The pack in a real server: it imports, its schemas explain everything, and Cancel works."""
 
 import json
 import os
@@ -36,6 +36,7 @@ def test_every_node_input_and_output_is_explained(ours):
 @pytest.mark.parametrize("language", ["zh", "ru"])
 def test_every_text_is_translated(server, ours, language):
     texts = server.get("/i18n")[language]["nodeDefs"]
+    assert set(ours) == {name for name in texts if name.startswith("KVAE")}
     for name, node in ours.items():
         assert texts[name]["display_name"] and texts[name]["description"]
         inputs = {key for part in ("required", "optional") for key in node["input"].get(part, {})}
@@ -48,12 +49,14 @@ def test_every_text_is_translated(server, ours, language):
 def test_every_node_has_a_help_page(server, ours):
     for name in ours:
         page = server.content(f"/extensions/kvae/docs/{name}.md").decode()
-        assert page.startswith("# ")
+        assert page.splitlines()[0] == f"# {ours[name]['display_name']}"
         (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
         assert server.content(f"/extensions/kvae/docs/{picture}").startswith(b"\xff\xd8")  # a JPEG
+        for language in ("zh", "ru"):
+            assert server.content(f"/extensions/kvae/docs/{name}/{language}.md").decode().startswith("# ")
 
 
-def test_another_adapter_is_all_that_is_read_again(server, base):
+def test_another_adapter_does_not_read_the_kvae_again(server, base):
     folder = base / "models" / "latent_adapters"
     prompt = {
         "1": {"class_type": "KVAELoad", "inputs": LOAD | {"decode_adapter": "h2k.safetensors", "dtype": "fp32"}},
@@ -75,8 +78,8 @@ def test_another_adapter_is_all_that_is_read_again(server, base):
     assert server.log_text().count("Loaded KVAE from") == loads + 1
 
 
-def test_no_prompt_reads_a_latent_from_elsewhere(server, base, tmp_path):
-    """By the server's own check, of a path that is there and of one that is not, in the same words."""
+def test_no_prompt_reads_a_latent_outside_comfyuis_folders(server, base, tmp_path):
+    """The server refuses a file that exists and one that does not in the same words."""
     path = tmp_path / "x.latent"
     save_latent(path, torch.zeros(1, 16, 1, 4, 4), None, None, {})
     inside = base / "input" / "inside.latent"
@@ -94,7 +97,7 @@ def test_no_prompt_reads_a_latent_from_elsewhere(server, base, tmp_path):
 
 
 def load_and_inspect(file: str) -> dict:
-    """A prompt that loads a latent file and says what it is."""
+    """A prompt that loads a latent file and inspects it."""
     return {
         "1": {"class_type": "KVAELoadLatent", "inputs": {"file": file, "scaling": "auto"}},
         "2": {"class_type": "KVAEInspectLatent", "inputs": {"samples": ["1", 0]}},

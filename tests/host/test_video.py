@@ -1,4 +1,4 @@
-"""KVAE Decode to Video, with what the page does not let one enter, and what models give."""
+"""KVAE Decode to Video, with inputs that only the API allows and sound that models make."""
 
 import av
 import pytest
@@ -11,7 +11,7 @@ OPTIONS = {"scaling": "raw", "memory_gb": 0.0, "fps": 24.0, "codec": "h264", "cr
 
 @pytest.fixture
 def decode(load, comfy, base):
-    """Runs the node on a small latent; gives the files that are in its folder then."""
+    """Run the node on a small latent; returns the files in its folder."""
 
     def run(**options):
         node = with_hidden(comfy.classes["KVAEDecodeToVideo"])
@@ -61,7 +61,7 @@ def test_odd_sound_does_not_cost_the_video(decode):
 
 
 def test_names_are_counted_by_finished_videos_alone(decode, base):
-    """What is being written, and what a kill has left of it, is hidden."""
+    """A file that is being written, or that a kill has left, is hidden."""
     decode(filename_prefix="counted/t")
     (base / "output" / "counted" / ".kvae-0123456789abcdef.partial").touch()
     videos = [path.name for path in decode(filename_prefix="counted/t") if path.suffix == ".mp4"]

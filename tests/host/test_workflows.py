@@ -1,4 +1,4 @@
-"""The workflows of the pack: found, fitting the live schemas, wired, and those that need no downloads run."""
+"""Workflows of the pack: found, fitting the live schemas and wired; the one that needs no downloads runs."""
 
 import importlib.util
 import json
@@ -56,7 +56,7 @@ def test_a_workflow_fits_the_live_schemas(path, info):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_workflow_is_wired_whole(path):
+def test_both_ends_of_every_link_agree(path):
     for graph in graphs_of(read(path)):
         nodes = {node["id"]: node for node in graph["nodes"]}
         assert len(nodes) == len(graph["nodes"])
@@ -125,7 +125,7 @@ def find(name: str) -> Path:
 
 
 def read(path: Path) -> dict:
-    """A workflow, or template."""
+    """A workflow or template."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -147,23 +147,23 @@ def as_list(link: list | dict) -> list:
 
 
 def options_of(spec: list) -> list | None:
-    """What a combo offers; None for other widgets."""
+    """Options of a combo; None for other widgets."""
     kind, *options = spec
     return kind if isinstance(kind, list) else options[0].get("options") if kind == "COMBO" else None
 
 
 def is_file(value: object) -> bool:
-    """Whether a value names a file, which need not be there."""
+    """Whether a value names a file, which need not exist."""
     return isinstance(value, str) and (".safetensors" in value or ".latent" in value)
 
 
 def is_widget(spec: list) -> bool:
-    """Whether an input of a schema is set in the node itself."""
+    """Whether an input of a schema is a widget of the node."""
     return isinstance(spec[0], list) or spec[0] in ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
 
 
 def to_api(workflow: dict, info: dict) -> dict:
-    """A workflow of the page → a prompt, for flat workflows with no muted nodes."""
+    """Convert a workflow of the page to a prompt; only flat workflows without muted nodes."""
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
