@@ -22,11 +22,11 @@ from ..kvae.finite import all_finite
 from ..kvae.foreign import build, parse_object
 from ..kvae.layers import Cache
 from ..kvae.signature import same_weights
-from .networks import NETWORKS, Network, Published, build_network
-from .spaces import LatentSpace, space
+from .networks import NETWORKS, Network, PointwiseNet, build_network
+from .spaces import LatentSpace, latent_space
 
 FORMAT = "kvae-latent-adapter/1"
-PUBLISHED_NAMES = {
+PUBLISHED_FILES = {
     "adapter_hunyuan_to_kvae3d.safetensors": ("hunyuan_video", "kvae_3d_1.0"),
     "adapter_kvae3d_to_hunyuan.safetensors": ("kvae_3d_1.0", "hunyuan_video"),
 }
@@ -131,7 +131,7 @@ def direction_of(path: str | os.PathLike) -> tuple[str, str] | None:
     metadata = Weights(path).metadata
     if metadata.get("format") == FORMAT and {"source_space", "target_space"} <= metadata.keys():
         return metadata["source_space"], metadata["target_space"]
-    return PUBLISHED_NAMES.get(Path(path).name)
+    return PUBLISHED_FILES.get(Path(path).name)
 
 
 def weights_of(path: str | os.PathLike) -> dict[str, tuple[float, ...]]:
@@ -199,7 +199,7 @@ def _described(weights: Weights) -> LatentAdapter:
     """
     metadata = weights.metadata
     try:
-        source, target = space(metadata["source_space"]), space(metadata["target_space"])
+        source, target = latent_space(metadata["source_space"]), latent_space(metadata["target_space"])
         settings = parse_object(metadata["network"])
         if isinstance(settings.get("blocks"), int) and settings["blocks"] > len(weights.shapes):
             raise ValueError(f"{settings['blocks']} blocks in {len(weights.shapes)} tensors")
@@ -230,7 +230,7 @@ def _published(weights: Weights, direction: tuple[str, str] | None) -> LatentAda
     Raises:
         WeightsError: it has other tensors, or says nothing of its direction and has none of the published names.
     """
-    path, network = weights.path, Published(16, 16)
+    path, network = weights.path, PointwiseNet(16, 16)
     if weights.shapes != _shapes(network):
         kind = what_is(weights.shapes)
         if kind == "a latent adapter":
@@ -239,13 +239,13 @@ def _published(weights: Weights, direction: tuple[str, str] | None) -> LatentAda
                 "and not of the published shape; use the file as it was written"
             )
         raise WeightsError(f"{path}: this is {kind}; expected a latent adapter")
-    known = PUBLISHED_NAMES.get(path.name) or direction
+    known = PUBLISHED_FILES.get(path.name) or direction
     if known is None:
         raise WeightsError(
             f"{path}: a published adapter does not say which way it maps; name it "
-            f"{' or '.join(PUBLISHED_NAMES)}, or give the direction"
+            f"{' or '.join(PUBLISHED_FILES)}, or give the direction"
         )
-    return LatentAdapter(network, space(known[0]), space(known[1]))
+    return LatentAdapter(network, latent_space(known[0]), latent_space(known[1]))
 
 
 def _shapes(network: Network) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """The adapter networks: one latent grid in, the same grid in another space out.
 
-All but `Published` see the past only and normalise per position, so a frame alone, a tile beyond the receptive field
+All but `PointwiseNet` see the past only and normalise per position, so a frame alone, a tile beyond the receptive field
 and a stream give what the whole clip gives. Stream with a cache:
 
     cache = {}
@@ -21,7 +21,7 @@ from ..kvae.engine.convolution import Conv3d
 from ..kvae.layers import Cache, CausalConv3d, name_streamed
 
 
-class PublishedBlock(nn.Module):
+class PointwiseBlock(nn.Module):
     """Residual: (GroupNorm, SiLU, 1x1x1 convolution) twice."""
 
     def __init__(self, width: int):
@@ -36,7 +36,7 @@ class PublishedBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
-class Published(nn.Module):
+class PointwiseNet(nn.Module):
     """The published adapters' network, 2,368 parameters at 16 channels.
 
     Its GroupNorm takes statistics over t, h, w: it must see the whole clip at once, and cannot be streamed.
@@ -48,7 +48,7 @@ class Published(nn.Module):
         super().__init__()
         self.config = {"in_channels": in_channels, "out_channels": out_channels, "width": width, "blocks": blocks}
         self.in_proj = Conv3d(in_channels, width, 1)
-        self.blocks = nn.ModuleList(PublishedBlock(width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(PointwiseBlock(width) for _ in range(blocks))
         self.out_proj = Conv3d(width, out_channels, 1)
 
     def forward(self, z_Bcthw: Tensor, cache: Cache | None = None) -> Tensor:
@@ -150,8 +150,8 @@ class Residual(nn.Module):
         return self.affine(z_Bcthw, cache) + self.target_std * self.conv_out(self.norm_out(h))
 
 
-Network = Published | Affine | Residual
-NETWORKS: dict[str, type[Network]] = {"published": Published, "affine": Affine, "residual": Residual}
+Network = PointwiseNet | Affine | Residual
+NETWORKS: dict[str, type[Network]] = {"published": PointwiseNet, "affine": Affine, "residual": Residual}
 MOST = 4096  # channels, blocks or taps of a network; those in use have up to 128
 
 

@@ -35,13 +35,13 @@ from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.adapters.networks import Network, Residual
 from kvae_comfyui.benchmarks.ingredients import ingredients
 from kvae_comfyui.benchmarks.tables import publish
+from kvae_comfyui.serving.metrics import psnr, temporal_error
 from kvae_comfyui.training.adapters import train
 from kvae_comfyui.training.adapters.closed_form import fit_both_ways
 from kvae_comfyui.training.adapters.recipe import DEFAULT, PUBLISHED, Recipe
 from kvae_comfyui.training.adapters.train import DIRECTIONS
 from kvae_comfyui.training.data import extract
 from kvae_comfyui.training.data.dataset import Pairs, open_pairs, spread
-from kvae_comfyui.training.evaluate.evaluate import flicker, psnr
 from kvae_comfyui.training.evaluate.originals import original_frames
 from kvae_comfyui.training.vaes import TINY_ADAPTERS, VideoVAE, load_hunyuan_vae, load_kandinsky_vae
 
@@ -202,7 +202,7 @@ class Bench:
     def compare(self, direction: str, i: int, y_3THW: Tensor) -> tuple[float, float, float]:
         """PSNR against the original, PSNR against the source VAE's own decode, flicker."""
         x, source = self.originals[i], self.direct[BACK[direction], i]
-        return psnr(y_3THW, x), psnr(y_3THW, source), flicker(y_3THW, x)
+        return psnr(y_3THW, x), psnr(y_3THW, source), temporal_error(y_3THW, x)
 
     def noisy(self, direction: str, i: int, noise: float) -> Tensor:
         """The source latents with white noise, the same for every row."""

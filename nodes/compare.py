@@ -9,9 +9,9 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
-from ..adapters.inspect import check_tensor
+from ..adapters.checks import check_tensor
 from ..serving.memory import room_for
-from ..serving.metrics import difference, figures, table
+from ..serving.metrics import as_text, compare, difference_picture
 from .latent_dict import samples_of
 
 
@@ -63,19 +63,19 @@ class KVAECompare(io.ComfyNode):
         if pixels is not None:
             check_tensor(pixels, "pixels")
             room_for(pixels.shape, "cpu", f"pixels, {list(pixels.shape)}: compare fewer or smaller frames")
-            pixels = whole(pixels)
+            pixels = crop_to_grid(pixels)
         z = None if samples is None else samples_of(samples)
         a, b = (run(vae, pixels, z) for vae in (vae_a, vae_b))
         if pixels is None:
-            rows = {"B against A": figures(b.frames, a.frames), "A": a.cost, "B": b.cost}
+            rows = {"B against A": compare(b.frames, a.frames), "A": a.cost, "B": b.cost}
         else:
-            rows = {name: figures(r.frames, pixels) | r.cost for name, r in (("A", a), ("B", b))}
-        report = table(rows)
+            rows = {name: compare(r.frames, pixels) | r.cost for name, r in (("A", a), ("B", b))}
+        report = as_text(rows)
         both = torch.cat([a.frames, b.frames], dim=2)
-        return io.NodeOutput(both, difference(b.frames, a.frames), report, ui=ui.PreviewText(report))
+        return io.NodeOutput(both, difference_picture(b.frames, a.frames), report, ui=ui.PreviewText(report))
 
 
-def whole(pixels: torch.Tensor) -> torch.Tensor:
+def crop_to_grid(pixels: torch.Tensor) -> torch.Tensor:
     """[T, H, W, C] cut to 4n + 1 frames, multiples of 16 pixels and RGB, which every video VAE takes whole."""
     T, H, W, _ = pixels.shape
     return pixels[: 4 * ((T - 1) // 4) + 1, : H - H % 16, : W - W % 16, :3]

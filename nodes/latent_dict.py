@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..adapters.inspect import check_values
+from ..adapters.checks import check_values
 
 SPACE, FRAMES = "kvae_space", "kvae_frames"
 

@@ -7,8 +7,8 @@ import os
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..adapters.inspect import describe
 from ..kvae import WeightsError
+from ..serving.inspect import describe
 from ..serving.latent_files import MODELS, load_latent, save_latent
 from . import folders
 from .latent_dict import FRAMES, SPACE, samples_of, space_of

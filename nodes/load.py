@@ -12,10 +12,10 @@ from comfy_api.latest import io
 from ..adapters import LatentAdapter, load_adapter
 from ..adapters.spaces import native_space
 from ..kvae import KVAE, WeightsError, load_kvae
-from ..serving.tiled import TiledVAE
+from ..serving.host_vae import HostVAE
 from . import folders
-from .coding import memory_input, within
-from .vae import KVAEVae, patcher_of, working_dtype
+from .coding import memory_input, with_budget
+from .vae import ComfyVAE, patcher_of, working_dtype
 
 HUNYUAN, NATIVE = "HunyuanVideo / Kandinsky 5", "KVAE (native)"
 AUTO, NONE = "auto", "none"
@@ -95,8 +95,8 @@ class KVAELoad(io.ComfyNode):
         adapters = (
             (None, None) if latents == NATIVE else hunyuan_adapters(kvae, kvae_name, decode_adapter, encode_adapter)
         )
-        vae = KVAEVae(TiledVAE(kvae, *adapters), patcher)
-        return io.NodeOutput(within(vae, memory_gb))
+        vae = ComfyVAE(HostVAE(kvae, *adapters), patcher)
+        return io.NodeOutput(with_budget(vae, memory_gb))
 
 
 @lru_cache(maxsize=1)

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters.inspect import check_finite, check_values, fitting_spaces
-from ..adapters.spaces import SPACES, LatentSpace
+from ..adapters.checks import check_finite, check_values
+from ..adapters.spaces import SPACES, LatentSpace, fitting_spaces
 from ..kvae.files import Weights, WeightsError, save_weights
-from .clips import check_count
+from .clips import check_frame_count
 
 # models by the name that musubi-tuner's caches give them: the space of their latents, and whether they are scaled
 ARCHITECTURES = {
@@ -75,7 +75,7 @@ def save_latent(
     """
     check_values(z)
     check_finite(z, "latent")
-    check_count(frames)
+    check_frame_count(frames)
     ours = {"kvae_space": space or "", "kvae_frames": str(frames or "")}
     # ComfyUI takes a file without the second tensor for one of an older scale
     save_weights(path, {"latent_tensor": z, "latent_format_version_0": torch.empty(0)}, metadata | ours)

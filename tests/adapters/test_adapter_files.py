@@ -12,21 +12,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from conftest import shared
-from kvae_comfyui.adapters.files import LatentAdapter, VAEWeights, load_adapter, save_adapter, weights_of
+from kvae_comfyui.adapters.files import LatentAdapter, VAEWeights, direction_of, load_adapter, save_adapter, weights_of
 from kvae_comfyui.adapters.hybrid import HybridVAE
-from kvae_comfyui.adapters.networks import Affine, Published, Residual
-from kvae_comfyui.adapters.spaces import SPACES, space
+from kvae_comfyui.adapters.networks import Affine, PointwiseNet, Residual
+from kvae_comfyui.adapters.spaces import SPACES, latent_space
 from kvae_comfyui.kvae import KVAE, WeightsError, load_kvae, save_kvae
 from kvae_comfyui.kvae.load import described_state
 from kvae_comfyui.kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
-from kvae_comfyui.serving.serve import ServedVAE
-from kvae_comfyui.serving.tiled import TiledVAE
+from kvae_comfyui.serving.host_vae import HostVAE
 from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
 
-H, K = space("hunyuan_video"), space("kvae_3d_1.0")
+H, K = latent_space("hunyuan_video"), latent_space("kvae_3d_1.0")
 
 
-@pytest.mark.parametrize("network", [Affine(16, 16, 1), Residual(16, 16, 8, 1), Published(16, 16)], ids=type)
+@pytest.mark.parametrize("network", [Affine(16, 16, 1), Residual(16, 16, 8, 1), PointwiseNet(16, 16)], ids=type)
 def test_round_trip(tmp_path, network):
     adapter = LatentAdapter(network, H, K, training={"pairs": 7}, metrics={"val_mse": 0.25})
     save_adapter(tmp_path / "a.safetensors", adapter)
@@ -53,6 +52,15 @@ def test_published_files(tmp_path):
     with pytest.raises(WeightsError, match="does not say which way it maps; name it adapter_hunyuan_to_kvae3d"):
         load_adapter(renamed)
     assert load_adapter(renamed, ("kvae_3d_1.0", "hunyuan_video")).source == K
+
+
+def test_the_direction_is_read_from_the_header(tmp_path):
+    adapter = LatentAdapter(Affine(16, 16), H, K)
+    save_adapter(tmp_path / "x.safetensors", adapter)
+    assert direction_of(tmp_path / "x.safetensors") == ("hunyuan_video", "kvae_3d_1.0")
+    save_file({"a": torch.zeros(1)}, tmp_path / "y.safetensors")
+    assert direction_of(tmp_path / "y.safetensors") is None
+    assert adapter.about() == "hunyuan_video → kvae_3d_1.0, Affine, 6,928 weights"
 
 
 def test_swapped_adapters_are_noticed(tmp_path, small_kvae):
@@ -104,8 +112,14 @@ def test_hybrid_with_one_adapter_says_what_is_missing(small_kvae):
     k2h = LatentAdapter(Affine(16, 16, 1), K, H)
     with pytest.raises(WeightsError, match="no hunyuan_video → kvae_3d_1.0 adapter .*adapter_hunyuan_to_kvae3d"):
         HybridVAE(small_kvae, encode_adapter=k2h).decode(torch.zeros(1, 16, 1, 4, 4))
-    with pytest.raises(WeightsError, match="needs an adapter"):
-        HybridVAE(small_kvae)
+
+
+def test_hybrid_without_adapters_is_the_kvae_with_the_pixels_of_hunyuan_video(small_kvae):
+    vae, x = HybridVAE(small_kvae), torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    assert vae.space == K
+    z = vae.encode(x)
+    assert torch.equal(z, small_kvae.encode(kvae_from_hunyuan(x)))
+    assert torch.equal(vae.decode(z), hunyuan_from_kvae(small_kvae.decode(z)))
 
 
 def test_scaling_is_that_of_diffusers():
@@ -120,7 +134,7 @@ def test_scaling_is_that_of_diffusers():
     assert torch.equal(K.scale(z), z)
     assert H.latent_shape(33, 240, 320) == (16, 9, 30, 40)
     with pytest.raises(ValueError, match="no latent space is called 'wan'"):
-        space("wan")
+        latent_space("wan")
 
 
 # ---- files of others
@@ -280,14 +294,14 @@ def test_the_embedded_adapters_know_the_embedded_vaes(tiny):
     assert tiny["h2k"].weights == tiny["k2h"].weights == expected
 
 
-@pytest.mark.parametrize("vae", [HybridVAE, ServedVAE, TiledVAE])
+@pytest.mark.parametrize("vae", [HybridVAE, HostVAE])
 def test_an_adapter_of_other_weights_is_refused(tiny, small_kvae, vae):
     other = KVAE(load_kvae(TINY["kvae"]).config)  # of one shape with the tiny one
     for kvae in (small_kvae, other):
         for roles in ({"decode_adapter": tiny["h2k"]}, {"encode_adapter": tiny["k2h"]}):
             with pytest.raises(WeightsError, match="made for a kvae_3d_1.0 VAE with other weights"):
                 vae(kvae, **roles)
-    published = LatentAdapter(Published(16, 16), H, K)  # says nothing of it
+    published = LatentAdapter(PointwiseNet(16, 16), H, K)  # says nothing of it
     assert vae(small_kvae, decode_adapter=published)
 
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from conftest import shared
 from kvae_comfyui.adapters.files import load_adapter
-from kvae_comfyui.adapters.networks import Affine, Published, Residual, build_network
+from kvae_comfyui.adapters.networks import Affine, PointwiseNet, Residual, build_network
 from kvae_comfyui.training.adapters.ridge import RIDGE, Ridge
 
 
@@ -43,7 +43,7 @@ def test_published_files_give_what_they_should(name):
 
 
 def test_published_network_by_hand_with_random_weights():
-    network = Published(16, 16)
+    network = PointwiseNet(16, 16)
     assert sum(p.numel() for p in network.parameters()) == 2368
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.5)
@@ -84,7 +84,7 @@ def test_frame_tile_and_stream_are_the_clip(network):
 
 
 def test_published_network_depends_on_the_whole_clip():
-    network = randomised(Published(16, 16), std=0.5)
+    network = randomised(PointwiseNet(16, 16), std=0.5)
     z = torch.randn(1, 16, 7, 12, 14).double() * torch.linspace(1, 3, 7).view(-1, 1, 1)
     whole = network(z)
     alone = (network(z[:, :, :1]) - whole[:, :, :1]).norm() / whole[:, :, :1].norm()

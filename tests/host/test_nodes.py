@@ -225,7 +225,7 @@ def test_pixels_that_are_spoilt_or_too_many_are_refused_at_once(run, load):
         with pytest.raises(ValueError, match="1 of 15360 values of these pixels are NaN or infinite"):
             run(node, pixels=clip, vae=vae)
     for bad, words in ((None, "a NoneType"), ([1.0], "a list"), ((clip * 255).byte(), "of uint8")):
-        with pytest.raises(ValueError, match=f"This pixels is {words}"):
+        with pytest.raises(ValueError, match=f"These pixels are {words}"):
             run("KVAEEncode", pixels=bad, vae=vae)
     huge = torch.zeros(1)
     with pytest.raises(MemoryError, match="There is no memory for 120,000,000 GB of pixels"):
