@@ -74,7 +74,7 @@ class KVAEEncode(io.ComfyNode):
 
 
 def latent_inputs() -> list[io.Input]:
-    """The inputs of every node that decodes."""
+    """The inputs that all decode nodes have."""
     return [
         io.Latent.Input("samples", tooltip="A video latent of the space that the VAE serves."),
         io.Vae.Input("vae", tooltip="From Load KVAE."),
@@ -89,7 +89,7 @@ def latent_inputs() -> list[io.Input]:
 
 
 def memory_input() -> io.Input:
-    """The input for a budget."""
+    """The input for the memory budget."""
     return io.Float.Input(
         "memory_gb",
         default=0.0,

@@ -1,4 +1,4 @@
-"""Load Latent Adapter and Convert Latent: latents of one space → latents of another, before or without decoding."""
+"""Load Latent Adapter and Convert Latent: convert latents of one space to another."""
 
 from __future__ import annotations
 

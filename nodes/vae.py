@@ -1,7 +1,7 @@
 """A KVAE as ComfyUI's VAE: the one file that touches comfy.sd.VAE.
 
-The parent's constructor sets the defaults of the ComfyUI at hand and returns early, as there are no weights for it;
-this file sets what differs. All computing, memory management of activations included, is HostVAE's.
+The parent's constructor sets the defaults of the installed ComfyUI and returns early, since it gets no weights. This
+file sets what differs. HostVAE computes, and manages the memory of activations.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ DTYPES = [torch.bfloat16, torch.float32]
 
 
 def working_dtype() -> torch.dtype:
-    """What ComfyUI would run a VAE in on this machine, its --bf16-vae and --fp32-vae included."""
+    """The dtype in which ComfyUI runs VAEs on this machine; --bf16-vae and --fp32-vae count."""
     return comfy.model_management.vae_dtype(comfy.model_management.vae_device(), DTYPES)
 
 
 def patcher_of(kvae: KVAE) -> ModelPatcher:
-    """What ComfyUI moves between devices: the KVAE alone, so that it can outlive the adapters beside it."""
+    """What ComfyUI moves between devices: the KVAE without adapters, so that it can be kept when adapters change."""
     offload = comfy.model_management.vae_offload_device()
     return ModelPatcher(kvae, load_device=comfy.model_management.vae_device(), offload_device=offload)
 
@@ -53,7 +53,7 @@ class ComfyVAE(comfy.sd.VAE):
         self.latent_dim = 3
         self.output_channels = 3
         self.not_video = False
-        self.handles_tiling = True  # newer hosts; older ones come to the two methods below
+        self.handles_tiling = True  # for newer hosts; older ones call the two methods below
         self.upscale_ratio = (lambda t: max(0, cadence * (t - 1) + 1), side, side)
         self.downscale_ratio = (lambda T: max(0, (T - 1) // cadence + 1), side, side)
         self.upscale_index_formula = self.downscale_index_formula = (cadence, side, side)
@@ -62,7 +62,7 @@ class ComfyVAE(comfy.sd.VAE):
         self.process_output = to_image
         self.working_dtypes = DTYPES
         self.vae_dtype = next(host.kvae.parameters()).dtype
-        self.disable_offload = True  # plain torch.nn layers are moved whole or not at all
+        self.disable_offload = True  # ComfyUI cannot move plain torch.nn layers in parts
         self.device = patcher.load_device
         self.output_device = host.output_device = comfy.model_management.intermediate_device()
         self.patcher = patcher
@@ -83,7 +83,7 @@ class ComfyVAE(comfy.sd.VAE):
         return vae
 
     def decode_tiled_3d(self, samples, tile_t=None, tile_x=32, tile_y=32, overlap=(1, 8, 8)):
-        """[B, c, t, h, w] by tiles of latents, for hosts that know nothing of `handles_tiling`."""
+        """[B, c, t, h, w] by tiles of latents, for hosts that do not know `handles_tiling`."""
         z = samples.to(self.vae_dtype).to(self.device)
         return to_image(self.first_stage_model.decode_tiled(z, tile_x, tile_y, overlap[1]))
 
@@ -93,12 +93,12 @@ class ComfyVAE(comfy.sd.VAE):
         return self.first_stage_model.encode_tiled(x, tile_x, tile_y, overlap[1]).float().to(self.output_device)
 
     def get_sd(self) -> dict[str, torch.Tensor]:
-        """What ComfyUI's Save VAE writes: the KVAE's weights under their own names, and its config as one more tensor,
-        since that node keeps no metadata but its own. Load KVAE reads it; the adapters stay in their files."""
+        """What Save VAE writes and Load KVAE reads: the KVAE's weights under their own names, and its config as
+        a tensor, since that node keeps only its own metadata. Adapters stay in their files."""
         return described_state(self.first_stage_model.kvae)
 
     def decode_stream(self, z_Bcthw: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Frames as IMAGEs [17 or 16, H, W, 3] in 0..1: a segment at a time, so that memory does not grow."""
+        """Yield frames as IMAGEs [17 or 16, H, W, 3] in 0..1, segment by segment: memory does not grow."""
         memory = self.first_stage_model.memory_used_decode(z_Bcthw.shape, self.vae_dtype, stream=True)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
         for frames in self.first_stage_model.decode_stream(z_Bcthw.to(self.device)):
@@ -106,14 +106,14 @@ class ComfyVAE(comfy.sd.VAE):
 
 
 def show_progress(done: int, total: int) -> None:
-    """Move the bar of the node that runs. Raises ComfyUI's own exception when the user has pressed Cancel."""
+    """Move the progress bar of the running node. Raises ComfyUI's exception if the user has pressed Cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     comfy.utils.ProgressBar(total).update_absolute(done)
 
 
 @contextmanager
 def _no_weights_is_fine() -> Iterator[None]:
-    """Keep ComfyUI from warning that there are no weights, which is just what it is asked for."""
+    """Suppress ComfyUI's warning about missing weights: none are meant to be there."""
 
     def without_warning(record: logging.LogRecord) -> bool:
         return "No VAE weights" not in record.getMessage()

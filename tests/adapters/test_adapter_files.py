@@ -49,7 +49,7 @@ def test_published_files(tmp_path):
     assert (adapter.source.name, adapter.target.name) == ("hunyuan_video", "kvae_3d_1.0")
     renamed = tmp_path / "mine.safetensors"
     shutil.copyfile(original, renamed)
-    with pytest.raises(WeightsError, match="does not say which way it maps; name it adapter_hunyuan_to_kvae3d"):
+    with pytest.raises(WeightsError, match="which way this adapter maps; rename it to adapter_hunyuan_to_kvae3d"):
         load_adapter(renamed)
     assert load_adapter(renamed, ("kvae_3d_1.0", "hunyuan_video")).source == K
 
@@ -168,7 +168,7 @@ NETWORK = {"name": "residual", "width": 8, "blocks": 1} | CHANNELS
         ({"network": json.dumps(NETWORK | {"in_channels": 32})}, "a network from 32 to 16 channels"),
         ({"network": json.dumps(NETWORK | {"name": "unet"})}, "no adapter network is called 'unet'"),
         ({"network": json.dumps(NETWORK | {"name": None})}, "no adapter network is called 'None'"),
-        ({"network": json.dumps(NETWORK | {"layers": 3})}, "does not take these settings"),
+        ({"network": json.dumps(NETWORK | {"layers": 3})}, "does not accept these settings"),
         (
             {"network": json.dumps({"name": "affine", "in_channels": 16, "out_channels": 16, "kernel": 2})},
             "kernel is 2",
@@ -191,8 +191,8 @@ NETWORK = {"name": "residual", "width": 8, "blocks": 1} | CHANNELS
         ({"weights": '{"kvae_3d_1.0": {"signature": ["a"]}}'}, "signature is ['a']"),
         ({"source_space": None}, "'source_space'"),
         ({"source_space": "sdxl"}, "no latent space is called 'sdxl'"),
-        ({"format": "kvae-latent-adapter/2"}, "of the format kvae-latent-adapter/2; kvae-latent-adapter/1 is known"),
-        ({"format": None}, "a latent adapter that does not say what it maps"),
+        ({"format": "kvae-latent-adapter/2"}, "of the format kvae-latent-adapter/2; expected kvae-latent-adapter/1"),
+        ({"format": None}, "this latent adapter has no metadata of the format"),
     ],
     ids=lambda each: "" if isinstance(each, str) else "-".join(f"{k} {str(v)[:40]}" for k, v in each.items()),
 )
@@ -212,8 +212,8 @@ def test_what_a_newer_version_adds_is_left_out(tmp_path):
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path):
     for bad, words in (
-        (torch.full((16,), torch.nan), "affine.conv.bias holds values that are not finite"),
-        (torch.ones(16, dtype=torch.int32), "affine.conv.bias is of torch.int32; expected weights of a float type"),
+        (torch.full((16,), torch.nan), "affine.conv.bias holds NaN or infinite values"),
+        (torch.ones(16, dtype=torch.int32), "affine.conv.bias is of torch.int32; expected float weights"),
     ):
         with pytest.raises(WeightsError, match=words):
             load_adapter(rewritten(tmp_path / "a.safetensors", {"affine.conv.bias": bad}))

@@ -91,7 +91,7 @@ def test_published_network_depends_on_the_whole_clip():
     tile = (network(z[..., :6, :7]) - whole[..., :6, :7]).norm() / whole[..., :6, :7].norm()
     assert alone > 0.05
     assert tile > 0.005
-    with pytest.raises(ValueError, match="give it the clip at once"):
+    with pytest.raises(ValueError, match="call it with the whole clip"):
         network(z, {})
 
 
@@ -158,5 +158,5 @@ def test_residual_starts_at_its_affine_map():
 def test_unknown_networks_are_refused():
     with pytest.raises(ValueError, match="known ones are published, affine, residual"):
         build_network("unet")
-    with pytest.raises(ValueError, match="does not take these settings"):
+    with pytest.raises(ValueError, match="does not accept these settings"):
         build_network("affine", width=3)

@@ -240,7 +240,7 @@ def test_pixels_that_are_spoilt_or_too_many_are_refused_at_once(run, load):
 @pytest.mark.parametrize(
     ("prefix", "words"),
     [
-        ("x" * 5000, "a name of over 200 bytes"),
+        ("x" * 5000, "a part of over 200 bytes"),
         ("a\0b", "not a name that a file can have"),
         ("deep/" + "й" * 120, "over 200"),
     ],
@@ -280,7 +280,7 @@ def test_latents_are_read_from_comfyuis_folders_alone(run, comfy, elsewhere):
     """Neither when the prompt is checked nor when it is run; whether there is such a file is not told."""
     node = comfy.classes["KVAELoadLatent"]
     for name in elsewhere:
-        with pytest.raises(ValueError, match="no such latent file; put it into ComfyUI's input folder"):
+        with pytest.raises(ValueError, match="no such latent file. Put it into ComfyUI's input folder"):
             run("KVAELoadLatent", file=name, scaling="auto")
         assert node.validate_inputs(name) == node.validate_inputs("absent.latent").replace("absent.latent", name)
     assert not set(elsewhere) & set(node.define_schema().inputs[0].options)
@@ -292,7 +292,7 @@ def test_a_latent_that_can_be_read_in_two_ways_asks(run, base):
     path = base / "input" / "kandinsky.safetensors"
     save_file({"latents": torch.randn(1, 16, 31, 8, 16)}, path)
     try:
-        with pytest.raises(ValueError, match="say what it is of \\(model\\)"):
+        with pytest.raises(ValueError, match="set model"):
             run("KVAELoadLatent", file=path.name, scaling="auto")
         latent, report = run("KVAELoadLatent", file=path.name, scaling="auto", model="kandinsky5")
         assert latent["samples"].shape == (1, 16, 16, 31, 8)
@@ -313,7 +313,7 @@ def test_compare_two_vaes(run, load):
     *_, report = run("KVAECompare", vae_a=a, vae_b=b, samples=latent)
     assert "B against A" in report
     for wrong in ({}, {"pixels": pixels, "samples": latent}):
-        with pytest.raises(ValueError, match="one of the two"):
+        with pytest.raises(ValueError, match="connect either pixels or samples"):
             run("KVAECompare", vae_a=a, vae_b=b, **wrong)
 
 

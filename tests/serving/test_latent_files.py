@@ -99,14 +99,14 @@ def test_a_latent_of_comfyui_is_never_turned(save, shape):
 )
 def test_where_two_readings_fit_the_reader_asks(save, shape, readings, model, expected):
     path = save({"latents": shape})
-    with pytest.raises(WeightsError, match=re.escape(f"can be {readings}; say what it is of (model)")):
+    with pytest.raises(WeightsError, match=re.escape(f"can be {readings}; set model")):
         load_latent(path)
     assert load_latent(path, model=model).z.shape == expected
 
 
 def test_a_cache_that_names_no_model_asks_for_its_scale(save):
     path = save({"latents_2x4x6_float32": (16, 2, 4, 6)})
-    with pytest.raises(WeightsError, match="say whether it is raw or scaled"):
+    with pytest.raises(WeightsError, match="may be raw or scaled; set scaling"):
         load_latent(path)
     z = save.first[None]
     assert torch.equal(load_latent(path, scaled=False).z, z)
@@ -120,7 +120,7 @@ def test_a_cache_that_names_no_model_asks_for_its_scale(save):
 @pytest.mark.parametrize("architecture", ["wan", "qwen_image", "flux_kontext", "x"])
 def test_a_cache_of_another_model_is_refused_by_its_name(save, architecture):
     path = save({"latents_2x4x6_float32": (16, 2, 4, 6)}, architecture=architecture)
-    with pytest.raises(WeightsError, match=f"a musubi-tuner cache of {architecture}, whose latents are of another VAE"):
+    with pytest.raises(WeightsError, match=f"a musubi-tuner cache of {architecture}, whose latents are from another"):
         load_latent(path, scaled=False, model="hunyuan_video")
 
 
@@ -133,7 +133,7 @@ def test_a_file_that_names_its_space_is_unscaled_by_that(save, name):
     assert found.space == name
     assert load_latent(path, model=name).space == name
     other = next(each for each in MODELS if each != name)
-    with pytest.raises(WeightsError, match=f"the file says it is of {name}, you say {other}"):
+    with pytest.raises(WeightsError, match=f"the file names the space {name}, but model is {other}"):
         load_latent(path, model=other)
 
 
@@ -186,9 +186,9 @@ def test_no_complex_numbers_or_empty_or_absent_latents(save, tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "metadata", "words"),
     [
-        ({"a": (1,), "b": (1,)}, {}, "holds 2 tensors, a, b …; expected a latent"),
-        ({"a": (1,)}, {}, "holds 1 tensors, a …; expected a latent"),
-        ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_space": "wan"}, "names the space 'wan'; known are"),
+        ({"a": (1,), "b": (1,)}, {}, "its tensors are a, b …; expected a latent"),
+        ({"a": (1,)}, {}, "its tensors are a …; expected a latent"),
+        ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_space": "wan"}, "names the space 'wan'; expected one of"),
         ({"latent_tensor": (1, 4, 8, 8)}, {"kvae_space": "kvae_3d_1.0"}, "a latent of kvae_3d_1.0 has 16 channels"),
         ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_frames": "many"}, "kvae_frames is 'many'; expected a number"),
         ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_frames": "-5"}, "kvae_frames is '-5'"),

@@ -57,9 +57,7 @@ def test_what_a_failed_try_held_is_freed_before_the_next(small_kvae, caplog, way
         card = Card(small_kvae, message, error)
         torch.testing.assert_close(WAYS[way](host, z, x), whole, rtol=0, atol=1e-4)
     assert card.alive == [[], [False]]
-    assert [record.getMessage() for record in caplog.records] == [
-        "Out of memory; once more in the way that takes least"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["Out of memory; trying again with the least memory"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -139,4 +137,4 @@ def test_a_process_with_a_hard_limit_gets_through(way):
     """Half-way between what the two ways take: were the first try still held, the second would not fit."""
     done = subprocess.run([sys.executable, "-c", UNDER_A_LIMIT, way], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Out of memory; once more") == 1
+    assert done.stderr.count("Out of memory; trying again") == 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kvae_comfyui.kvae import WeightsError
-from kvae_comfyui.serving.video_index import shown
+from kvae_comfyui.serving.video_index import index_video
 from kvae_comfyui.serving.video_reader import read_pictures
 from made_videos import by_ffmpeg, ffmpeg
 
@@ -128,14 +128,14 @@ def test_frames_are_those_that_ffmpeg_shows(made, name):
         other = np.abs(frames[1:].astype(np.int16) - expected[:-1]).mean((1, 2, 3))
         assert np.median(other) > 1  # so that a frame taken for its neighbour would show
     places = sorted({0, 1, *range(len(frames) // 2, len(frames) - 1, 37), len(frames) - 1} & set(range(len(frames))))
-    assert shown(path).count == len(frames)
+    assert index_video(path).count == len(frames)
     assert np.array_equal(np.stack([each.rgb for each in read_pictures(path, places)]), frames[places])
 
 
 @pytest.mark.parametrize("name", ["variable.mp4", "h264.mkv", "h264.mov", "drops.avi", "trimmed.mp4", "timelapse.mp4"])
 def test_times_are_those_of_ffmpeg(made, name):
     path = made(name)
-    index = shown(path)
+    index = index_video(path)
     listing = ffmpeg("-i", str(path), "-f", "framehash", "-hash", "crc32", "-fps_mode", "passthrough", "-").decode()
     rows = [line.split(",") for line in listing.splitlines() if not line.startswith("#")]
     (base,) = (line.split(":")[1] for line in listing.splitlines() if line.startswith("#tb 0"))
@@ -153,7 +153,7 @@ def test_half_a_file_is_said_to_be_cut_short(made, tmp_path, name):
         source = tmp_path / "whole.mov"
     path = tmp_path / f"cut{source.suffix}"
     path.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
-    assert "cut short, it ends after" in shown(path).lost
+    assert "cut short, it ends after" in index_video(path).lost
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "h264.ts", "mpeg2.ts"])
@@ -182,5 +182,5 @@ def test_a_picture_on_the_cover_is_not_the_video(made, tmp_path):
     parts = ("-i", str(tmp_path / "cover.png"), "-i", str(made("h264.mp4")))
     mapped = ("-map", "0", "-map", "1", "-c", "copy", "-disposition:v:0", "attached_pic")
     ffmpeg(*parts, *mapped, into=tmp_path / "a.mp4")
-    assert shown(tmp_path / "a.mp4").count == 75
+    assert index_video(tmp_path / "a.mp4").count == 75
     assert os.path.getsize(tmp_path / "a.mp4")

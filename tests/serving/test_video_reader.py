@@ -13,9 +13,9 @@ import torch
 
 from conftest import ROOT
 from kvae_comfyui.kvae import WeightsError
-from kvae_comfyui.serving.fit import CROP, STRETCH, fitted, resized
-from kvae_comfyui.serving.shown import Picture, as_shown, deinterlaced
-from kvae_comfyui.serving.video_index import shown
+from kvae_comfyui.serving.display import Picture, deinterlace, to_picture
+from kvae_comfyui.serving.fit import CROP, STRETCH, fit_picture, resize
+from kvae_comfyui.serving.video_index import index_video
 from kvae_comfyui.serving.video_reader import read_pictures
 from made_videos import greys, make, picture, place, remux, which
 
@@ -80,7 +80,7 @@ def test_colours_are_those_of_the_tagged_matrix_and_range(tmp_path, matrix, full
         assert np.abs(all_of(path)[0].astype(int) - rgb).max() <= 3
 
 
-def test_frames_before_an_edit_list_begins_are_not_shown(tmp_path):
+def test_frames_before_an_edit_list_begins_are_not_index_video(tmp_path):
     source = make(tmp_path / "a.mp4", greys(60), options={"g": "250", "bf": "2"})
 
     def earlier(_, packet):
@@ -91,7 +91,7 @@ def test_frames_before_an_edit_list_begins_are_not_shown(tmp_path):
     path = remux(source, tmp_path / "trimmed.mp4", earlier, {"avoid_negative_ts": "disabled"})
     with av.open(str(path)) as file:
         assert file.streams.video[0].frames == 60
-    assert shown(path).count == 30
+    assert index_video(path).count == 30
     assert which(all_of(path)) == list(range(30, 60))
 
 
@@ -100,7 +100,7 @@ def test_frames_that_were_dropped_are_not_counted(tmp_path):
     path = make(tmp_path / "a.avi", greys(20), "mjpeg", "yuvj420p", times=range(0, 60, 3))
     with av.open(str(path)) as file:
         assert file.streams.video[0].frames > 50
-    index = shown(path)
+    index = index_video(path)
     assert (index.count, index.lost) == (20, "")
     assert which(all_of(path)) == list(range(20))
     assert [index.seconds(i) for i in range(20)] == [Fraction(3 * i, 25) for i in range(20)]
@@ -109,13 +109,13 @@ def test_frames_that_were_dropped_are_not_counted(tmp_path):
 def test_times_of_frames_that_come_when_they_come(tmp_path):
     times = [*range(10), *range(10, 50, 4)]
     path = make(tmp_path / "a.mp4", greys(20), times=times)
-    index = shown(path)
+    index = index_video(path)
     assert [index.seconds(i) for i in range(20)] == [Fraction(time, 25) for time in times]
 
 
 def test_times_in_whole_milliseconds_are_those_of_the_rate(tmp_path):
     path = make(tmp_path / "a.mkv", greys(40), rate=Fraction(30000, 1001))
-    index = shown(path)
+    index = index_video(path)
     assert [index.seconds(i) for i in range(40)] == [Fraction(1001 * i, 30000) for i in range(40)]
 
 
@@ -126,7 +126,7 @@ def test_a_window_far_in_is_what_reading_from_the_start_gives(tmp_path, kind):
     moving = [np.roll(picture(), n, axis=1) for n in range(180)]
     path = make(tmp_path / kind, moving, codec, form, options=options)
     whole = all_of(path)
-    assert len(whole) == shown(path).count == 180
+    assert len(whole) == index_video(path).count == 180
     assert np.array_equal(np.stack([each.rgb for each in read_pictures(path, FAR_IN)]), whole[FAR_IN])
     assert list(read_pictures(path, [180, 500])) == []
 
@@ -144,7 +144,7 @@ def test_a_window_far_in_is_sought_not_reached(tmp_path):
 
     path = remux(source, tmp_path / "spoilt.mp4", spoilt)
     assert which(each.rgb for each in read_pictures(path, [0, 98, 99, 100])) == [0, 98, 99, 100]
-    with pytest.raises(WeightsError, match="damaged, .* packets do not decode"):
+    with pytest.raises(WeightsError, match="damaged: .* packets do not decode"):
         all_of(path)
 
 
@@ -167,10 +167,10 @@ def test_a_file_that_breaks_off_says_so(tmp_path, name):
     container = {"movflags": "faststart"} if name == "a.mp4" else {}
     noise = np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), np.uint8)
     path = make(tmp_path / name, noise, container=container)
-    assert shown(path).lost == ""
+    assert index_video(path).lost == ""
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
-    assert "cut short, it ends after" in shown(path).lost
-    assert 10 < shown(path).count < 30
+    assert "cut short, it ends after" in index_video(path).lost
+    assert 10 < index_video(path).count < 30
 
 
 def test_a_video_that_ends_before_its_sound_is_whole(tmp_path):
@@ -186,7 +186,7 @@ def test_a_video_that_ends_before_its_sound_is_whole(tmp_path):
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.int16), format="s16", layout="mono")
         silence.sample_rate, silence.pts = 8000, 0
         file.mux([*sound.encode(silence), *sound.encode(None)])
-    assert (shown(path).count, shown(path).lost) == (10, "")
+    assert (index_video(path).count, index_video(path).lost) == (10, "")
 
 
 def test_a_change_of_size_within_the_stream(tmp_path):
@@ -207,7 +207,7 @@ def test_a_change_of_size_within_the_stream(tmp_path):
     pictures = list(read_pictures(path, range(20)))
     assert [each.rgb.shape[:2] for each in pictures] == [(48, 64)] * 5 + [(96, 128)] * 5
     assert which(each.rgb for each in pictures) == list(range(10))
-    assert {fitted(each, 24, 32).shape for each in pictures} == {(3, 24, 32)}
+    assert {fit_picture(each, 24, 32).shape for each in pictures} == {(3, 24, 32)}
 
 
 def interlaced(tmp_path: Path, count: int) -> tuple[Path, np.ndarray]:
@@ -246,11 +246,11 @@ def test_an_interlaced_frame_is_filled_in_the_same_wherever_reading_began(tmp_pa
     sequence = [woven[0], plain, woven[1], decoded(path)[1]]  # what stands still is woven, if it stood still before
     for n, frame in enumerate(sequence):
         frame.pts, frame.time_base = n, Fraction(1, 25)
-    whole = [as_shown(frame, None).rgb for frame, _ in deinterlaced(sequence)]
-    part = [as_shown(frame, None).rgb for frame, _ in deinterlaced(sequence[1:])]
-    assert [pts for _, pts in deinterlaced(sequence)] == [0, 1, 2, 3]
+    whole = [to_picture(frame, None).rgb for frame, _ in deinterlace(sequence)]
+    part = [to_picture(frame, None).rgb for frame, _ in deinterlace(sequence[1:])]
+    assert [pts for _, pts in deinterlace(sequence)] == [0, 1, 2, 3]
     assert np.array_equal(np.stack(whole[1:]), np.stack(part))
-    assert np.array_equal(whole[1], as_shown(plain, None).rgb)  # and it stays as it is
+    assert np.array_equal(whole[1], to_picture(plain, None).rgb)  # and it stays as it is
 
 
 def test_pixels_that_are_not_square_are_shown_square(tmp_path):
@@ -262,26 +262,26 @@ def test_pixels_that_are_not_square_are_shown_square(tmp_path):
     target = torch.from_numpy(disc).permute(2, 0, 1)
     for matrix in ((1, 0, 0, 1), (0, 1, -1, 0)):
         (first, *_) = read_pictures(place(path, *matrix), range(3))
-        assert (fitted(first, 96, 96, CROP).float() - target).abs().mean() < 4
+        assert (fit_picture(first, 96, 96, CROP).float() - target).abs().mean() < 4
     assert first.pixel_aspect == Fraction(1, 2)
 
 
 def test_crop_takes_the_middle_and_stretch_takes_all():
     wide = Picture(np.arange(200, dtype=np.uint8)[None, :, None].repeat(100, 0).repeat(3, 2))
-    assert fitted(wide, 50, 50, CROP)[0, 0, [0, -1]].tolist() == [51, 148]
-    assert fitted(wide, 100, 100, CROP).shape == (3, 100, 100)
-    assert torch.equal(fitted(wide, 100, 100, CROP)[0, 0], torch.arange(50, 150).byte())
-    assert torch.equal(fitted(wide, 100, 200, CROP), fitted(wide, 100, 200, STRETCH))
-    assert fitted(wide, 50, 50, STRETCH)[0, 0, [0, -1]].tolist() == [2, 197]
+    assert fit_picture(wide, 50, 50, CROP)[0, 0, [0, -1]].tolist() == [51, 148]
+    assert fit_picture(wide, 100, 100, CROP).shape == (3, 100, 100)
+    assert torch.equal(fit_picture(wide, 100, 100, CROP)[0, 0], torch.arange(50, 150).byte())
+    assert torch.equal(fit_picture(wide, 100, 200, CROP), fit_picture(wide, 100, 200, STRETCH))
+    assert fit_picture(wide, 50, 50, STRETCH)[0, 0, [0, -1]].tolist() == [2, 197]
     nearly = Picture(wide.rgb, Fraction(4096, 4083))  # as some of UCF101
-    assert torch.equal(fitted(nearly, 100, 200, CROP)[0, 0], torch.arange(200).byte())
+    assert torch.equal(fit_picture(nearly, 100, 200, CROP)[0, 0], torch.arange(200).byte())
     tall = Picture(wide.rgb.swapaxes(0, 1).copy())
-    assert torch.equal(fitted(tall, 100, 100, CROP)[0, :, 0], torch.arange(50, 150).byte())
+    assert torch.equal(fit_picture(tall, 100, 100, CROP)[0, :, 0], torch.arange(50, 150).byte())
 
 
 def test_resizing_keeps_the_mean():
     x = torch.from_numpy(picture(96, 128)).permute(2, 0, 1)
-    y = resized(x, 24, 40)
+    y = resize(x, 24, 40)
     assert y.shape == (3, 24, 40)
     torch.testing.assert_close(y.float().mean((1, 2)), x.float().mean((1, 2)), rtol=0.02, atol=1)
 
@@ -289,7 +289,7 @@ def test_resizing_keeps_the_mean():
 @pytest.mark.parametrize(("number", "name"), [(16, "PQ"), (18, "HLG")])
 def test_hdr_is_refused_by_name(tmp_path, number, name):
     path = make(tmp_path / "a.mp4", greys(3), color_trc=number, colorspace=9, color_primaries=9)
-    with pytest.raises(WeightsError, match=f"a.mp4: HDR \\({name}\\), which is not converted"):
+    with pytest.raises(WeightsError, match=f"a.mp4: HDR \\({name}\\) is not supported"):
         all_of(path)
 
 
@@ -309,7 +309,7 @@ def test_what_is_no_video(tmp_path):
         ("sound.mp4", "has no video stream"),
         ("absent.mp4", "no such file"),
     ):
-        for read in (all_of, shown):
+        for read in (all_of, index_video):
             with pytest.raises(WeightsError, match=reason):
                 read(tmp_path / name)
 

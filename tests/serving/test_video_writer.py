@@ -13,7 +13,7 @@ import torch
 
 from conftest import ROOT
 from kvae_comfyui.kvae import WeightsError
-from kvae_comfyui.serving.video_index import shown
+from kvae_comfyui.serving.video_index import index_video
 from kvae_comfyui.serving.video_reader import read_pictures
 from kvae_comfyui.serving.video_writer import CODECS, VideoWriter, exact_rate, write_video
 from made_videos import ffmpeg, picture
@@ -77,7 +77,7 @@ def test_rates_are_exact(tmp_path, fps, exact):
 def test_frames_are_shown_at_their_times(tmp_path, times):
     seconds = [Fraction(time, 25) for time in times]
     write_video(tmp_path / "a.mp4", CLIP[: len(times)].permute(3, 0, 1, 2), seconds)
-    index = shown(tmp_path / "a.mp4")
+    index = index_video(tmp_path / "a.mp4")
     assert [index.seconds(i) for i in range(len(times))] == seconds
     with av.open(str(tmp_path / "a.mp4")) as file:
         assert file.duration > seconds[-1] * 1_000_000  # so that players show the last one
@@ -170,7 +170,7 @@ def test_samples_that_are_no_numbers_are_silence_and_said(tmp_path, caplog):
     audio["waveform"][0, 0, 24000], audio["waveform"][0, 1, 30000:30100] = torch.nan, torch.inf
     with caplog.at_level(logging.WARNING), VideoWriter(tmp_path / "a.mp4", **SIZE, fps=10, audio=audio) as writer:
         writer.write(CLIP)
-    assert "no finite numbers" in caplog.text
+    assert "NaN or infinite" in caplog.text
     samples, _ = heard(tmp_path / "a.mp4")
     assert np.isfinite(samples).all() and np.abs(samples).max() < 1
     assert len(list(read_pictures(tmp_path / "a.mp4", range(99)))) == 20
@@ -191,7 +191,7 @@ def test_sound_that_fails_late_leaves_the_video(tmp_path, caplog):
         writer.write(CLIP[:10])
         writer.sound.samples = writer.sound.samples[:1]  # another layout than the encoder has begun with
         writer.write(CLIP[10:])
-    assert "The video's sound ends after" in caplog.text
+    assert "The sound of the video ends after" in caplog.text
     assert len(list(read_pictures(tmp_path / "a.mp4", range(99)))) == 20
 
 
@@ -217,9 +217,9 @@ def audio(*shape: int, rate: object = 48000) -> dict:
         ({"crf": "18"}, "crf is '18'"),
         ({"width": 63}, "a video of 63x48"),
         ({"height": 0}, "a video of 64x0"),
-        (audio(480), "audio: waveform of shape \\[480\\]"),
-        (audio(2, 480), "audio: waveform of shape \\[2, 480\\]"),
-        (audio(0, 2, 480), "audio: waveform of shape \\[0, 2, 480\\]"),
+        (audio(480), "audio: the waveform has shape \\[480\\]"),
+        (audio(2, 480), "audio: the waveform has shape \\[2, 480\\]"),
+        (audio(0, 2, 480), "audio: the waveform has shape \\[0, 2, 480\\]"),
         (audio(1, 0, 480), "audio: 0 channels"),
         (audio(1, 9, 480), "audio: 9 channels"),
         (audio(1, 2, 480, rate=44100.5), "audio: sample_rate is 44100.5"),
@@ -227,10 +227,10 @@ def audio(*shape: int, rate: object = 48000) -> dict:
         (audio(1, 2, 480, rate=0), "audio: sample_rate is 0"),
         (audio(1, 2, 480, rate=float("nan")), "audio: sample_rate is nan"),
         (audio(1, 2, 480, rate=None), "audio: sample_rate is None"),
-        ({"audio": {"waveform": [0.0], "sample_rate": 48000}}, "audio: waveform is a list"),
+        ({"audio": {"waveform": [0.0], "sample_rate": 48000}}, "audio: the waveform is a list"),
         (
             {"audio": {"waveform": torch.zeros(1, 2, 9, dtype=torch.complex64), "sample_rate": 48000}},
-            "audio: waveform of",
+            "audio: the waveform is of",
         ),
         ({"audio": {}}, "audio: dict without waveform or sample_rate"),
         ({"audio": {"waveform": torch.zeros(1, 2, 480)}}, "audio: dict without waveform or sample_rate"),
