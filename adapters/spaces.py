@@ -20,7 +20,6 @@ class LatentSpace:
         scaling_factor: multiplies a raw latent on its way into the sampler. None: the sampler reads raw latents, or no
             factor is published.
         pixels: the pixel convention of the VAE, a formula of x in 0..255.
-        vae: the name of the VAE.
     """
 
     name: str
@@ -29,7 +28,6 @@ class LatentSpace:
     spatial_factor: int
     scaling_factor: float | None
     pixels: str
-    vae: str
 
     def scale(self, z_Bcthw: Tensor) -> Tensor:
         """Raw latents of a VAE → the scale inside a sampler."""
@@ -54,12 +52,12 @@ class LatentSpace:
 SPACES = {
     space.name: space
     for space in (
-        # HunyuanVideo, SkyReels, Kandinsky 5
-        LatentSpace("hunyuan_video", 16, 4, 8, 0.476986, "x/127.5-1", "AutoencoderKLHunyuanVideo"),
-        LatentSpace("hunyuan_video_1.5", 32, 4, 16, 1.03682, "x/127.5-1", "AutoencoderKLHunyuanVideo15"),
-        LatentSpace("kvae_3d_1.0", 16, 4, 8, None, "x/128-1", "KVAE-3D-1.0"),
-        LatentSpace("kvae_3d_2.0_t4s8", 16, 4, 8, None, "x/128-1", "KVAE-3D-2.0-t4s8"),
-        LatentSpace("kvae_3d_2.0_t4s16", 64, 4, 16, 0.910344004631042, "x/128-1", "KVAE-3D-2.0-t4s16"),
+        # diffusers' AutoencoderKLHunyuanVideo, the VAE of HunyuanVideo, SkyReels and Kandinsky 5
+        LatentSpace("hunyuan_video", 16, 4, 8, 0.476986, "x/127.5-1"),
+        LatentSpace("hunyuan_video_1.5", 32, 4, 16, 1.03682, "x/127.5-1"),  # diffusers' AutoencoderKLHunyuanVideo15
+        LatentSpace("kvae_3d_1.0", 16, 4, 8, None, "x/128-1"),
+        LatentSpace("kvae_3d_2.0_t4s8", 16, 4, 8, None, "x/128-1"),
+        LatentSpace("kvae_3d_2.0_t4s16", 64, 4, 16, 0.910344004631042, "x/128-1"),
     )
 }
 

@@ -44,7 +44,7 @@ class ComfyVAE(comfy.sd.VAE):
     """
 
     def __init__(self, host: HostVAE, patcher: ModelPatcher):
-        with _no_weights_is_fine():
+        with _without_weights_warning():
             super().__init__(sd={})
         self.kvae_space = space = host.space
         cadence, side = space.temporal_factor, space.spatial_factor
@@ -112,7 +112,7 @@ def show_progress(done: int, total: int) -> None:
 
 
 @contextmanager
-def _no_weights_is_fine() -> Iterator[None]:
+def _without_weights_warning() -> Iterator[None]:
     """Suppress ComfyUI's warning about missing weights: none are meant to be there."""
 
     def without_warning(record: logging.LogRecord) -> bool:

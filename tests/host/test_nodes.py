@@ -202,6 +202,20 @@ def test_what_is_no_latent_is_said_in_a_sentence(run, load, comfy, base, node, n
     assert not list((base / "output").glob("bad/*"))
 
 
+@pytest.mark.parametrize("scaling", ["raw", "scaled"])
+def test_a_nan_in_the_second_clip_is_refused_before_the_first_is_decoded(run, load, scaling):
+    """Also by a stock decode after ours, which does not share our check."""
+    vae, z, seen = load(), torch.randn(2, 16, 2, 4, 4), []
+    vae.first_stage_model.on_progress = lambda *done: seen.append(done)
+    run("KVAEDecode", samples={"samples": z}, vae=vae, scaling=scaling, memory_gb=0.0)
+    assert len(seen) == 2
+    z[1, 3, 1, 2, 2] = torch.nan
+    for node, settings in (("KVAEDecode", {"scaling": scaling, "memory_gb": 0.0}), ("VAEDecode", {})):
+        with pytest.raises(ValueError, match="1 of 1024 values of this latent are NaN"):
+            run(node, samples={"samples": z}, vae=vae, **settings)
+    assert len(seen) == 2
+
+
 def test_settings_that_mean_nothing_are_refused(run, load):
     latent, vae = {"samples": torch.zeros(1, 16, 1, 4, 4)}, load()
     with pytest.raises(ValueError, match="scaling is 'other'; expected raw or scaled"):

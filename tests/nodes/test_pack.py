@@ -15,13 +15,13 @@ def test_the_pack_imports_without_comfyui_and_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_missing_comfyui_is_said_when_the_nodes_are_asked_for():
+def test_without_comfyui_the_nodes_name_the_missing_module():
     code = "import asyncio, importlib.util, sys\n" + (
         f"spec = importlib.util.spec_from_file_location('pack', {str(ROOT / '__init__.py')!r}, "
         f"submodule_search_locations=[{str(ROOT)!r}])\n"
         "sys.modules['pack'] = module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
         "asyncio.run(module.comfy_entrypoint())"
     )
-    # of its own, since the tests of the nodes put a ComfyUI on the path of theirs
+    # a process of its own: the tests of the nodes put a ComfyUI on this one's path
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ModuleNotFoundError: No module named 'comfy" in out.stderr

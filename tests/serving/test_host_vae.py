@@ -73,7 +73,7 @@ def test_wrong_inputs_and_adapters_are_refused(small_kvae, host):
     assert HostVAE(small_kvae).space.name == "kvae_3d_1.0"
 
 
-def test_a_missing_adapter_is_said_before_any_work(small_kvae):
+def test_a_missing_adapter_is_reported_before_any_work(small_kvae):
     small_kvae.encode = small_kvae.decode_parts = small_kvae.decode_stream = None
     decoder = HostVAE(small_kvae, adapter("hunyuan_video", "kvae_3d_1.0"))
     encoder = HostVAE(small_kvae, encode_adapter=adapter("kvae_3d_1.0", "hunyuan_video"))
@@ -104,7 +104,7 @@ def test_a_nan_in_the_second_clip_is_refused_before_the_first_is_decoded(host, w
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_latents_are_scanned_once_or_not_at_all_if_the_caller_has_done_it(host, way, monkeypatch):
+def test_latents_are_scanned_once_or_not_at_all_if_the_caller_has_checked_them(host, way, monkeypatch):
     scanned, z = [], torch.randn(2, 16, 2, 4, 4)
     monkeypatch.setattr(host_vae, "check_finite", lambda x, what: scanned.append(x))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Where memory runs out, the failed try is freed before the next one: for frames, for streams, and for latents."""
+"""If memory runs out, the failed try is freed before the next one: when decoding, streaming and encoding."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ WAYS = {
 
 
 class Card:
-    """A model's streams on a card that is too small for the first of them, which holds a real tensor when it fails."""
+    """A model on a card that is too small for the first `failures` streams. A failed stream holds a real tensor."""
 
     def __init__(self, kvae, message, error=torch.OutOfMemoryError):
         self.held, self.alive, self.executions, self.failures = [], [], [], 1
@@ -50,7 +50,7 @@ class Card:
         (MemoryError, ""),
     ],
 )
-def test_what_a_failed_try_held_is_freed_before_the_next(small_kvae, caplog, way, error, message):
+def test_tensors_of_a_failed_try_are_freed_before_the_next(small_kvae, caplog, way, error, message):
     host, z, x = HostVAE(small_kvae), torch.randn(1, 16, 6, 4, 4), torch.rand(1, 3, 21, 32, 32)
     with torch.no_grad():
         whole = WAYS[way](host, z, x)
@@ -61,8 +61,8 @@ def test_what_a_failed_try_held_is_freed_before_the_next(small_kvae, caplog, way
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_last_failure_is_the_same_on_every_device_and_holds_nothing(small_kvae, way):
-    """For a host that goes on with tiles, within its own `except` perhaps."""
+def test_the_last_error_is_the_same_on_every_device_and_holds_no_tensors(small_kvae, way):
+    """Hosts go on with tiles, perhaps inside their own `except`."""
     host, z, x = HostVAE(small_kvae), torch.randn(1, 16, 6, 4, 4), torch.rand(1, 3, 21, 32, 32)
     card = Card(small_kvae, "DefaultCPUAllocator: can't allocate memory", RuntimeError)
     card.failures = 2
@@ -72,16 +72,16 @@ def test_the_last_failure_is_the_same_on_every_device_and_holds_nothing(small_kv
     assert [ref() for ref in card.held] == [None, None]
 
 
-def test_tiles_fail_as_the_rest_does(small_kvae):
+def test_tiles_are_not_tried_again(small_kvae):
     host = HostVAE(small_kvae)
     card = Card(small_kvae, "not enough memory: you tried to allocate 8 bytes", RuntimeError)
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match="not enough memory"):
         host.encode_tiled(torch.rand(1, 3, 21, 32, 64), 32, 32, 8)
-    assert len(card.executions) == 1  # what to do then is the host's to say
+    assert len(card.executions) == 1  # the host decides what to do then
     assert [ref() for ref in card.held] == [None]
 
 
-def test_an_error_that_is_none_of_memory_is_not_tried_again():
+def test_other_errors_are_not_tried_again():
     tried = []
 
     def work(execution):
@@ -93,7 +93,7 @@ def test_an_error_that_is_none_of_memory_is_not_tried_again():
     assert tried == [1]
 
 
-def test_what_this_machine_says_when_it_has_no_memory_is_known():
+def test_the_error_of_this_machines_allocator_is_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)
     assert is_out_of_memory(caught.value)
@@ -117,7 +117,7 @@ plan, shape, work = {
     "decode_stream": (plan_decode, z.shape, lambda: [frames.mean() for frames in host.decode_stream(z)]),
     "encode": (plan_encode, x.shape, lambda: host.encode(x)),
 }[sys.argv[1]]
-host.decode(z[..., :8, :8]), host.encode(x[:, :, :5, :64, :64])  # the code and the kernels are in memory then
+host.decode(z[..., :8, :8]), host.encode(x[:, :, :5, :64, :64])  # loads code and kernels
 most = plan(kvae, shape, None).peak
 try:
     plan(kvae, shape, 0)
@@ -133,8 +133,8 @@ work()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on the address space")
 @pytest.mark.parametrize("way", WAYS)
-def test_a_process_with_a_hard_limit_gets_through(way):
-    """Half-way between what the two ways take: were the first try still held, the second would not fit."""
+def test_the_second_try_fits_a_hard_limit(way):
+    """The limit is half-way between the two tries: if the first were still held, the second would not fit."""
     done = subprocess.run([sys.executable, "-c", UNDER_A_LIMIT, way], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Out of memory; trying again") == 1

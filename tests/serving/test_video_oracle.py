@@ -1,4 +1,4 @@
-"""The reader beside ffmpeg, on files of every kind that ffmpeg makes; skipped where it is not installed."""
+"""The reader compared with ffmpeg, on many kinds of files that ffmpeg makes; skipped if ffmpeg is not installed."""
 
 import os
 from pathlib import Path
@@ -95,7 +95,7 @@ COPIED = {  # name: (of which, options before it, options after it)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The path of a file by its name, made when it is first asked for."""
+    """A function that makes a file by its name, once, and returns its path."""
     folder = tmp_path_factory.mktemp("made")
 
     def get(name: str) -> Path:
@@ -122,11 +122,11 @@ def test_frames_are_those_that_ffmpeg_shows(made, name):
     assert frames.shape == expected.shape
     errors = np.abs(frames.astype(np.int16) - expected).mean((1, 2, 3))
     if filters:
-        errors = errors[1:]  # without a frame before it, the first is another in each version of bwdif
+        errors = errors[1:]  # the first frame has none before it, and versions of bwdif differ there
     assert errors.max() <= (3 if "ten-bit" in name else 1)
     if len(frames) > 1 and np.abs(expected[0].astype(int) - expected[-1]).any():
         other = np.abs(frames[1:].astype(np.int16) - expected[:-1]).mean((1, 2, 3))
-        assert np.median(other) > 1  # so that a frame taken for its neighbour would show
+        assert np.median(other) > 1  # so that reading a neighbouring frame would fail
     places = sorted({0, 1, *range(len(frames) // 2, len(frames) - 1, 37), len(frames) - 1} & set(range(len(frames))))
     assert index_video(path).count == len(frames)
     assert np.array_equal(np.stack([each.rgb for each in read_pictures(path, places)]), frames[places])
@@ -146,7 +146,7 @@ def test_times_are_those_of_ffmpeg(made, name):
 
 
 @pytest.mark.parametrize("name", ["h264.mkv", "h264.mov"])
-def test_half_a_file_is_said_to_be_cut_short(made, tmp_path, name):
+def test_half_a_file_is_reported_as_cut_short(made, tmp_path, name):
     source = made(name)
     if name == "h264.mov":
         ffmpeg("-i", str(source), "-c", "copy", "-movflags", "faststart", into=tmp_path / "whole.mov")
@@ -157,7 +157,7 @@ def test_half_a_file_is_said_to_be_cut_short(made, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "h264.ts", "mpeg2.ts"])
-def test_damage_shows_as_ffmpeg_shows_it(made, tmp_path, name):
+def test_a_damaged_file_has_as_many_frames_as_in_ffmpeg(made, tmp_path, name):
     data = bytearray(made(name).read_bytes())
     rng = np.random.default_rng(0)
     at = len(data) * 6 // 10

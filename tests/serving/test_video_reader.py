@@ -1,4 +1,4 @@
-"""Frames as they are shown, whatever the file is: with files made by PyAV alone; ffmpeg is asked in another test."""
+"""Frames are read as a player shows them. These files are made with PyAV; test_video_oracle compares with ffmpeg."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def all_of(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("matrix", TURNS, ids=str)
-def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path, matrix):
+def test_frames_are_rotated_and_mirrored_as_the_file_says(tmp_path, matrix):
     path = place(make(tmp_path / "a.mp4", [picture()] * 3), *matrix)
     (first, *_) = all_of(path)
     expected = TURNS[matrix](picture())
@@ -60,7 +60,7 @@ def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path, matrix):
 @pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
 @pytest.mark.parametrize("matrix", ["BT.601", "BT.709", "BT.2020", "untagged"])
 def test_colours_are_those_of_the_tagged_matrix_and_range(tmp_path, matrix, full):
-    """Values by the formula of the standards: Y = Kr R + Kg G + Kb B, Cb and Cr the scaled differences to B and R."""
+    """Expected values by the standards: Y = Kr R + Kg G + Kb B; Cb and Cr are the scaled differences to B and R."""
     number, kr, kb = {
         "BT.601": (6, 0.299, 0.114),
         "BT.709": (1, 0.2126, 0.0722),
@@ -80,7 +80,7 @@ def test_colours_are_those_of_the_tagged_matrix_and_range(tmp_path, matrix, full
         assert np.abs(all_of(path)[0].astype(int) - rgb).max() <= 3
 
 
-def test_frames_before_an_edit_list_begins_are_not_index_video(tmp_path):
+def test_frames_before_the_start_of_an_edit_list_are_not_shown(tmp_path):
     source = make(tmp_path / "a.mp4", greys(60), options={"g": "250", "bf": "2"})
 
     def earlier(_, packet):
@@ -96,7 +96,7 @@ def test_frames_before_an_edit_list_begins_are_not_index_video(tmp_path):
 
 
 def test_frames_that_were_dropped_are_not_counted(tmp_path):
-    """An AVI whose header counts them."""
+    """The header of this AVI counts them."""
     path = make(tmp_path / "a.avi", greys(20), "mjpeg", "yuvj420p", times=range(0, 60, 3))
     with av.open(str(path)) as file:
         assert file.streams.video[0].frames > 50
@@ -106,21 +106,21 @@ def test_frames_that_were_dropped_are_not_counted(tmp_path):
     assert [index.seconds(i) for i in range(20)] == [Fraction(3 * i, 25) for i in range(20)]
 
 
-def test_times_of_frames_that_come_when_they_come(tmp_path):
+def test_times_of_a_variable_frame_rate(tmp_path):
     times = [*range(10), *range(10, 50, 4)]
     path = make(tmp_path / "a.mp4", greys(20), times=times)
     index = index_video(path)
     assert [index.seconds(i) for i in range(20)] == [Fraction(time, 25) for time in times]
 
 
-def test_times_in_whole_milliseconds_are_those_of_the_rate(tmp_path):
+def test_times_rounded_to_milliseconds_become_those_of_the_rate(tmp_path):
     path = make(tmp_path / "a.mkv", greys(40), rate=Fraction(30000, 1001))
     index = index_video(path)
     assert [index.seconds(i) for i in range(40)] == [Fraction(1001 * i, 30000) for i in range(40)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_window_far_in_is_what_reading_from_the_start_gives(tmp_path, kind):
+def test_frames_far_into_a_file_are_those_that_reading_from_the_start_gives(tmp_path, kind):
     codec, options = KINDS[kind]
     form = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     moving = [np.roll(picture(), n, axis=1) for n in range(180)]
@@ -131,8 +131,8 @@ def test_a_window_far_in_is_what_reading_from_the_start_gives(tmp_path, kind):
     assert list(read_pictures(path, [180, 500])) == []
 
 
-def test_a_window_far_in_is_sought_not_reached(tmp_path):
-    """What lies between cannot be decoded."""
+def test_frames_far_into_a_file_are_reached_by_seeking(tmp_path):
+    """The frames before them cannot be decoded."""
     source = make(tmp_path / "a.mp4", greys(110), options={"g": "10", "bf": "0"})
 
     def spoilt(n, packet):
@@ -148,7 +148,7 @@ def test_a_window_far_in_is_sought_not_reached(tmp_path):
         all_of(path)
 
 
-def test_a_packet_that_does_not_decode_is_left_out(tmp_path):
+def test_a_packet_that_does_not_decode_is_skipped(tmp_path):
     source = make(tmp_path / "a.mp4", greys(60), options={"g": "1"})
 
     def spoilt(n, packet):
@@ -163,7 +163,7 @@ def test_a_packet_that_does_not_decode_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.avi"])
-def test_a_file_that_breaks_off_says_so(tmp_path, name):
+def test_a_file_that_is_cut_short_says_so(tmp_path, name):
     container = {"movflags": "faststart"} if name == "a.mp4" else {}
     noise = np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), np.uint8)
     path = make(tmp_path / name, noise, container=container)
@@ -173,7 +173,7 @@ def test_a_file_that_breaks_off_says_so(tmp_path, name):
     assert 10 < index_video(path).count < 30
 
 
-def test_a_video_that_ends_before_its_sound_is_whole(tmp_path):
+def test_a_video_that_ends_before_its_sound_is_complete(tmp_path):
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as file:
         video, sound = file.add_stream("libx264", rate=25), file.add_stream("pcm_s16le", rate=8000, layout="mono")
@@ -211,7 +211,7 @@ def test_a_change_of_size_within_the_stream(tmp_path):
 
 
 def interlaced(tmp_path: Path, count: int) -> tuple[Path, np.ndarray]:
-    """A bar that moves by four pixels with each field; and its frames as the first field alone shows them."""
+    """A video of a bar that moves by four pixels with each field, and its frames made of the first fields alone."""
     fields = np.full((2 * count, 64, 256, 3), 60, np.uint8)
     for n, each in enumerate(fields):
         each[:, 4 * n % 224 : 4 * n % 224 + 32] = 200
@@ -232,8 +232,8 @@ def test_interlaced_frames_have_no_comb(tmp_path):
 
 
 @pytest.mark.skipif(av.library_versions["libavfilter"] < (11, 14), reason="older bwdif begin in a way of their own")
-def test_an_interlaced_frame_is_filled_in_the_same_wherever_reading_began(tmp_path):
-    """Behind a frame that is not interlaced, with interlaced ones before that, or none."""
+def test_an_interlaced_frame_is_the_same_wherever_reading_began(tmp_path):
+    """After a frame that is not interlaced, whether or not interlaced frames came before it."""
 
     def decoded(path: Path) -> list[av.VideoFrame]:
         with av.open(str(path)) as file:
@@ -254,7 +254,7 @@ def test_an_interlaced_frame_is_filled_in_the_same_wherever_reading_began(tmp_pa
 
 
 def test_pixels_that_are_not_square_are_shown_square(tmp_path):
-    """A circle that is stored 2:1 is a circle again; a turn turns the shape of its pixels too."""
+    """A circle stored with pixels of 2:1 is a circle again; a rotation also rotates the shape of the pixels."""
     y, x = np.mgrid[:96, :96] - 47.5
     disc = np.where(x**2 + y**2 < 30**2, 220, 30).astype(np.uint8)[..., None].repeat(3, -1)
     narrow = disc.reshape(96, 48, 2, 3).mean(2).astype(np.uint8)
@@ -266,7 +266,7 @@ def test_pixels_that_are_not_square_are_shown_square(tmp_path):
     assert first.pixel_aspect == Fraction(1, 2)
 
 
-def test_crop_takes_the_middle_and_stretch_takes_all():
+def test_crop_keeps_the_middle_and_stretch_keeps_everything():
     wide = Picture(np.arange(200, dtype=np.uint8)[None, :, None].repeat(100, 0).repeat(3, 2))
     assert fit_picture(wide, 50, 50, CROP)[0, 0, [0, -1]].tolist() == [51, 148]
     assert fit_picture(wide, 100, 100, CROP).shape == (3, 100, 100)
@@ -293,7 +293,7 @@ def test_hdr_is_refused_by_name(tmp_path, number, name):
         all_of(path)
 
 
-def test_what_is_no_video(tmp_path):
+def test_files_that_are_not_videos_are_refused(tmp_path):
     (tmp_path / "text.avi").write_text("this is not a video")
     (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n")
     os.mkfifo(tmp_path / "pipe.mp4")
@@ -314,7 +314,7 @@ def test_what_is_no_video(tmp_path):
                 read(tmp_path / name)
 
 
-def test_a_path_is_never_taken_for_an_address(tmp_path, monkeypatch):
+def test_a_path_is_never_read_as_an_address(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("http:clip.mp4", "concat:a|b.mp4", "50% -x #1 ü.mp4"):
         make(tmp_path / "a.mp4", greys(6)).rename(tmp_path / name)
@@ -332,7 +332,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
-def test_memory_is_that_of_the_clip_and_not_of_the_file(tmp_path):
+def test_memory_grows_with_the_clip_not_with_the_file(tmp_path):
     frame = picture(360, 640)
     path = make(tmp_path / "a.mp4", [frame] * 500, form="yuv420p", options={"preset": "ultrafast", "crf": "30"})
     out = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, cwd=ROOT)
