@@ -39,7 +39,7 @@ class Planner:
     free_memory: Callable[[], int | None] = lambda: None
     budget: int | None = None
     approximate: bool = False
-    _last: tuple[tuple, Plan] | None = field(default=None, init=False)  # a host asks for its bytes, then computes it
+    _last: tuple[tuple, Plan] | None = field(default=None, init=False)  # hosts ask for its bytes, then for it
 
     def memory(self, plan: PlanFunction, shape: Sequence[int], dtype: torch.dtype, stream: bool = False) -> float:
         """Bytes that a clip needs in addition to the weights, within the budget, with weights in `dtype`.
@@ -91,7 +91,7 @@ class Planner:
         return self._least(plan, shape, free, stream).execution
 
     def _within(self, plan: PlanFunction, shape: Sequence[int], budget: int | None, stream: bool) -> Plan:
-        """The fastest plan within `budget` bytes, or of all; the last one is kept."""
+        """The fastest plan within `budget` bytes; None is no limit. The last plan is kept."""
         weight = next(self.kvae.parameters())
         key = plan, _one_clip(shape), budget, stream, self.approximate, weight.dtype, weight.device
         if self._last is None or self._last[0] != key:
