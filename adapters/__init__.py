@@ -2,6 +2,6 @@
 
 from .files import LatentAdapter, load_adapter, save_adapter
 from .hybrid import HybridVAE
-from .spaces import LatentSpace, space
+from .spaces import LatentSpace, latent_space
 
-__all__ = ["HybridVAE", "LatentAdapter", "LatentSpace", "load_adapter", "save_adapter", "space"]
+__all__ = ["HybridVAE", "LatentAdapter", "LatentSpace", "latent_space", "load_adapter", "save_adapter"]

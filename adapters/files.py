@@ -1,8 +1,8 @@
-"""Adapter files: a network between two latent spaces that says so itself.
+"""Adapter files: self-describing safetensors files of a network between two latent spaces.
 
-The metadata of the safetensors file holds `source_space`, `target_space`, `network` (JSON), `latents`, `pixels`,
-`weights` (JSON: of which VAEs), `training` (JSON: on what, how) and `metrics` (JSON). The published files hold none:
-they are known by their keys.
+The metadata hold `source_space`, `target_space`, `network` (JSON), `latents`, `pixels`, `weights` (JSON: the weights of
+the VAEs it was made for), `training` (JSON: data and settings) and `metrics` (JSON). The published files have no
+metadata: they are recognised by their keys, and their direction by their names.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from ..kvae.finite import all_finite
 from ..kvae.foreign import build, parse_object
 from ..kvae.layers import Cache
 from ..kvae.signature import same_weights
-from .networks import NETWORKS, Network, Published, build_network
-from .spaces import LatentSpace, space
+from .networks import NETWORKS, Network, PointwiseNet, build_network
+from .spaces import LatentSpace, latent_space
 
 FORMAT = "kvae-latent-adapter/1"
-PUBLISHED_NAMES = {
+PUBLISHED_FILES = {  # name: (source space, target space)
     "adapter_hunyuan_to_kvae3d.safetensors": ("hunyuan_video", "kvae_3d_1.0"),
     "adapter_kvae3d_to_hunyuan.safetensors": ("kvae_3d_1.0", "hunyuan_video"),
 }
-MOST_SHOWN = 600  # characters of a line of `about`
+MOST_SHOWN = 600  # characters in a line of `about`
 
 
 @dataclass(frozen=True)
 class VAEWeights:
-    """Which weights a VAE had: the hash of their file, and what they are whatever file they are in."""
+    """The identity of a VAE's weights: the hash of their file, and a signature that conversions do not change."""
 
     sha256: str = ""
     signature: tuple[float, ...] = ()  # see kvae.signature
 
 
 class LatentAdapter(nn.Module):
-    """A network together with the spaces it maps between, raw latents to raw latents.
+    """A network and the two spaces that it maps between, raw latents to raw latents.
 
     Args:
-        training: what it was trained on and how.
-        metrics: what it reached.
-        weights: of the VAE of each space, by the space's name, as far as they are known.
+        training: the data and settings it was trained with.
+        metrics: the quality it reached.
+        weights: the weights of the VAE of each space, by the space's name, if known.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class LatentAdapter(nn.Module):
         self.weights = dict(weights or {})
 
     def about(self) -> str:
-        """What it maps, on what it was trained and what it reached, one line each; of paths, the last part alone."""
+        """Direction, training and metrics as text, one line each. Paths are cut to their last part."""
         count = sum(parameter.numel() for parameter in self.network.parameters())
         lines = [f"{self.source.name} → {self.target.name}, {type(self.network).__name__}, {count:,} weights"]
         lines += [f"training {key}: {_without_folders(value)}" for key, value in self.training_info.items()]
@@ -74,39 +74,46 @@ class LatentAdapter(nn.Module):
         return "\n".join(line if len(line) <= MOST_SHOWN else f"{line[:MOST_SHOWN]}…" for line in lines)
 
     def fits(self, name: str, signature: Sequence[float]) -> bool:
-        """Whether it is for the VAE of the space `name` that has these weights, as far as the two are known."""
+        """Whether it was made for the VAE of the space `name` with this signature; True if either is unknown."""
         return same_weights(self.weights[name].signature, signature) if name in self.weights else True
 
     def check_fits(self, name: str, signature: Sequence[float]) -> None:
-        """Refuse a VAE with other weights than it was trained for.
+        """Raise if it was made for a VAE of the space `name` with other weights.
 
         Raises:
-            WeightsError: it is for other weights of that space.
+            WeightsError: the signatures differ.
         """
         if not self.fits(name, signature):
             raise WeightsError(
                 f"this {self.source.name} → {self.target.name} adapter was made for a {name} VAE with other weights: "
-                "their latents mean something else; use the adapter that was made for this VAE, or train one"
+                "its latents would be misread; use the adapter that was made for this VAE, or train one"
             )
 
     def forward(self, z_Bcthw: Tensor, cache: Cache | None = None) -> Tensor:
-        """[B, c, t, h, w] raw in the source space → [B, c', t, h, w] raw in the target space, in the dtype given.
+        """Raw latents [B, c, t, h, w] of the source space → raw [B, c', t, h, w] of the target space, same dtype.
+
+        Args:
+            cache: the state of a stream, if the clip comes in pieces; see `networks`.
 
         Raises:
-            ValueError: the latent has another number of channels.
+            ValueError: the latent has other dimensions or channels.
         """
         if z_Bcthw.ndim != 5 or z_Bcthw.shape[1] != self.source.channels:
             raise ValueError(
                 f"latent has shape {list(z_Bcthw.shape)}; a {self.source.name} latent is "
                 f"[B, {self.source.channels}, t, h, w]"
             )
-        # an adapter is small and stays in float32 beside a VAE in bfloat16
+        # an adapter is small and stays in float32, also if the VAE is in bfloat16
         dtype = next(self.network.parameters()).dtype
         return self.network(z_Bcthw.to(dtype), cache).to(z_Bcthw.dtype)
 
 
 def save_adapter(path: str | os.PathLike, adapter: LatentAdapter) -> None:
-    """Write the adapter and all it knows of itself, whole or not at all."""
+    """Write the adapter with its description. A failure leaves no partial file.
+
+    Raises:
+        WeightsError: the file cannot be written.
+    """
     name = next(name for name, cls in NETWORKS.items() if type(adapter.network) is cls)
     metadata = {
         "format": FORMAT,
@@ -123,7 +130,7 @@ def save_adapter(path: str | os.PathLike, adapter: LatentAdapter) -> None:
 
 
 def direction_of(path: str | os.PathLike) -> tuple[str, str] | None:
-    """(source, target) space names of an adapter file, from its header alone; None if it does not say.
+    """Read the names (source, target) of an adapter file's spaces from its header; None if it does not say.
 
     Raises:
         WeightsError: missing, damaged, or not safetensors.
@@ -131,11 +138,11 @@ def direction_of(path: str | os.PathLike) -> tuple[str, str] | None:
     metadata = Weights(path).metadata
     if metadata.get("format") == FORMAT and {"source_space", "target_space"} <= metadata.keys():
         return metadata["source_space"], metadata["target_space"]
-    return PUBLISHED_NAMES.get(Path(path).name)
+    return PUBLISHED_FILES.get(Path(path).name)
 
 
 def weights_of(path: str | os.PathLike) -> dict[str, tuple[float, ...]]:
-    """Signatures of the VAEs an adapter file was made for, by the names of their spaces, from its header alone.
+    """Read the signatures of the VAEs that an adapter file was made for, by the names of their spaces, from its header.
 
     Raises:
         WeightsError: missing, damaged, or not safetensors.
@@ -145,24 +152,23 @@ def weights_of(path: str | os.PathLike) -> dict[str, tuple[float, ...]]:
     except WeightsError:
         raise
     except ValueError as error:
-        raise WeightsError(f"{path}: its metadata is not that of an adapter ({error})") from None
+        raise WeightsError(f"{path}: its metadata do not describe an adapter ({error})") from None
 
 
 def load_adapter(
     path: str | os.PathLike, direction: tuple[str, str] | None = None, device: str | torch.device = "cpu"
 ) -> LatentAdapter:
-    """Read an adapter, strictly, in float32 and eval mode, frozen.
+    """Load an adapter in float32 and eval mode, frozen. Every tensor must match the description.
 
     Args:
-        direction: (source, target) space names. Checked against the file's own; needed for a published file that no
-            longer has its published name.
+        direction: the expected (source, target) space names. A published file that was renamed needs them.
 
     Raises:
-        WeightsError: not an adapter, damaged, without a direction, or of another direction than asked.
+        WeightsError: not an adapter, damaged, without a direction, or with another direction than expected.
     """
     weights = Weights(path)
-    with torch.device("meta"):  # a description may be of anything, and costs nothing there
-        adapter = _described(weights) if _says_what_it_is(weights) else _published(weights, direction)
+    with torch.device("meta"):  # a description may claim any size, which costs nothing there
+        adapter = _described(weights) if _describes_itself(weights) else _published(weights, direction)
     found = adapter.source.name, adapter.target.name
     if direction and direction != found:
         raise WeightsError(
@@ -177,29 +183,27 @@ def load_adapter(
     return adapter.to(device).eval().requires_grad_(False)
 
 
-def _says_what_it_is(weights: Weights) -> bool:
-    """Whether the metadata describes it.
+def _describes_itself(weights: Weights) -> bool:
+    """Whether the metadata describe the adapter.
 
     Raises:
-        WeightsError: it does, in a format that is not known.
+        WeightsError: they do, in an unknown format.
     """
     found = weights.metadata.get("format", "")
     if found != FORMAT and found.startswith(FORMAT.partition("/")[0]):
-        raise WeightsError(
-            f"{weights.path}: an adapter of the format {found}; {FORMAT} is known here: update this pack"
-        )
+        raise WeightsError(f"{weights.path}: an adapter of the format {found}; expected {FORMAT}: update this pack")
     return found == FORMAT
 
 
 def _described(weights: Weights) -> LatentAdapter:
-    """The adapter that the metadata describes, without its weights.
+    """The adapter that the metadata describe, on the meta device.
 
     Raises:
-        WeightsError: it describes none.
+        WeightsError: they do not describe an adapter.
     """
     metadata = weights.metadata
     try:
-        source, target = space(metadata["source_space"]), space(metadata["target_space"])
+        source, target = latent_space(metadata["source_space"]), latent_space(metadata["target_space"])
         settings = parse_object(metadata["network"])
         if isinstance(settings.get("blocks"), int) and settings["blocks"] > len(weights.shapes):
             raise ValueError(f"{settings['blocks']} blocks in {len(weights.shapes)} tensors")
@@ -216,36 +220,40 @@ def _described(weights: Weights) -> LatentAdapter:
             _made_for(metadata),
         )
     except (ArithmeticError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise WeightsError(f"{weights.path}: its metadata is not that of an adapter ({error})") from None
+        raise WeightsError(f"{weights.path}: its metadata do not describe an adapter ({error})") from None
 
 
 def _made_for(metadata: Mapping[str, str]) -> dict[str, VAEWeights]:
-    """Raises a ValueError where the metadata is not of an adapter."""
+    """The VAE weights that the metadata name.
+
+    Raises:
+        ValueError: they are not described as in an adapter file.
+    """
     return {name: build(VAEWeights, each) for name, each in parse_object(metadata.get("weights", "{}")).items()}
 
 
 def _published(weights: Weights, direction: tuple[str, str] | None) -> LatentAdapter:
-    """An adapter as the published files hold it, without its weights.
+    """A published adapter, which has no metadata, on the meta device.
 
     Raises:
-        WeightsError: it has other tensors, or says nothing of its direction and has none of the published names.
+        WeightsError: the tensors are others, or neither the file's name nor `direction` tells the direction.
     """
-    path, network = weights.path, Published(16, 16)
+    path, network = weights.path, PointwiseNet(16, 16)
     if weights.shapes != _shapes(network):
         kind = what_is(weights.shapes)
         if kind == "a latent adapter":
             raise WeightsError(
-                f"{path}: this is a latent adapter that does not say what it maps (no metadata of the format {FORMAT}) "
-                "and not of the published shape; use the file as it was written"
+                f"{path}: this latent adapter has no metadata of the format {FORMAT}, so its direction is unknown; "
+                "use the file as it was written"
             )
         raise WeightsError(f"{path}: this is {kind}; expected a latent adapter")
-    known = PUBLISHED_NAMES.get(path.name) or direction
+    known = PUBLISHED_FILES.get(path.name) or direction
     if known is None:
         raise WeightsError(
-            f"{path}: a published adapter does not say which way it maps; name it "
-            f"{' or '.join(PUBLISHED_NAMES)}, or give the direction"
+            f"{path}: the metadata do not say which way this adapter maps; rename it to "
+            f"{' or '.join(PUBLISHED_FILES)}, or pass the direction"
         )
-    return LatentAdapter(network, space(known[0]), space(known[1]))
+    return LatentAdapter(network, latent_space(known[0]), latent_space(known[1]))
 
 
 def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
@@ -253,21 +261,21 @@ def _shapes(network: Network) -> dict[str, tuple[int, ...]]:
 
 
 def _sound(weights: Weights, key: str) -> Tensor:
-    """A tensor of the file, in float32.
+    """A tensor of the file in float32.
 
     Raises:
-        WeightsError: it is not of floats, or not finite.
+        WeightsError: it is not of a float type, or not finite.
     """
     tensor = weights[key]
     if not tensor.is_floating_point():
-        raise WeightsError(f"{weights.path}: {key} is of {tensor.dtype}; expected weights of a float type")
+        raise WeightsError(f"{weights.path}: {key} is of {tensor.dtype}; expected float weights")
     if not all_finite(tensor):
-        raise WeightsError(f"{weights.path}: {key} holds values that are not finite numbers; train or get it again")
-    return tensor.to(torch.float32, copy=True)  # the file's own bytes are mapped: it could not be replaced on Windows
+        raise WeightsError(f"{weights.path}: {key} holds NaN or infinite values; download or train the adapter again")
+    return tensor.to(torch.float32, copy=True)  # a copy: Windows cannot replace a file whose bytes are mapped
 
 
 def _without_folders(value: Any) -> Any:
-    """What a file says, fit to be shown to others: of an absolute path, on any system, the last part."""
+    """A value from a file's metadata without folder names: an absolute path, of any system, becomes its last part."""
     if isinstance(value, dict):
         return {key: _without_folders(each) for key, each in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
 """The adapter networks: one latent grid in, the same grid in another space out.
 
-All but `Published` see the past only and normalise per position, so a frame alone, a tile beyond the receptive field
-and a stream give what the whole clip gives. Stream with a cache:
+All but `PointwiseNet` are causal and normalise each position by itself. A single frame, a tile with a margin of
+`radius` latents, and a stream therefore give the same values as the whole clip. To stream, pass a cache:
 
     cache = {}
     for z in latents:                # [B, c, t, h, w] pieces of one clip, in order
@@ -21,7 +21,7 @@ from ..kvae.engine.convolution import Conv3d
 from ..kvae.layers import Cache, CausalConv3d, name_streamed
 
 
-class PublishedBlock(nn.Module):
+class PointwiseBlock(nn.Module):
     """Residual: (GroupNorm, SiLU, 1x1x1 convolution) twice."""
 
     def __init__(self, width: int):
@@ -36,19 +36,19 @@ class PublishedBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
-class Published(nn.Module):
-    """The published adapters' network, 2,368 parameters at 16 channels.
+class PointwiseNet(nn.Module):
+    """The network of the published adapters: 1x1x1 convolutions, 2,368 parameters at 16 channels.
 
-    Its GroupNorm takes statistics over t, h, w: it must see the whole clip at once, and cannot be streamed.
+    GroupNorm computes statistics over t, h and w, so the network needs the whole clip at once and cannot be streamed.
     """
 
-    radius = 0  # reads one position, but its norms read the clip
+    radius = 0  # of the convolutions; the norms see the whole clip
 
     def __init__(self, in_channels: int, out_channels: int, width: int = 16, blocks: int = 3):
         super().__init__()
         self.config = {"in_channels": in_channels, "out_channels": out_channels, "width": width, "blocks": blocks}
         self.in_proj = Conv3d(in_channels, width, 1)
-        self.blocks = nn.ModuleList(PublishedBlock(width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(PointwiseBlock(width) for _ in range(blocks))
         self.out_proj = Conv3d(width, out_channels, 1)
 
     def forward(self, z_Bcthw: Tensor, cache: Cache | None = None) -> Tensor:
@@ -58,7 +58,7 @@ class Published(nn.Module):
             ValueError: a cache is given.
         """
         if cache is not None:
-            raise ValueError("a published adapter normalises over the whole clip: give it the clip at once")
+            raise ValueError("this network normalises over the whole clip: call it with the whole clip and no cache")
         h = self.in_proj(z_Bcthw)
         for block in self.blocks:
             h = block(h)
@@ -66,13 +66,13 @@ class Published(nn.Module):
 
 
 class Affine(nn.Module):
-    """One convolution, causal in time. `training.adapters.ridge` fits it in closed form.
+    """An affine map: one convolution, causal in time. `training.adapters.ridge` fits it in closed form.
 
     Args:
-        kernel: 1, or 3 for the 3x3x3 neighbourhood.
+        kernel: 1, or 3 for a neighbourhood of 3x3x3.
 
     Raises:
-        ValueError: another kernel.
+        ValueError: the kernel is neither 1 nor 3.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3):
@@ -90,7 +90,10 @@ class Affine(nn.Module):
 
 
 class PositionNorm(nn.Module):
-    """Divide by the root mean square over the channels of one position; a gain for each channel."""
+    """RMS norm over the channels of each position, with a gain for each channel.
+
+    Unlike KVAE's RMSNorm it has an epsilon, 1e-6 under the root, and adapter files name its weight `gain`.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -115,10 +118,10 @@ class ResidualBlock(nn.Module):
 
 
 class Residual(nn.Module):
-    """The default: the affine 3x3x3 causal map plus a residual branch whose last layer starts at zero.
+    """The default: an affine 3x3x3 causal map plus a residual branch whose last layer starts at zero.
 
-    The branch reads latents normalised per channel and writes in units of the target's deviation; the statistics
-    (`source_mean`, `source_std`, `target_std`, each [c, 1, 1, 1]) are those of the training set.
+    The branch reads latents normalised per channel, and its output is multiplied by the target's standard deviation.
+    The statistics `source_mean`, `source_std` and `target_std`, each [c, 1, 1, 1], are those of the training set.
     """
 
     source_mean: Tensor
@@ -150,16 +153,16 @@ class Residual(nn.Module):
         return self.affine(z_Bcthw, cache) + self.target_std * self.conv_out(self.norm_out(h))
 
 
-Network = Published | Affine | Residual
-NETWORKS: dict[str, type[Network]] = {"published": Published, "affine": Affine, "residual": Residual}
-MOST = 4096  # channels, blocks or taps of a network; those in use have up to 128
+Network = PointwiseNet | Affine | Residual
+NETWORKS: dict[str, type[Network]] = {"published": PointwiseNet, "affine": Affine, "residual": Residual}
+MOST = 4096  # the largest setting (channels, blocks, kernel) read from a file; networks in use have up to 128
 
 
 def build_network(name: str, **config: int) -> Network:
-    """An untrained network.
+    """Build an untrained network.
 
     Raises:
-        ValueError: the name or a setting is unknown, or no network has settings like these.
+        ValueError: the name is unknown, or the network does not have or allow a setting.
     """
     if name not in NETWORKS:
         raise ValueError(f"no adapter network is called {name!r}; the known ones are {', '.join(NETWORKS)}")
@@ -169,4 +172,4 @@ def build_network(name: str, **config: int) -> Network:
     try:
         return NETWORKS[name](**config)
     except TypeError as error:
-        raise ValueError(f"the network {name!r} does not take these settings: {error}") from None
+        raise ValueError(f"the network {name!r} does not accept these settings: {error}") from None

@@ -1,7 +1,8 @@
-"""The table of latent spaces: shape of the grid, scale inside the sampler, convention of the pixels."""
+"""The latent spaces: grid, scale inside the sampler, and pixel convention of each."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,68 +12,85 @@ from ..kvae import KVAEConfig
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What the latents of one VAE look like.
+    """Properties of the latents of one VAE.
 
-    `time` and `space` are frames and pixels per latent; `scaling_factor` multiplies a raw latent on its way into the
-    sampler (None: the sampler takes raw latents, or none is published); `pixels` names the pixel convention of the VAE.
+    Attributes:
+        temporal_factor: frames per latent, after the first latent, which is one frame.
+        spatial_factor: rows, and columns, of pixels per latent.
+        scaling_factor: multiplies a raw latent on its way into the sampler. None: the sampler reads raw latents, or no
+            factor is published.
+        pixels: the pixel convention of the VAE, a formula of x in 0..255.
     """
 
     name: str
     channels: int
-    time: int
-    space: int
+    temporal_factor: int
+    spatial_factor: int
     scaling_factor: float | None
     pixels: str
-    vae: str
 
     def scale(self, z_Bcthw: Tensor) -> Tensor:
-        """Raw latents, as a VAE gives them, → as a sampler takes them."""
+        """Raw latents of a VAE → the scale inside a sampler."""
         return z_Bcthw if self.scaling_factor is None else z_Bcthw * self.scaling_factor
 
     def unscale(self, z_Bcthw: Tensor) -> Tensor:
-        """A sampler's latents → raw latents, as a VAE takes them."""
+        """A sampler's latents → raw latents for a VAE."""
         return z_Bcthw if self.scaling_factor is None else z_Bcthw / self.scaling_factor
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """[c, t, h, w] of a video of 4n + 1 frames."""
-        return self.channels, (frames - 1) // self.time + 1, height // self.space, width // self.space
+        """[c, t, h, w] of a video with 4n + 1 frames."""
+        side = self.spatial_factor
+        return self.channels, (frames - 1) // self.temporal_factor + 1, height // side, width // side
+
+    def decoded_shape(self, z_shape: Sequence[int]) -> tuple[int, int, int, int, int]:
+        """Latents of shape [B, c, t, h, w] → the shape [B, 3, T, H, W] of the video they decode to."""
+        b, _, t, h, w = z_shape
+        return b, 3, self.temporal_factor * (t - 1) + 1, self.spatial_factor * h, self.spatial_factor * w
 
 
+# Scaling factors are the defaults of diffusers' VAEs, and of the published config of KVAE-3D-2.0-t4s16.
 SPACES = {
     space.name: space
     for space in (
-        # HunyuanVideo, SkyReels, Kandinsky 5
-        LatentSpace("hunyuan_video", 16, 4, 8, 0.476986, "x/127.5-1", "AutoencoderKLHunyuanVideo"),
-        LatentSpace("hunyuan_video_1.5", 32, 4, 16, 1.03682, "x/127.5-1", "AutoencoderKLHunyuanVideo15"),
-        LatentSpace("kvae_3d_1.0", 16, 4, 8, None, "x/128-1", "KVAE-3D-1.0"),
-        LatentSpace("kvae_3d_2.0_t4s8", 16, 4, 8, None, "x/128-1", "KVAE-3D-2.0-t4s8"),
-        LatentSpace("kvae_3d_2.0_t4s16", 64, 4, 16, 0.910344004631042, "x/128-1", "KVAE-3D-2.0-t4s16"),
+        # diffusers' AutoencoderKLHunyuanVideo, the VAE of HunyuanVideo, SkyReels and Kandinsky 5
+        LatentSpace("hunyuan_video", 16, 4, 8, 0.476986, "x/127.5-1"),
+        LatentSpace("hunyuan_video_1.5", 32, 4, 16, 1.03682, "x/127.5-1"),  # diffusers' AutoencoderKLHunyuanVideo15
+        LatentSpace("kvae_3d_1.0", 16, 4, 8, None, "x/128-1"),
+        LatentSpace("kvae_3d_2.0_t4s8", 16, 4, 8, None, "x/128-1"),
+        LatentSpace("kvae_3d_2.0_t4s16", 64, 4, 16, 0.910344004631042, "x/128-1"),
     )
 }
 
 
-def space(name: str) -> LatentSpace:
-    """The space of that name.
+def latent_space(name: str) -> LatentSpace:
+    """The latent space with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is unknown.
     """
     if name not in SPACES:
         raise ValueError(f"no latent space is called {name!r}; the known ones are {', '.join(SPACES)}")
     return SPACES[name]
 
 
+def fitting_spaces(shape: Sequence[int]) -> list[LatentSpace]:
+    """The spaces whose latents can have this shape, most common first; none for an image latent."""
+    if len(shape) != 5:
+        return []
+    return [space for space in SPACES.values() if space.channels == shape[1]]
+
+
 def native_space(config: KVAEConfig) -> LatentSpace:
-    """The space of a KVAE's own latents: 1.0 has GroupNorm, 2.0 has not, and t4s16 has 64 channels.
+    """The space of a KVAE's own latents. 1.0 has GroupNorm, 2.0 has RMSNorm, and t4s16 has 64 channels.
 
     Raises:
-        ValueError: no KVAE of the table has that grid.
+        ValueError: the grid is not that of a published KVAE.
     """
     if not config.per_position:
         found = SPACES["kvae_3d_1.0"]
     else:
         found = SPACES["kvae_3d_2.0_t4s16" if config.z_channels == 64 else "kvae_3d_2.0_t4s8"]
     grid = config.z_channels, config.temporal_compress_times, config.spatial_factor
-    if grid != (found.channels, found.time, found.space):
+    if grid != (found.channels, found.temporal_factor, found.spatial_factor):
         raise ValueError(f"this KVAE has {grid[0]} channels of {grid[1]}x{grid[2]}x{grid[2]}; no known space has")
     return found

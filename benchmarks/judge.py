@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kvae_comfyui.adapters.networks import Network
+from kvae_comfyui.serving.metrics import psnr, temporal_error
 from kvae_comfyui.training.adapters.train import DIRECTIONS
 from kvae_comfyui.training.data.dataset import Pairs, open_pairs, spread
-from kvae_comfyui.training.evaluate.evaluate import flicker, psnr
 from kvae_comfyui.training.evaluate.originals import original_frames
 from kvae_comfyui.training.vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
 
@@ -69,7 +69,7 @@ class Judge:
     def metrics(self, direction: str, i: int, y_3THW: Tensor) -> tuple[float, float, float]:
         """PSNR against the original, PSNR against the source VAE's own decode, flicker."""
         x, source = self.originals[i], self.direct[REVERSE[direction], i]
-        return psnr(y_3THW, x), psnr(y_3THW, source), flicker(y_3THW, x)
+        return psnr(y_3THW, x), psnr(y_3THW, source), temporal_error(y_3THW, x)
 
     def noisy(self, direction: str, i: int, noise: float) -> Tensor:
         """Source latents of pair i with white noise, the same noise for every adapter.

@@ -2,7 +2,7 @@
 
 python -m benchmarks.memory_table
 
-Counted, in bfloat16, as ComfyUI is told (`ServedVAE.memory_used_decode`); not measured. What the weights
+Counted, in bfloat16, as ComfyUI is told (`HostVAE.memory_used_decode`); not measured. What the weights
 take of a card, and RESERVE, is not for use.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from kvae_comfyui.kvae import KVAE, BudgetError
-from kvae_comfyui.serving.serve import ServedVAE
+from kvae_comfyui.serving.host_vae import HostVAE
 
 PAGE = Path(__file__).parents[1] / "docs" / "comfyui.md"
 START, END = "<!-- python -m benchmarks.memory_table -->\n", "<!-- end of the table -->"
@@ -26,27 +26,27 @@ RESERVE = 1.0  # GB that the system, the screen and CUDA keep for themselves
 def table() -> str:
     """Markdown: a row for each size."""
     with torch.device("meta"):
-        served = ServedVAE(KVAE().to(torch.bfloat16))
-    weights = sum(p.numel() * p.element_size() for p in served.parameters()) / 1e9
+        host = HostVAE(KVAE().to(torch.bfloat16))
+    weights = sum(p.numel() * p.element_size() for p in host.parameters()) / 1e9
     rows = [["frames of", "least", "fastest", *(f"{card} GB" for card in CARDS)]]
     rows.append(["---"] * len(rows[0]))
     for width, height in SIZES:
         z = (1, 16, (FRAMES - 1) // 4 + 1, height // 8, width // 8)
-        least, fastest = least_of(served, z), served.memory_used_decode(z, torch.bfloat16) / 1e9
+        least, fastest = least_of(host, z), host.memory_used_decode(z, torch.bfloat16) / 1e9
         verdicts = [verdict(card - weights - RESERVE, least, fastest) for card in CARDS]
         rows.append([f"{width}x{height}", f"{least:.1f} GB", f"{fastest:.1f} GB", *verdicts])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def least_of(served: ServedVAE, z_shape: tuple[int, ...]) -> float:
+def least_of(host: HostVAE, z_shape: tuple[int, ...]) -> float:
     """GB of the exact plan that takes least."""
-    served.budget = 0
+    host.planner.budget = 0
     try:
-        return served.memory_used_decode(z_shape, torch.bfloat16) / 1e9
+        return host.memory_used_decode(z_shape, torch.bfloat16) / 1e9
     except BudgetError as error:
         return error.least.peak / 1e9
     finally:
-        served.budget = None
+        host.planner.budget = None
 
 
 def verdict(free: float, least: float, fastest: float) -> str:

@@ -1,4 +1,4 @@
-"""The ComfyUI nodes: schemas and a few lines each. What they compute is in adapters and kvae."""
+"""The ComfyUI nodes: schemas, and a few lines of code each. What they compute is in serving, adapters and kvae."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class KVAEExtension(ComfyExtension):
-    """What `comfy_entrypoint` returns."""
+    """The nodes of this pack; `comfy_entrypoint` returns it."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        folders.register()  # before any schema lists the files; `on_load` is not called by every version
+        folders.register()  # before a schema lists the files; not every version calls `on_load`
         return NODES

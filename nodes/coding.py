@@ -1,4 +1,4 @@
-"""KVAE Decode and KVAE Encode: what VAE Decode and VAE Encode do, and what they cannot know."""
+"""KVAE Decode and KVAE Encode: VAE Decode and VAE Encode, with what only this pack knows of a latent."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 import torch
 from comfy_api.latest import io
 
-from ..adapters.inspect import check_finite, check_shape, check_tensor
-from ..serving.clips import kept_frames, to_clip
+from ..adapters.checks import check_finite, check_shape, check_tensor
+from ..serving.clips import frames_to_keep, pad_clip
 from ..serving.memory import room_for
 from .latent_dict import FRAMES, SPACE, samples_of, space_of
-from .vae import KVAEVae
+from .vae import ComfyVAE
 
 RAW, SCALED = "raw", "scaled"
 
@@ -41,11 +41,11 @@ class KVAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, samples: dict, vae: KVAEVae, scaling: str, memory_gb: float, approximate: bool = False
+        cls, samples: dict, vae: ComfyVAE, scaling: str, memory_gb: float, approximate: bool = False
     ) -> io.NodeOutput:
-        z = latent_for(vae, samples, scaling, stream=False)
-        frames = within(vae, memory_gb, approximate).decode(z)
-        return io.NodeOutput(frames[:, : kept_frames(frames.shape[1], samples.get(FRAMES))].flatten(0, 1))
+        vae, z = decoder_and_latent(vae, samples, scaling, memory_gb, approximate)
+        frames = vae.decode(z)
+        return io.NodeOutput(frames[:, : frames_to_keep(frames.shape[1], samples.get(FRAMES))].flatten(0, 1))
 
 
 class KVAEEncode(io.ComfyNode):
@@ -68,16 +68,16 @@ class KVAEEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pixels: torch.Tensor, vae: KVAEVae) -> io.NodeOutput:
+    def execute(cls, pixels: torch.Tensor, vae: ComfyVAE) -> io.NodeOutput:
         check_vae(vae)
         check_tensor(pixels, "pixels")
         room_for(pixels.shape, "cpu", f"pixels, {list(pixels.shape)}: encode fewer or smaller frames")
-        clip = to_clip(pixels, vae.kvae_space.time)
+        clip = pad_clip(pixels, vae.kvae_space.temporal_factor)
         return io.NodeOutput({"samples": vae.encode(clip), SPACE: vae.kvae_space.name, FRAMES: len(pixels)})
 
 
 def latent_inputs() -> list[io.Input]:
-    """The inputs of every node that decodes."""
+    """The inputs that all decode nodes have."""
     return [
         io.Latent.Input("samples", tooltip="A video latent of the space that this VAE reads."),
         io.Vae.Input("vae", tooltip="From Load KVAE."),
@@ -92,7 +92,7 @@ def latent_inputs() -> list[io.Input]:
 
 
 def memory_input() -> io.Input:
-    """The input for a budget."""
+    """The input for the memory budget."""
     return io.Float.Input(
         "memory_gb",
         default=0.0,
@@ -104,41 +104,51 @@ def memory_input() -> io.Input:
     )
 
 
-def within(vae: KVAEVae, memory_gb: float, approximate: bool = False) -> KVAEVae:
-    """The VAE with that budget (0: its own), exact or not.
+def with_budget(vae: ComfyVAE, memory_gb: float, approximate: bool = False) -> ComfyVAE:
+    """A copy of the VAE with that budget; 0 keeps the VAE's own.
 
     Raises:
-        ValueError: it is no budget.
+        ValueError: memory_gb is negative or not finite.
     """
     if not math.isfinite(memory_gb) or memory_gb < 0:
-        raise ValueError(f"memory_gb is {memory_gb}; expected a number of GB, or 0 for what is free")
-    return vae.within(round(memory_gb * 1e9) or vae.first_stage_model.budget, approximate)
+        raise ValueError(f"memory_gb is {memory_gb}; expected a number of GB, or 0 for automatic")
+    return vae.configured(round(memory_gb * 1e9) or vae.first_stage_model.planner.budget, approximate)
 
 
-def latent_for(vae: KVAEVae, latent: dict, scaling: str, stream: bool = True) -> torch.Tensor:
-    """The raw latent [B, c, t, h, w] to decode, as a stream or as a whole.
+def decoder_and_latent(
+    vae: ComfyVAE, latent: dict, scaling: str, memory_gb: float, approximate: bool = False, stream: bool = False
+) -> tuple[ComfyVAE, torch.Tensor]:
+    """A copy of the VAE with the settings of a decode node, and the raw latent [B, c, t, h, w] for it.
+
+    The latent is checked here, all clips before any work, and not again by the copy.
+
+    Args:
+        stream: whether the frames are decoded segment by segment, so that only one segment must fit into memory.
 
     Raises:
-        ValueError: the VAE is not one of ours, or the latent is not for it.
-        MemoryError: there is no room for its frames.
+        ValueError: the VAE is not from Load KVAE, the latent does not fit it, or a setting is out of range.
+        MemoryError: there is no room for the frames.
     """
     check_vae(vae)
     if scaling not in (RAW, SCALED):
         raise ValueError(f"scaling is {scaling!r}; expected {RAW} or {SCALED}")
-    z = samples_of(latent)
-    check_shape(z.shape, vae.kvae_space, space_of(latent))
+    z, space = samples_of(latent), vae.kvae_space
+    check_shape(z.shape, space, space_of(latent))
     vae.first_stage_model.check_room(z.shape, stream)
+    z = space.unscale(z) if scaling == SCALED else z
     check_finite(z, "latent")
-    return vae.kvae_space.unscale(z) if scaling == SCALED else z
+    vae = with_budget(vae, memory_gb, approximate)
+    vae.first_stage_model.latents_checked = True
+    return vae, z
 
 
 def check_vae(vae: object) -> None:
-    """Refuse a VAE that does not come from Load KVAE.
+    """Raise unless the VAE comes from Load KVAE.
 
     Raises:
-        ValueError: says which VAE it is.
+        ValueError: says what was found.
     """
-    if not isinstance(vae, KVAEVae):
+    if not isinstance(vae, ComfyVAE):
         found = type(getattr(vae, "first_stage_model", vae)).__name__
         raise ValueError(
             f"This VAE is a {found}; expected one from Load KVAE. Connect Load KVAE, or use VAE Decode and VAE Encode."

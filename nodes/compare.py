@@ -1,4 +1,4 @@
-"""Compare VAEs: one clip or one latent through two VAEs, in pictures and in figures."""
+"""Compare VAEs: one clip or one latent through two VAEs, in pictures and in metrics."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
-from ..adapters.inspect import check_tensor
+from ..adapters.checks import check_tensor
 from ..serving.memory import room_for
-from ..serving.metrics import difference, figures, table
+from ..serving.metrics import as_text, compare, difference_picture
 from .latent_dict import samples_of
 
 
 @dataclass
 class Run:
-    """What one VAE made, [T, H, W, 3] in 0..1, and what it took."""
+    """What one VAE returned, [T, H, W, 3] in 0..1, and its cost: seconds, and peak GB on CUDA."""
 
     frames: torch.Tensor
     cost: dict[str, float]
@@ -61,30 +61,30 @@ class KVAECompare(io.ComfyNode):
     @classmethod
     def execute(cls, vae_a, vae_b, pixels: torch.Tensor | None = None, samples: dict | None = None) -> io.NodeOutput:
         if (pixels is None) == (samples is None):
-            raise ValueError("Compare VAEs needs a clip or a latent, one of the two: connect pixels or samples.")
+            raise ValueError("Compare VAEs needs a clip or a latent: connect either pixels or samples.")
         if pixels is not None:
             check_tensor(pixels, "pixels")
             room_for(pixels.shape, "cpu", f"pixels, {list(pixels.shape)}: compare fewer or smaller frames")
-            pixels = whole(pixels)
+            pixels = crop_to_grid(pixels)
         z = None if samples is None else samples_of(samples)
         a, b = (run(vae, pixels, z) for vae in (vae_a, vae_b))
         if pixels is None:
-            rows = {"B against A": figures(b.frames, a.frames), "A": a.cost, "B": b.cost}
+            rows = {"B against A": compare(b.frames, a.frames), "A": a.cost, "B": b.cost}
         else:
-            rows = {name: figures(r.frames, pixels) | r.cost for name, r in (("A", a), ("B", b))}
-        report = table(rows)
+            rows = {name: compare(r.frames, pixels) | r.cost for name, r in (("A", a), ("B", b))}
+        report = as_text(rows)
         both = torch.cat([a.frames, b.frames], dim=2)
-        return io.NodeOutput(both, difference(b.frames, a.frames), report, ui=ui.PreviewText(report))
+        return io.NodeOutput(both, difference_picture(b.frames, a.frames), report, ui=ui.PreviewText(report))
 
 
-def whole(pixels: torch.Tensor) -> torch.Tensor:
-    """[T, H, W, C] cut to 4n + 1 frames, multiples of 16 pixels and RGB, which every video VAE takes whole."""
+def crop_to_grid(pixels: torch.Tensor) -> torch.Tensor:
+    """[T, H, W, C] cut to 4n + 1 frames, multiples of 16 pixels and RGB, so that no video VAE crops it further."""
     T, H, W, _ = pixels.shape
     return pixels[: 4 * ((T - 1) // 4) + 1, : H - H % 16, : W - W % 16, :3]
 
 
 def run(vae, pixels: torch.Tensor | None, z: torch.Tensor | None) -> Run:
-    """One VAE on the clip, or on the latent."""
+    """Encode and decode the clip, or decode the latent, with one VAE."""
     device = comfy.model_management.get_torch_device()
     on_cuda = comfy.model_management.is_device_cuda(device)
     if on_cuda:

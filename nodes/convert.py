@@ -1,4 +1,4 @@
-"""Load Latent Adapter and Convert Latent: latents of one space → latents of another, before or without decoding."""
+"""Load Latent Adapter and Convert Latent: convert latents of one space to another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import comfy.model_management
 from comfy_api.latest import io
 
 from ..adapters import LatentAdapter, load_adapter
-from ..adapters.inspect import check_latent
+from ..adapters.checks import check_latent
 from ..kvae import WeightsError
 from . import folders
 from .latent_dict import SPACE, samples_of, space_of

@@ -1,4 +1,4 @@
-"""Where the files are: KVAEs in models/kvae and models/vae, adapters in models/latent_adapters; extra paths count."""
+"""Find files: KVAEs in models/kvae and models/vae, adapters in models/latent_adapters, and in ComfyUI's extra paths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..adapters.files import PUBLISHED_NAMES, direction_of, weights_of
+from ..adapters.files import PUBLISHED_FILES, direction_of, weights_of
 from ..kvae import KVAE as KVAEModel
 from ..kvae import WeightsError
 from ..kvae.hub import hub_address
@@ -16,16 +16,16 @@ from ..kvae.signature import same_weights, signature
 
 KVAE, ADAPTERS = "kvae", "latent_adapters"
 TINY = "tiny KVAE (included)"
-MOST_NAME = 200  # bytes of a name, so that a number and an ending fit into the 255 of file systems
+MOST_NAME = 200  # bytes of a name: with a number and an ending it stays within the 255 of file systems
 PACK = Path(__file__).parents[1]
 ASSETS = PACK / "training" / "assets"
 
 ADDRESS = hub_address("KVAE-3D-1.0")
-ADAPTER_NAMES = "{} (to decode) and {} (to encode)".format(*PUBLISHED_NAMES)
+ADAPTER_NAMES = "{} (to decode) and {} (to encode)".format(*PUBLISHED_FILES)
 
 
 def register() -> None:
-    """Tell ComfyUI of the two folders. Paths that extra_model_paths.yaml gave them stay."""
+    """Register the two folders with ComfyUI. Paths from extra_model_paths.yaml stay."""
     for key in (KVAE, ADAPTERS):
         folder_paths.add_model_folder_path(key, os.path.join(folder_paths.models_dir, key))
         paths, _ = folder_paths.folder_names_and_paths[key]
@@ -33,16 +33,16 @@ def register() -> None:
 
 
 def kvae_names() -> list[str]:
-    """What the loader offers: models/kvae first, then models/vae, then the tiny KVAE of this pack."""
-    beside = [name for name in folder_paths.get_filename_list("vae") if name.endswith(".safetensors")]
-    return [*dict.fromkeys([*folder_paths.get_filename_list(KVAE), *beside]), TINY]
+    """The names that Load KVAE offers: of models/kvae, then of models/vae, then the tiny KVAE of this pack."""
+    vae_names = [name for name in folder_paths.get_filename_list("vae") if name.endswith(".safetensors")]
+    return [*dict.fromkeys([*folder_paths.get_filename_list(KVAE), *vae_names]), TINY]
 
 
 def kvae_path(name: str) -> str:
-    """The file of that name.
+    """The path of a KVAE file.
 
     Raises:
-        WeightsError: there is none.
+        WeightsError: there is no file with that name.
     """
     if name == TINY:
         return str(ASSETS / "tiny_kvae.safetensors")
@@ -51,22 +51,22 @@ def kvae_path(name: str) -> str:
         folders = folder_paths.get_folder_paths(KVAE) + folder_paths.get_folder_paths("vae")
         fetch = f"python -m training fetch --model KVAE-3D-1.0 --output {folders[-1]}"
         raise WeightsError(
-            f"{name}: no such file in {' or '.join(folders)}. KVAE-3D-1.0 is {ADDRESS}: save it there as {name}, or "
-            f'run "{fetch}" in {PACK}, and press R; or choose "{TINY}" to try things out.'
+            f"{name}: no such file in {' or '.join(folders)}. Download KVAE-3D-1.0, {ADDRESS}, and save it there as "
+            f'{name}, or run "{fetch}" in {PACK}. Then press R. To try things out, choose "{TINY}".'
         )
     return path
 
 
 def adapter_names() -> list[str]:
-    """The adapter files there are."""
+    """The names of all adapter files."""
     return folder_paths.get_filename_list(ADAPTERS)
 
 
 def adapter_path(name: str) -> str:
-    """The adapter file of that name.
+    """The path of an adapter file.
 
     Raises:
-        WeightsError: there is none.
+        WeightsError: there is no file with that name.
     """
     path = folder_paths.get_full_path(ADAPTERS, name)
     if path is None:
@@ -75,13 +75,13 @@ def adapter_path(name: str) -> str:
 
 
 def find_adapter(source: str, target: str, kvae_name: str, kvae: KVAEModel) -> str | None:
-    """The one adapter file that says of itself that it maps source → target, and not for other weights than these of
-    the KVAE; None if there is none.
+    """The only adapter file that maps source → target and was not made for a KVAE with other weights; None if there is
+    none.
 
-    For the tiny KVAE it is one of those that come with it: no other fits.
+    For the tiny KVAE, only the adapters that come with it are searched: no other adapter fits.
 
     Raises:
-        WeightsError: there are several.
+        WeightsError: several files fit.
     """
     included = [str(path) for path in ASSETS.glob("tiny_*_to_*.safetensors")]
     paths = included if kvae_name == TINY else [adapter_path(name) for name in adapter_names()]
@@ -89,12 +89,12 @@ def find_adapter(source: str, target: str, kvae_name: str, kvae: KVAEModel) -> s
     found = [path for path in paths if _direction(path) == (source, target) and _fits(path, (source, target), known)]
     if len(found) > 1:
         names = ", ".join(os.path.basename(path) for path in found)
-        raise WeightsError(f"{len(found)} adapters map {source} → {target}: {names}; choose one by its name.")
+        raise WeightsError(f"{len(found)} adapters map {source} → {target}: {names}. Choose one of them by name.")
     return found[0] if found else None
 
 
 def no_adapters(source: str, target: str) -> str:
-    """What to say where neither direction is found for a KVAE."""
+    """The message if there is an adapter for neither direction."""
     text = f"No adapter in {_adapter_folders()} maps {source} → {target} or back for this KVAE. {_get_adapters()}"
     ways = (source, target), (target, source)
     others = [name for name in adapter_names() if _direction(adapter_path(name)) in ways]
@@ -102,7 +102,7 @@ def no_adapters(source: str, target: str) -> str:
 
 
 def stamp(*paths: str | None) -> list:
-    """Changes when one of the files does."""
+    """A value that changes when one of the files changes."""
     return [path and (path, os.path.getmtime(path), os.path.getsize(path)) for path in paths]
 
 
@@ -110,43 +110,41 @@ def _direction(path: str) -> tuple[str, str] | None:
     try:
         return direction_of(path)
     except WeightsError:
-        return None  # a damaged file is reported when it is chosen, not when another one is looked for
+        return None  # a damaged file is reported when it is chosen, not while another is searched
 
 
 def _fits(path: str, spaces: tuple[str, str], known: tuple[float, ...]) -> bool:
-    """Whether an adapter is for a KVAE with these weights, as far as its file says."""
+    """Whether an adapter may be for a KVAE with these weights, by what its file says."""
     side = next(name for name in spaces if name.startswith("kvae"))
     try:
         return same_weights(weights_of(path).get(side, ()), known)
     except WeightsError:
-        return True  # see above
+        return True  # as in _direction
 
 
 def latent_path(file: object) -> str:
-    """The latent file that a name of the list means: in ComfyUI's input, output or temp folder, and nowhere else.
+    """The path of a latent file in ComfyUI's input, output or temp folder.
 
     Raises:
-        WeightsError: there is none. Whether there is such a file elsewhere is not told.
+        WeightsError: there is no such file there. The message does not tell whether it exists elsewhere.
     """
-    missing = (
-        f"{str(file)[:200]}: no such latent file; put it into ComfyUI's input folder and refresh the page (press R)."
-    )
+    missing = f"{str(file)[:200]}: no such latent file. Put it into ComfyUI's input folder and press R."
     if not isinstance(file, str):
         raise WeightsError(missing)
     name, folder = folder_paths.annotated_filepath(file)
     folder = os.path.realpath(folder or folder_paths.get_input_directory())
     try:
         path = os.path.realpath(os.path.join(folder, name))
-        within = os.path.commonpath([os.path.normcase(folder), os.path.normcase(path)]) == os.path.normcase(folder)
-        if within and os.path.isfile(path):
+        inside = os.path.commonpath([os.path.normcase(folder), os.path.normcase(path)]) == os.path.normcase(folder)
+        if inside and os.path.isfile(path):
             return path
-    except ValueError:  # a NUL in it, or another drive
+    except ValueError:  # a NUL in the name, or another drive
         pass
     raise WeightsError(missing)
 
 
 def has_latent(name: str) -> bool:
-    """Whether `latent_path` knows it."""
+    """Whether `latent_path` finds the file."""
     try:
         latent_path(name)
     except WeightsError:
@@ -155,20 +153,20 @@ def has_latent(name: str) -> bool:
 
 
 def output_path(prefix: object, ending: str, width: int = 0, height: int = 0) -> tuple[str, str, str]:
-    """(path, file, subfolder) of the next file of that prefix in ComfyUI's output folder.
+    """(path, file, subfolder) of the next file with that prefix in ComfyUI's output folder.
 
     Args:
         width, height: in pixels, for %width% and %height% in the prefix.
 
     Raises:
-        WeightsError: the prefix makes no name of a file, or its folder cannot be made.
+        WeightsError: the prefix does not make a file name, or its folder cannot be made.
     """
     if not isinstance(prefix, str):
         raise WeightsError(f"filename_prefix is a {type(prefix).__name__}; expected text")
     with file_errors(prefix):
         if any(len(os.fsencode(part)) > MOST_NAME for part in prefix.replace("\\", "/").split("/")):
             raise WeightsError(
-                f"filename_prefix: {prefix[:40]}… has a name of over {MOST_NAME} bytes; choose a shorter one"
+                f"filename_prefix: {prefix[:40]}… has a part of over {MOST_NAME} bytes; choose a shorter one"
             )
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             prefix, folder_paths.get_output_directory(), width, height

@@ -1,28 +1,26 @@
-"""ComfyUI's LATENT, a dict around the samples, and what this pack writes into it beside them.
+"""ComfyUI's LATENT, a dict with the samples, and the two entries that this pack adds.
 
-`kvae_space` names the space of the samples where a node of this pack knows it, and `kvae_frames` the frames of the clip
-they were encoded from. Samplers and most latent nodes carry both on.
+`kvae_space` names the space of the samples, if a node of this pack knows it. `kvae_frames` is the number of frames of
+the clip that they were encoded from. Samplers and most latent nodes pass both on.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..adapters.inspect import check_values
+from ..adapters.checks import check_values
 
 SPACE, FRAMES = "kvae_space", "kvae_frames"
 
 
 def samples_of(latent: dict) -> Tensor:
-    """The samples; of a nested latent (video with audio) the video part, which comes first.
+    """The samples of a LATENT; of a nested latent (video with audio) the video part, which comes first.
 
     Raises:
-        ValueError: it is not a LATENT, or its samples are no tensor of floats.
+        ValueError: not a LATENT, or its samples are not a dense float tensor with values.
     """
     if not isinstance(latent, dict) or "samples" not in latent:
-        raise ValueError(
-            f"This is a {type(latent).__name__} without samples; expected a LATENT. Check the node that made it."
-        )
+        raise ValueError(f"This is a {type(latent).__name__} without samples; expected a LATENT. Check what made it.")
     samples = latent["samples"]
     if getattr(samples, "is_nested", False):
         samples = samples.unbind()[0]
@@ -31,10 +29,10 @@ def samples_of(latent: dict) -> Tensor:
 
 
 def space_of(latent: dict) -> str | None:
-    """The name of the space of the samples, if it is known.
+    """The name of the space of the samples, if known.
 
     Raises:
-        ValueError: it is no name.
+        ValueError: the entry is not text.
     """
     name = latent.get(SPACE)
     if name is not None and not isinstance(name, str):

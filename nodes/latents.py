@@ -7,8 +7,8 @@ import os
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..adapters.inspect import describe
 from ..kvae import WeightsError
+from ..serving.inspect import describe
 from ..serving.latent_files import MODELS, load_latent, save_latent
 from . import folders
 from .latent_dict import FRAMES, SPACE, samples_of, space_of
@@ -16,7 +16,7 @@ from .metadata import workflow_of
 
 AUTO = "auto"
 SCALINGS = {AUTO: None, "raw": False, "scaled": True}
-SAVED = "latents"  # the folder in ComfyUI's output that Save Latent writes to, unless told otherwise
+SAVED = "latents"  # the folder in ComfyUI's output that Save Latent writes to by default
 
 
 class KVAEInspectLatent(io.ComfyNode):
@@ -127,7 +127,7 @@ class KVAELoadLatent(io.ComfyNode):
     def execute(cls, file: str, scaling: str, model: str = AUTO) -> io.NodeOutput:
         if scaling not in SCALINGS:
             raise ValueError(f"scaling is {scaling!r}; expected one of {', '.join(SCALINGS)}")
-        path = folders.latent_path(file)  # again: by now it may be a link to another place
+        path = folders.latent_path(file)  # checked again: since validate_inputs it may have become a link to elsewhere
         found = load_latent(path, SCALINGS[scaling], None if model == AUTO else model)
         latent = {"samples": found.z, SPACE: found.space, FRAMES: found.frames}
         latent = {key: value for key, value in latent.items() if value is not None}
@@ -136,7 +136,7 @@ class KVAELoadLatent(io.ComfyNode):
 
 
 def _latent_files() -> list[str]:
-    """The names to choose from: of files that can be read, so of no link that leads out of ComfyUI's folders."""
+    """The names to choose from. Links that lead out of ComfyUI's folders are left out."""
     found = []
     for folder, below, ending, suffix in (
         (folder_paths.get_input_directory(), "", (".latent", ".safetensors"), ""),

@@ -1,4 +1,4 @@
-"""Load KVAE: a KVAE file, and adapters where it is to serve another model's latents → VAE."""
+"""Load KVAE: a KVAE file, and adapters for another model's latents → VAE."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from comfy_api.latest import io
 from ..adapters import LatentAdapter, load_adapter
 from ..adapters.spaces import native_space
 from ..kvae import KVAE, WeightsError, load_kvae
-from ..serving.tiled import TiledVAE
+from ..serving.host_vae import HostVAE
 from . import folders
-from .coding import memory_input, within
-from .vae import KVAEVae, patcher_of, working_dtype
+from .coding import memory_input, with_budget
+from .vae import ComfyVAE, patcher_of, working_dtype
 
 HUNYUAN, NATIVE = "HunyuanVideo / Kandinsky 5", "KVAE (native)"
 AUTO, NONE = "auto", "none"
@@ -91,23 +91,26 @@ class KVAELoad(io.ComfyNode):
         cls, kvae_name: str, latents: str, decode_adapter: str, encode_adapter: str, dtype: str, memory_gb: float
     ) -> io.NodeOutput:
         for name, value, known in (("latents", latents, (HUNYUAN, NATIVE)), ("dtype", dtype, (AUTO, *DTYPES))):
-            if value not in known:  # a linked text is not checked against the list
+            if value not in known:  # ComfyUI does not check linked text against the list
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
         patcher = load_patcher(*folders.stamp(folders.kvae_path(kvae_name)), DTYPES.get(dtype) or working_dtype())
         kvae = patcher.model
         adapters = (
             (None, None) if latents == NATIVE else hunyuan_adapters(kvae, kvae_name, decode_adapter, encode_adapter)
         )
-        vae = KVAEVae(TiledVAE(kvae, *adapters), patcher)
-        return io.NodeOutput(within(vae, memory_gb))
+        vae = ComfyVAE(HostVAE(kvae, *adapters), patcher)
+        return io.NodeOutput(with_budget(vae, memory_gb))
 
 
 @lru_cache(maxsize=1)
 def load_patcher(stamp: tuple[str, float, int], dtype: torch.dtype) -> ModelPatcher:
-    """The KVAE of a file. The last one is kept, so that another adapter, or another budget, does not load it again.
+    """Load the KVAE of a file. The last one is kept, so that a change of adapter or budget does not reload it.
+
+    Args:
+        stamp: path, time and size of the file.
 
     Raises:
-        WeightsError: it is not a KVAE.
+        WeightsError: the file is not a KVAE.
     """
     path, *_ = stamp
     kvae = load_kvae(path, dtype)
@@ -118,13 +121,13 @@ def load_patcher(stamp: tuple[str, float, int], dtype: torch.dtype) -> ModelPatc
 def hunyuan_adapters(
     kvae: KVAE, kvae_name: str, decode: str, encode: str
 ) -> tuple[LatentAdapter | None, LatentAdapter | None]:
-    """The two adapters between HunyuanVideo's latents and those of this KVAE, chosen by name or found.
+    """The adapters (to decode, to encode) between HunyuanVideo's latents and this KVAE's, chosen by name or found.
 
     Raises:
-        WeightsError: neither is there, one is not what it is chosen for, or several fit.
+        WeightsError: both are missing, one maps the wrong way, or several fit.
     """
     if decode == encode == NONE:
-        raise WeightsError(f'Both adapters are none: choose one of them, or latents "{NATIVE}".')
+        raise WeightsError(f'Both adapters are none: choose one of them, or choose latents "{NATIVE}".')
     native = native_space(kvae.config).name
     there, back = ("hunyuan_video", native), (native, "hunyuan_video")
     decoder, encoder = _adapter(decode, there, kvae_name, kvae), _adapter(encode, back, kvae_name, kvae)

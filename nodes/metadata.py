@@ -1,4 +1,4 @@
-"""The workflow, for the files that nodes write: drop such a file on the page to get the workflow back."""
+"""The workflow, for the metadata of files: dropping such a file on the page restores the workflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sample Clip: frames to try a VAE on, without a file."""
+"""Sample Clip: frames for trying a VAE without a file."""
 
 from __future__ import annotations
 

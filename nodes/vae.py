@@ -1,7 +1,7 @@
 """A KVAE as ComfyUI's VAE: the one file that touches comfy.sd.VAE.
 
-The parent's constructor sets the defaults of the ComfyUI at hand and returns early, as there are no weights for it;
-what differs is set here. Everything between the tensors, frames and memory included, is TiledVAE's.
+The parent's constructor sets the defaults of the installed ComfyUI and returns early, since it gets no weights. This
+file sets what differs. HostVAE computes, and manages the memory of activations.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.sd
@@ -19,71 +20,70 @@ from comfy.model_patcher import ModelPatcher
 
 from ..kvae import KVAE
 from ..kvae.load import described_state
-from ..serving.serve import to_image
-from ..serving.tiled import TiledVAE
+from ..serving.host_vae import HostVAE, to_image
 
 DTYPES = [torch.bfloat16, torch.float32]
 
 
 def working_dtype() -> torch.dtype:
-    """What ComfyUI would run a VAE in on this machine, its --bf16-vae and --fp32-vae included."""
+    """The dtype in which ComfyUI runs VAEs on this machine; --bf16-vae and --fp32-vae count."""
     return comfy.model_management.vae_dtype(comfy.model_management.vae_device(), DTYPES)
 
 
 def patcher_of(kvae: KVAE) -> ModelPatcher:
-    """What ComfyUI moves between devices: the KVAE alone, so that it can outlive the adapters beside it."""
+    """What ComfyUI moves between devices: the KVAE without adapters, so that it can be kept when adapters change."""
     offload = comfy.model_management.vae_offload_device()
     return ModelPatcher(kvae, load_device=comfy.model_management.vae_device(), offload_device=offload)
 
 
-class KVAEVae(comfy.sd.VAE):
-    """ComfyUI's VAE around a TiledVAE: memory management, tiling and every stock node work on it unchanged.
+class ComfyVAE(comfy.sd.VAE):
+    """ComfyUI's VAE around a HostVAE: memory management, tiling and every stock node work on it unchanged.
 
     Args:
-        patcher: of its KVAE.
+        patcher: the patcher of the KVAE.
     """
 
-    def __init__(self, served: TiledVAE, patcher: ModelPatcher):
-        with _no_weights_is_fine():
+    def __init__(self, host: HostVAE, patcher: ModelPatcher):
+        with _without_weights_warning():
             super().__init__(sd={})
-        space = served.space
-        self.kvae_space = space
-        self.first_stage_model = served.eval()
+        self.kvae_space = space = host.space
+        cadence, side = space.temporal_factor, space.spatial_factor
+        self.first_stage_model = host.eval()
         self.latent_channels = space.channels
         self.latent_dim = 3
         self.output_channels = 3
         self.not_video = False
-        self.handles_tiling = True  # newer hosts; older ones come to the two methods below
-        self.upscale_ratio = (lambda t: max(0, space.time * (t - 1) + 1), space.space, space.space)
-        self.downscale_ratio = (lambda T: max(0, (T - 1) // space.time + 1), space.space, space.space)
-        self.upscale_index_formula = self.downscale_index_formula = (space.time, space.space, space.space)
-        self.memory_used_decode = served.memory_used_decode
-        self.memory_used_encode = served.memory_used_encode
+        self.handles_tiling = True  # for newer hosts; older ones call the two methods below
+        self.upscale_ratio = (lambda t: max(0, cadence * (t - 1) + 1), side, side)
+        self.downscale_ratio = (lambda T: max(0, (T - 1) // cadence + 1), side, side)
+        self.upscale_index_formula = self.downscale_index_formula = (cadence, side, side)
+        self.memory_used_decode = host.memory_used_decode
+        self.memory_used_encode = host.memory_used_encode
         self.process_output = to_image
         self.working_dtypes = DTYPES
-        self.vae_dtype = next(served.kvae.parameters()).dtype
-        self.disable_offload = True  # plain torch.nn layers are moved whole or not at all
+        self.vae_dtype = next(host.kvae.parameters()).dtype
+        self.disable_offload = True  # ComfyUI cannot move plain torch.nn layers in parts
         self.device = patcher.load_device
-        self.output_device = served.output_device = comfy.model_management.intermediate_device()
+        self.output_device = host.output_device = comfy.model_management.intermediate_device()
         self.patcher = patcher
         self.size = patcher.model_size()
-        served.on_progress = show_progress
-        served.free_memory = lambda: int(comfy.model_management.get_free_memory(self.device))
+        host.on_progress = show_progress
+        host.planner.free_memory = lambda: int(comfy.model_management.get_free_memory(self.device))
 
-    def within(self, budget: int | None, approximate: bool = False) -> KVAEVae:
-        """This VAE, to stay within so many bytes beside the weights instead of within what is free (None).
+    def configured(self, budget: int | None, approximate: bool = False) -> ComfyVAE:
+        """A copy that shares the weights.
 
         Args:
-            approximate: see `ServedVAE`.
+            budget, approximate: see `Planner`.
         """
-        vae, served = copy(self), copy(self.first_stage_model)
-        served.budget, served.approximate = budget, approximate
-        vae.first_stage_model = served
-        vae.memory_used_decode, vae.memory_used_encode = served.memory_used_decode, served.memory_used_encode
+        vae, host = copy(self), copy(self.first_stage_model)
+        host.planner = replace(host.planner, budget=budget, approximate=approximate)
+        vae.first_stage_model = host
+        vae.memory_used_decode, vae.memory_used_encode = host.memory_used_decode, host.memory_used_encode
         return vae
 
     def decode_tiled_3d(self, samples, tile_t=None, tile_x=32, tile_y=32, overlap=(1, 8, 8)):
-        """[B, c, t, h, w] by tiles of latents, for hosts that know nothing of `handles_tiling`."""
+        """[B, c, t, h, w] by tiles of latents, for hosts that do not know `handles_tiling`."""
         z = samples.to(self.vae_dtype).to(self.device)
         return to_image(self.first_stage_model.decode_tiled(z, tile_x, tile_y, overlap[1]))
 
@@ -93,27 +93,27 @@ class KVAEVae(comfy.sd.VAE):
         return self.first_stage_model.encode_tiled(x, tile_x, tile_y, overlap[1]).float().to(self.output_device)
 
     def get_sd(self) -> dict[str, torch.Tensor]:
-        """What ComfyUI's Save VAE writes: the KVAE's weights under their own names, and its config as one more tensor,
-        since that node keeps no metadata but its own. Load KVAE reads it; the adapters stay in their files."""
+        """What Save VAE writes and Load KVAE reads: the KVAE's weights under their own names, and its config as
+        a tensor, since that node keeps only its own metadata. Adapters stay in their files."""
         return described_state(self.first_stage_model.kvae)
 
     def decode_stream(self, z_Bcthw: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Frames as IMAGEs [17 or 16, H, W, 3] in 0..1: a segment at a time, so that memory does not grow."""
-        memory = self.memory_used_decode(z_Bcthw.shape, self.vae_dtype)
+        """Yield frames as IMAGEs [17 or 16, H, W, 3] in 0..1, segment by segment: memory does not grow."""
+        memory = self.first_stage_model.memory_used_decode(z_Bcthw.shape, self.vae_dtype, stream=True)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
         for frames in self.first_stage_model.decode_stream(z_Bcthw.to(self.device)):
             yield to_image(frames)[0].movedim(0, -1)
 
 
 def show_progress(done: int, total: int) -> None:
-    """Move the bar of the node that runs. Raises ComfyUI's own exception when the user has pressed Cancel."""
+    """Move the progress bar of the running node. Raises ComfyUI's exception if the user has pressed Cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     comfy.utils.ProgressBar(total).update_absolute(done)
 
 
 @contextmanager
-def _no_weights_is_fine() -> Iterator[None]:
-    """Keep ComfyUI from warning that there are no weights, which is just what it is asked for."""
+def _without_weights_warning() -> Iterator[None]:
+    """Suppress ComfyUI's warning about missing weights: none are meant to be there."""
 
     def without_warning(record: logging.LogRecord) -> bool:
         return "No VAE weights" not in record.getMessage()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import InputImpl, io, ui
 
-from ..serving.clips import cut_stream, kept_frames
+from ..serving.clips import cut_clips, frames_to_keep
 from ..serving.video_writer import CODECS, VideoWriter
 from . import folders
-from .coding import latent_for, latent_inputs, within
+from .coding import decoder_and_latent, latent_inputs
 from .latent_dict import FRAMES
 from .metadata import workflow_of
-from .vae import KVAEVae
+from .vae import ComfyVAE
 
 
 class KVAEDecodeToVideo(io.ComfyNode):
@@ -54,7 +54,7 @@ class KVAEDecodeToVideo(io.ComfyNode):
     def execute(
         cls,
         samples: dict,
-        vae: KVAEVae,
+        vae: ComfyVAE,
         scaling: str,
         memory_gb: float,
         fps: float,
@@ -63,11 +63,10 @@ class KVAEDecodeToVideo(io.ComfyNode):
         filename_prefix: str,
         audio: dict | None = None,
     ) -> io.NodeOutput:
-        z = latent_for(vae, samples, scaling)
-        vae = within(vae, memory_gb)
+        vae, z = decoder_and_latent(vae, samples, scaling, memory_gb, stream=True)
         _, _, decoded, height, width = vae.first_stage_model.decode_output_shape(z.shape)
         path, file, subfolder = folders.output_path(filename_prefix, ".mp4", width, height)
-        segments = cut_stream(vae.decode_stream(z), decoded, kept_frames(decoded, samples.get(FRAMES)))
+        segments = cut_clips(vae.decode_stream(z), decoded, frames_to_keep(decoded, samples.get(FRAMES)))
         with VideoWriter(path, width, height, fps, codec, crf, audio, workflow_of(cls)) as writer:
             for frames in segments:
                 writer.write(frames)

@@ -1,1 +1,1 @@
-"""What hosts and pipelines hold: the served VAE, latent files, clips, metrics, and one reader and writer of videos."""
+"""What hosts and pipelines use: HostVAE, latent files, clips, metrics, and the one reader and writer of videos."""

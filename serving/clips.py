@@ -1,46 +1,51 @@
-"""Clips as hosts hold them, [T, H, W, C] in 0..1: padding before a causal VAE, cutting after it."""
+"""Clips in the layout of hosts, [T, H, W, C] in 0..1: padded before a causal VAE, cut after it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
-from ..adapters.inspect import check_tensor
+from ..adapters.checks import check_tensor
 from ..kvae import padded_frames
 
 
-def to_clip(x_THWC: Tensor, cadence: int) -> Tensor:
+def pad_clip(x_THWC: Tensor, cadence: int) -> Tensor:
     """Repeat the last frame up to the next cadence·n + 1 frames.
 
     Raises:
-        ValueError: no clip, or one without frames.
+        ValueError: not a clip [T, H, W, C] of floats, or a clip without frames.
     """
     check_tensor(x_THWC, "pixels")
     if x_THWC.ndim != 4 or len(x_THWC) == 0:
         raise ValueError(f"the clip has shape {list(x_THWC.shape)}; expected [T, H, W, C] with at least one frame")
     missing = padded_frames(len(x_THWC), cadence) - len(x_THWC)
-    index = [*range(len(x_THWC)), *[-1] * missing]
-    return x_THWC[index] if missing else x_THWC
+    return torch.cat([x_THWC, x_THWC[-1:].expand(missing, -1, -1, -1)]) if missing else x_THWC
 
 
-def kept_frames(decoded: int, original: int | None, cadence: int = 4) -> int:
-    """How many of the decoded frames the clip had before padding; all, if it is not known or no longer fits.
+def frames_to_keep(decoded: int, original: int | None, cadence: int = 4) -> int:
+    """The number of decoded frames that the clip had before it was padded.
+
+    Args:
+        decoded: frames of the decoded clip.
+        original: frames of the clip before it was padded and encoded, if known. All decoded frames are kept if it is
+            not known, or does not fit: the latent was cut or extended since.
 
     Raises:
-        ValueError: `original` is no number of frames.
+        ValueError: `original` is not a positive whole number.
     """
-    check_count(original)
+    check_frame_count(original)
     if original is not None and padded_frames(original, cadence) == decoded:
         return original
     return decoded
 
 
-def check_count(frames: object) -> None:
-    """Refuse what is no number of frames, nor None.
+def check_frame_count(frames: object) -> None:
+    """Raise unless `frames` is a positive whole number, or None.
 
     Raises:
-        ValueError: says what it is.
+        ValueError: says what was found.
     """
     if frames is not None and (not isinstance(frames, int) or isinstance(frames, bool) or frames < 1):
         raise ValueError(
@@ -48,8 +53,8 @@ def check_count(frames: object) -> None:
         )
 
 
-def cut_stream(segments: Iterable[Tensor], decoded: int, kept: int) -> Iterator[Tensor]:
-    """Segments [T, H, W, C] of clips of `decoded` frames each → the first `kept` frames of each clip."""
+def cut_clips(segments: Iterable[Tensor], decoded: int, kept: int) -> Iterator[Tensor]:
+    """Segments [T, H, W, C] of clips with `decoded` frames each → the first `kept` frames of each clip."""
     position = 0
     for frames in segments:
         if position < kept:

@@ -1,4 +1,4 @@
-"""Pictures brought to a size: stretched, or cut to its proportions first."""
+"""Resize pictures: stretched, or cropped to the new proportions first."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shown import Picture
+from .display import Picture
 
 CROP, STRETCH = "crop", "stretch"
-SLACK = 0.01  # of the proportions: cutting off a pixel would cost the sharpness of all others, and nobody sees it
+SLACK = 0.01  # of the proportions: a crop by one pixel would blur all others, and nobody sees so small a stretch
 
 
-def fitted(picture: Picture, height: int, width: int, fit: str = CROP) -> Tensor:
-    """uint8 [3, height, width]: the largest part of the picture of those proportions, around its middle, as it looks on
-    a screen; or all of it, stretched.
+def fit_picture(picture: Picture, height: int, width: int, fit: str = CROP) -> Tensor:
+    """Picture → uint8 [3, height, width].
+
+    Args:
+        fit: CROP keeps the largest centred part with these proportions, as seen on a screen; STRETCH keeps everything.
     """
     rgb = picture.rgb
     rows, columns = rgb.shape[:2]
-    wide = height * columns * picture.pixel_aspect / (width * rows)  # beside what is asked for
+    wide = height * columns * picture.pixel_aspect / (width * rows)  # above 1: wider than asked for
     if fit == CROP and abs(wide - 1) > SLACK:
         cut_rows, cut_columns = max(1, round(min(1, wide) * rows)), max(1, round(columns / max(1, wide)))
         top, left = (rows - cut_rows) // 2, (columns - cut_columns) // 2
         rgb = rgb[top : top + cut_rows, left : left + cut_columns]
-    return resized(torch.from_numpy(rgb).permute(2, 0, 1), height, width)
+    return resize(torch.from_numpy(rgb).permute(2, 0, 1), height, width)
 
 
-def resized(frame_3HW: Tensor, height: int, width: int) -> Tensor:
+def resize(frame_3HW: Tensor, height: int, width: int) -> Tensor:
     """uint8 [3, H, W] → uint8 [3, height, width], bilinear with antialiasing."""
     if frame_3HW.shape[1:] == (height, width):
         return frame_3HW.contiguous()

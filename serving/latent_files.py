@@ -1,14 +1,15 @@
-"""Latent files of others, as raw latents [B, c, t, h, w] in float32, and our own, which ComfyUI reads too.
+"""Read latent files of ComfyUI, musubi-tuner, diffusers and Kandinsky 5 as raw latents [B, c, t, h, w] in float32, and
+write ComfyUI's.
 
-| file | known by | layout | values |
+| file | recognised by | layout | values |
 |---|---|---|---|
-| ComfyUI .latent | `latent_tensor` | as it is | raw |
+| ComfyUI .latent | `latent_tensor` | [B, c, t, h, w] | raw |
 | musubi-tuner, latent output | `latent` | [c, t, h, w], also with a batch | scaled |
 | musubi-tuner, latent cache | `latents_{t}x{h}x{w}_{dtype}`, `architecture` | [c, t, h, w] | see ARCHITECTURES |
-| diffusers, output_type="latent" | the only tensor | [B, c, t, h, w]; of Kandinsky 5 [B, t, h, w, c] | scaled |
+| diffusers, output_type="latent" | the only tensor | [B, c, t, h, w]; for Kandinsky 5 [B, t, h, w, c] | scaled |
 | Kandinsky 5's own code | the only tensor | [t, h, w, c] | scaled |
 
-What the metadata says comes first, then the key, then the shape. Where two readings are left, the reader asks.
+The metadata decide first, then the key, then the shape. If two readings remain, an error asks the user.
 """
 
 from __future__ import annotations
@@ -20,31 +21,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters.inspect import check_finite, check_values, fitting_spaces
-from ..adapters.spaces import SPACES, LatentSpace
+from ..adapters.checks import check_finite, check_values
+from ..adapters.spaces import SPACES, LatentSpace, fitting_spaces
 from ..kvae.files import Weights, WeightsError, save_weights
-from .clips import check_count
+from .clips import check_frame_count
 
-# models by the name that musubi-tuner's caches give them: the space of their latents, and whether they are scaled
+# Model names in musubi-tuner's caches: the space of the latents, and whether they are scaled.
 ARCHITECTURES = {
     "hunyuan_video": ("hunyuan_video", False),
     "hunyuan_video_1_5": ("hunyuan_video_1.5", False),
     "framepack": ("hunyuan_video", True),
     "kandinsky5": ("hunyuan_video", True),
 }
-KANDINSKY = "kandinsky5"  # HunyuanVideo's space, but diffusers has its channels last
-MODELS = (*SPACES, KANDINSKY)  # what a user may say a file is of
+KANDINSKY = "kandinsky5"  # HunyuanVideo's space, but diffusers saves its channels last
+MODELS = (*SPACES, KANDINSKY)  # models that a user may name for a file
 
 _USUALLY_SCALED = {"hunyuan_video": False, "hunyuan_video_1.5": False, KANDINSKY: True}  # in musubi-tuner's caches
 _CHANNELS = {space.channels for space in SPACES.values()}
-_IMAGE_CHANNELS = {4, 16}  # of image latents: Stable Diffusion's; those of Flux and its like
-_OLD_COMFYUI_SCALE = 0.18215  # ComfyUI files of before `latent_format_version_0` hold Stable Diffusion's scaled latents
+_IMAGE_CHANNELS = {4, 16}  # of image latents: Stable Diffusion's; Flux's and Stable Diffusion 3's
+_OLD_COMFYUI_SCALE = 0.18215  # ComfyUI files without `latent_format_version_0` hold Stable Diffusion's scaled latents
 _COUNT = re.compile(r"[1-9]\d{0,8}")
 
 
 @dataclass(frozen=True)
 class LatentFile:
-    """A latent and what its file says: `kind` of file, name of the `space` and number of `frames` where it knows."""
+    """A raw latent and what its file says of it.
+
+    Attributes:
+        z: [B, c, t, h, w], float32, raw; an image latent keeps its 4 dimensions.
+        kind: the kind of file.
+        space: the name of the latent's space, if the file or the user names it.
+        frames: the frames of the encoded clip, if the file says.
+    """
 
     z: Tensor
     kind: str
@@ -54,70 +62,75 @@ class LatentFile:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a file is: the tensor to read, and what its metadata and its key say of it."""
+    """The kind of a file: the tensor to read, and what metadata and key say of it."""
 
     name: str
     key: str
-    scaled: bool | None  # None: such files are of either sort
+    scaled: bool | None  # None: such files may be scaled or raw
     space: str | None = None
-    own_batch: bool = False  # the tensor is as it should be
+    batched: bool = False  # the tensor has its batch, and channels first
     either_layout: bool = False  # channels may be first or last
 
 
 def save_latent(
     path: str | os.PathLike, z: Tensor, space: str | None, frames: int | None, metadata: dict[str, str]
 ) -> None:
-    """Write a ComfyUI .latent file of raw latents that also names its space. Whole or not at all.
+    """Write raw latents as a ComfyUI .latent file that also names their space. A failure leaves no partial file.
+
+    Args:
+        space: the name of the latents' space, if known.
+        frames: the frames of the encoded clip, if known.
+        metadata: texts for the file's header.
 
     Raises:
-        ValueError: no latent, values that are not finite, or no number of frames.
-        WeightsError: it cannot be written there.
+        ValueError: z is not a dense float tensor or not finite, or `frames` is not a positive whole number.
+        WeightsError: the file cannot be written.
     """
     check_values(z)
     check_finite(z, "latent")
-    check_count(frames)
+    check_frame_count(frames)
     ours = {"kvae_space": space or "", "kvae_frames": str(frames or "")}
-    # ComfyUI takes a file without the second tensor for one of an older scale
+    # without the second tensor, ComfyUI reads the values in an older scale
     save_weights(path, {"latent_tensor": z, "latent_format_version_0": torch.empty(0)}, metadata | ours)
 
 
 def load_latent(path: str | os.PathLike, scaled: bool | None = None, model: str | None = None) -> LatentFile:
-    """Read a latent file of any of the kinds above.
+    """Read a latent file of any kind in the table above.
 
     Args:
-        scaled: whether its values are a sampler's rather than raw; None: as is usual for its kind.
-        model: what it is of, one of `MODELS`; None: as the file says, or its shape tells.
+        scaled: whether the values have the scale inside a sampler rather than being raw. None: as the kind of file has.
+        model: the model of the latent, one of `MODELS`. None: as the file says, or its shape tells.
 
     Raises:
-        WeightsError: not a latent file, a pickle, damaged, of a model that is not known here, or one that can be read
-            in two ways; the message says what to give.
+        WeightsError: not a latent file, a pickle, damaged, of an unknown model, or readable in two ways; the message
+            says which argument decides.
     """
     if model not in (None, *MODELS):
         raise WeightsError(f"{path}: no model is called {model!r}; the known ones are {', '.join(MODELS)}")
     weights = Weights(path)
     kind = _kind(weights, model)
     z = _values(weights, kind)
-    if not kind.own_batch:
+    if not kind.batched:
         z = _batched(weights, kind, z, model)
     found = _space(weights, kind, z, model)
     scaled = kind.scaled if scaled is None else scaled
     if scaled is None:
-        raise WeightsError(f"{path}: this is a {kind.name}; say whether it is raw or scaled (scaling)")
+        raise WeightsError(f"{path}: this is a {kind.name}, which may be raw or scaled; set scaling to raw or scaled")
     if scaled and fitting_spaces(z.shape):
         z = (SPACES[found] if found else _scaling_space(z)).unscale(z)
     return LatentFile(z, kind.name, found, _frames(weights))
 
 
 def _kind(weights: Weights, model: str | None) -> _Kind:
-    """What the metadata and the keys say that the file is.
+    """The kind of the file, by its metadata and keys.
 
     Raises:
-        WeightsError: no latent file, or one of a model that is not known here.
+        WeightsError: not a latent file, or a cache of an unknown model.
     """
     keys = [key for key in weights.shapes if key != "latent_format_version_0"]
     caches = [key for key in keys if re.fullmatch(r"latents_\d+x\d+x\d+_\w+", key)]
     if "latent_tensor" in keys:
-        return _Kind("ComfyUI latent", "latent_tensor", False, weights.metadata.get("kvae_space"), own_batch=True)
+        return _Kind("ComfyUI latent", "latent_tensor", False, weights.metadata.get("kvae_space"), batched=True)
     if "latent" in keys:
         return _Kind("musubi-tuner latent", "latent", True)
     if len(caches) == 1:
@@ -125,8 +138,8 @@ def _kind(weights: Weights, model: str | None) -> _Kind:
     if len(keys) == 1 and len(weights.shapes[keys[0]]) in (4, 5):
         return _Kind(f"single tensor {keys[0]}", keys[0], True, either_layout=True)
     raise WeightsError(
-        f"{weights.path}: holds {len(keys)} tensors, {', '.join(sorted(keys)[:3])} …; expected a latent: a ComfyUI "
-        ".latent, a musubi-tuner latent or cache, or one tensor alone"
+        f"{weights.path}: its tensors are {', '.join(sorted(keys)[:3]) or 'none'} …; expected a latent: a ComfyUI "
+        ".latent, a musubi-tuner latent or cache, or a file with one tensor of 4 or 5 dimensions"
     )
 
 
@@ -135,7 +148,7 @@ def _cache(weights: Weights, key: str, model: str | None) -> _Kind:
     name = f"musubi-tuner cache of {architecture or 'an unnamed model'}"
     if architecture and architecture not in ARCHITECTURES:
         raise WeightsError(
-            f"{weights.path}: this is a {name[:90]}, whose latents are of another VAE; expected one of "
+            f"{weights.path}: this is a {name[:90]}, whose latents are from another VAE; expected one of "
             f"{', '.join(ARCHITECTURES)}"
         )
     if architecture:
@@ -145,15 +158,15 @@ def _cache(weights: Weights, key: str, model: str | None) -> _Kind:
 
 
 def _values(weights: Weights, kind: _Kind) -> Tensor:
-    """The tensor, raw or scaled, in float32.
+    """The tensor in float32, raw or scaled.
 
     Raises:
-        WeightsError: it is empty, no floats, or not finite.
+        WeightsError: it is empty, not of floats, or not finite.
     """
     z = weights[kind.key]
     try:
         if not z.is_floating_point():
-            check_values(z)  # which refuses it
+            check_values(z)  # raises
         if 0 in z.shape:
             raise ValueError(f"This latent is empty, {list(z.shape)}.")
         z = z.float()
@@ -165,25 +178,25 @@ def _values(weights: Weights, kind: _Kind) -> Tensor:
 
 
 def _batched(weights: Weights, kind: _Kind, z: Tensor, model: str | None) -> Tensor:
-    """[c, t, h, w] or [t, h, w, c] → [1, c, t, h, w], and the same with a batch; an image latent stays as it is.
+    """[c, t, h, w] or [t, h, w, c], with or without a batch → [B, c, t, h, w]; an image latent stays as it is.
 
     Raises:
-        WeightsError: two readings fit, and neither file nor user says which is right.
+        WeightsError: two readings fit, and neither the file nor the user decides.
     """
     first = z.shape[-4] in _CHANNELS
-    last = z.shape[-1] == SPACES["hunyuan_video"].channels  # of Kandinsky 5 alone
+    last = z.shape[-1] == SPACES["hunyuan_video"].channels  # only Kandinsky 5 has its channels last
     image = kind.either_layout and z.ndim == 4 and z.shape[1] in _IMAGE_CHANNELS
     if model is not None:
         theirs = model == KANDINSKY and kind.either_layout
         first, last, image = not theirs, theirs and last, False
     elif not kind.either_layout and first:
-        last = False  # musubi-tuner's are channels first
+        last = False  # musubi-tuner saves channels first
     if first + last + image > 1:
         readings = {"[c, t, h, w]": first, "[t, h, w, c]": last, "an image latent": image}
         raise WeightsError(
             f"{weights.path}: {kind.key} is {list(z.shape)}, which can be "
-            f"{' or '.join(name for name, fits in readings.items() if fits)}; say what it is of (model): {KANDINSKY} "
-            "has its channels last, all others have them first"
+            f"{' or '.join(name for name, fits in readings.items() if fits)}; set model: {KANDINSKY} has its channels "
+            "last, all others have them first"
         )
     if last:
         z = z.movedim(-1, -4)
@@ -191,20 +204,21 @@ def _batched(weights: Weights, kind: _Kind, z: Tensor, model: str | None) -> Ten
 
 
 def _space(weights: Weights, kind: _Kind, z: Tensor, model: str | None) -> str | None:
-    """The name of the space, where the file or the user says it.
+    """The name of the space, if the file or the user names it.
 
     Raises:
-        WeightsError: they do not agree, or the latent has not its shape.
+        WeightsError: the two disagree, the space is unknown, or the latent does not have its shape.
     """
-    said = {"the file": kind.space or None}
-    said["model"] = "hunyuan_video" if model == KANDINSKY else model
-    names = {name for name in said.values() if name}
+    named = "hunyuan_video" if model == KANDINSKY else model
+    names = {name for name in (kind.space, named) if name}
     if len(names) > 1:
-        raise WeightsError(f"{weights.path}: the file says it is of {kind.space}, you say {model}; leave model at auto")
+        raise WeightsError(
+            f"{weights.path}: the file names the space {kind.space}, but model is {model}; set model to auto"
+        )
     for name in names:
         if name not in SPACES:
             raise WeightsError(
-                f"{weights.path}: names the space {name[:60]!r}; known are {', '.join(SPACES)}: update this pack"
+                f"{weights.path}: names the space {name[:60]!r}; expected one of {', '.join(SPACES)}: update this pack"
             )
         if SPACES[name] not in fitting_spaces(z.shape):
             raise WeightsError(
@@ -216,7 +230,7 @@ def _space(weights: Weights, kind: _Kind, z: Tensor, model: str | None) -> str |
 
 
 def _scaling_space(z: Tensor) -> LatentSpace:
-    """The one space of this shape whose samplers scale; the first, if none does."""
+    """The space of this shape whose samplers scale; the first space of this shape if none does."""
     spaces = fitting_spaces(z.shape)
     return next((space for space in spaces if space.scaling_factor), spaces[0])
 

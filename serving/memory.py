@@ -1,7 +1,7 @@
-"""Out of memory: which errors mean it, and one more try in another way.
+"""Out of memory: recognise it, and try again with less.
 
-PyTorch raises `torch.OutOfMemoryError` on GPUs alone. On a CPU it is a RuntimeError of the allocator, of a library
-below it, or Python's own MemoryError; all of them are taken for the same here.
+PyTorch raises `torch.OutOfMemoryError` only on GPUs. On a CPU it is a RuntimeError of the allocator or of a library
+below it, or Python's MemoryError. Here they are all the same.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ M = TypeVar("M")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-# What allocators say: PyTorch's on Linux and macOS, on Windows and on MPS; C++; and oneDNN, which computes convolutions
-# on a CPU and says no more than this when it has no room for their code or their buffers.
-_SAYINGS = (
+# Messages of allocators: PyTorch's on Linux and macOS, on Windows and on MPS; C++'s; and oneDNN's, which computes
+# convolutions on a CPU and says no more than this if it has no memory for their code or their buffers.
+_MESSAGES = (
     "can't allocate memory",
     "not enough memory",
     "out of memory",
@@ -31,25 +31,25 @@ _SAYINGS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that there is no memory for something."""
+    """Whether the error means that an allocation failed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(each in str(error) for each in _SAYINGS)
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in _MESSAGES)
 
 
 def with_less_memory(work: Callable[[M], Iterator[T]], executions: Sequence[Callable[[], M]]) -> Iterator[T]:
-    """What `work` gives by the first of these executions; where memory runs out, by the next, from its beginning.
+    """Yield from `work` with the first execution; if memory runs out, from the beginning with the next one.
 
-    All that a failed try held is freed before anything else: an exception holds the locals of all frames it came
-    through, so neither the next try nor the error that tells of the last one is made while it is handled.
+    The tensors of a failed try are freed before the next one. An exception holds the locals of all frames that it
+    passed, so neither the next try nor the final error is made while the exception is handled.
 
     Raises:
-        torch.OutOfMemoryError: there is no memory for the last one either, on whatever device.
+        torch.OutOfMemoryError: there is not enough memory for the last execution either, on any device.
     """
     said = ""
     for execution in executions:
         if said:
-            logger.warning("Out of memory; once more in the way that takes least")
+            logger.warning("Out of memory; trying again with the least memory")
         try:
             yield from work(execution())
             return
@@ -61,15 +61,16 @@ def with_less_memory(work: Callable[[M], Iterator[T]], executions: Sequence[Call
 
 
 def room_for(shape: Sequence[int], device: torch.device | str, what: str) -> Tensor:
-    """An empty float32 tensor, of which nothing is in memory before it is written: where there is no room, it is said
-    at once.
+    """Allocate an uninitialised float32 tensor, so that a lack of memory shows at once.
+
+    On a CPU, its pages take no memory before they are written.
 
     Args:
-        what: of what there is too much, and what to do; completes "N GB of …".
+        what: what the tensor is for, and what to do if it does not fit; completes "N GB of …".
 
     Raises:
-        MemoryError: there is none on a CPU.
-        torch.OutOfMemoryError: there is none on a GPU; hosts know what to do then.
+        MemoryError: not enough memory on a CPU.
+        torch.OutOfMemoryError: not enough memory on a GPU; hosts handle this error.
     """
     try:
         return torch.empty(tuple(shape), device=device)
@@ -78,7 +79,7 @@ def room_for(shape: Sequence[int], device: torch.device | str, what: str) -> Ten
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) and not _overflows(shape):
             raise
-        raise MemoryError(f"There is no memory for {4 * prod(shape) / 1e9:,.0f} GB of {what}") from None
+        raise MemoryError(f"There is no memory for {4 * prod(shape) / 1e9:,.0f} GB of {what}.") from None
 
 
 def _overflows(shape: Sequence[int]) -> bool:

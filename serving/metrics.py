@@ -1,6 +1,6 @@
-"""How far one video is from another: PSNR, SSIM, flicker and colour bias, on frames as hosts hold them.
+"""Differences between two videos: PSNR, SSIM, temporal error and colour bias.
 
-# x, y float [T, H, W, 3] in 0..1
+# x reference, y what is compared with it
 """
 
 from __future__ import annotations
@@ -11,36 +11,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PEAK = 255  # of pixels in 0..255, the units of all errors here
+LEAST_MSE = 1e-9  # of pixels in 0..255: equal videos have a PSNR of 138 dB
 
-def figures(y: Tensor, x: Tensor) -> dict[str, float]:
-    """Of `y` against the reference `x`, both [T, H, W, 3] in 0..1.
+
+def psnr(y: Tensor, x: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB over a whole clip, for pixels in 0..255 in any layout."""
+    return (10 * torch.log10(PEAK**2 / (y - x).square().mean().clamp(min=LEAST_MSE))).item()
+
+
+def temporal_error(y_3THW: Tensor, x_3THW: Tensor) -> float:
+    """Root mean square change of the error from frame to frame (flicker), in 0..255; NaN for one frame.
+
+    A static error, such as blur, does not count.
+    """
+    error = y_3THW - x_3THW
+    return error.diff(dim=1).square().mean().sqrt().item()
+
+
+def compare(y_THW3: Tensor, x_THW3: Tensor) -> dict[str, float]:
+    """All metrics of two videos [T, H, W, 3] in 0..1, frame by frame in float64, since a clip may be gigabytes.
 
     Returns:
         psnr: dB over the whole clip.
-        ssim: mean over frames and channels, Gaussian window of 11 pixels.
+        ssim: mean over frames and channels.
         flicker: root mean square change of the error from frame to frame, in 0..255; 0 for one frame.
-        red, green, blue: mean error of each channel, in 0..255.
+        red, green, blue: mean error of each channel (colour bias), in 0..255.
 
     Raises:
         ValueError: the shapes differ.
     """
-    if y.shape != x.shape:
-        raise ValueError(f"the videos have shapes {list(y.shape)} and {list(x.shape)}; expected two of one shape")
+    if y_THW3.shape != x_THW3.shape:
+        raise ValueError(
+            f"the videos have shapes {list(y_THW3.shape)} and {list(x_THW3.shape)}; expected two of one shape"
+        )
     square = bias = change = ssim_sum = torch.zeros((), dtype=torch.float64)
     before = None
-    for a, b in zip(y, x, strict=True):  # frame by frame, as a clip may be gigabytes
+    for a, b in zip(y_THW3, x_THW3, strict=True):
         a, b = a.cpu(), b.cpu()  # some devices have no float64
-        error = (a - b).double() * 255
+        error = (a - b).double() * PEAK
         square = square + error.square().mean()
         bias = bias + error.mean((0, 1))
         ssim_sum = ssim_sum + ssim(a, b)
         if before is not None:
             change = change + (error - before).square().mean()
         before = error
-    T = len(x)
+    T = len(x_THW3)
     red, green, blue = (bias / T).tolist()
     return {
-        "psnr": 10 * math.log10(255**2 / max(square.item() / T, 1e-9)),
+        "psnr": 10 * math.log10(PEAK**2 / max(square.item() / T, LEAST_MSE)),
         "ssim": ssim_sum.item() / T,
         "flicker": math.sqrt(change.item() / max(T - 1, 1)),
         "red": red,
@@ -50,35 +69,38 @@ def figures(y: Tensor, x: Tensor) -> dict[str, float]:
 
 
 def ssim(y_HWC: Tensor, x_HWC: Tensor) -> Tensor:
-    """Structural similarity of two pictures in 0..1 (Wang et al. 2004): scalar, 1 for equal ones."""
+    """Structural similarity of two pictures in 0..1 (Wang et al. 2004): a scalar, 1 for equal pictures.
+
+    The window is a Gaussian of 11 pixels with a standard deviation of 1.5; only windows inside the picture count.
+    """
     size = min(11, *x_HWC.shape[:2])
     ramp = torch.arange(size, dtype=torch.float32, device=x_HWC.device) - (size - 1) / 2
-    bell = torch.exp(-ramp.square() / (2 * 1.5**2))
-    bell = bell / bell.sum()
+    window = torch.exp(-ramp.square() / (2 * 1.5**2))
+    window = window / window.sum()
 
     def blur(v: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(v, bell.view(1, 1, -1, 1)), bell.view(1, 1, 1, -1))
+        return F.conv2d(F.conv2d(v, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
 
     y, x = (v.float().permute(2, 0, 1)[:, None] for v in (y_HWC, x_HWC))
     mean_y, mean_x = blur(y), blur(x)
     var_y, var_x, cov = blur(y * y) - mean_y**2, blur(x * x) - mean_x**2, blur(x * y) - mean_x * mean_y
     c1, c2 = 0.01**2, 0.03**2
-    likeness = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
-    return likeness.mean()
+    similarity = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return similarity.mean()
 
 
-def difference(y: Tensor, x: Tensor, gain: float = 8) -> Tensor:
-    """A picture of what differs: grey where equal, brighter or darker by `gain` times the error. Shape of `x`."""
+def difference_picture(y: Tensor, x: Tensor, gain: float = 8) -> Tensor:
+    """The error as a picture in 0..1: grey where y and x agree, brighter or darker by `gain` times y − x."""
     return (0.5 + gain * (y - x)).clamp(0, 1)
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Rows of figures as text, one line each, units in the head."""
-    units = {"psnr": "PSNR dB", "ssim": "SSIM", "flicker": "flicker", "red": "red", "green": "green", "blue": "blue"}
-    units |= {"encode": "encode s", "decode": "decode s", "peak": "peak GB"}
-    columns = [key for key in units if any(key in row for row in rows.values())]
+def as_text(rows: dict[str, dict[str, float]]) -> str:
+    """A table of metrics and costs, one line for each row, with units in the head."""
+    heads = {"psnr": "PSNR dB", "ssim": "SSIM", "flicker": "flicker", "red": "red", "green": "green", "blue": "blue"}
+    heads |= {"encode": "encode s", "decode": "decode s", "peak": "peak GB"}
+    columns = [key for key in heads if any(key in row for row in rows.values())]
     width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{units[key]:>10}" for key in columns)]
+    lines = [" " * width + "".join(f"{heads[key]:>10}" for key in columns)]
     for name, row in rows.items():
         cells = (f"{row[key]:>10.{4 if key == 'ssim' else 2}f}" if key in row else " " * 10 for key in columns)
         lines.append(f"{name:<{width}}" + "".join(cells))

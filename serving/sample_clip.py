@@ -1,4 +1,4 @@
-"""A clip that needs no file: what video VAEs find hard, in a few seconds of frames."""
+"""A built-in test clip with what video VAEs find hard: motion, edges, fine stripes and gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def sample_clip(frames: int, height: int, width: int) -> Tensor:
     """[T, H, W, 3] in 0..1: a colour gradient that drifts, a disc that crosses it, fine stripes and a grey ramp.
 
     Raises:
-        MemoryError: there is no room for so many.
+        MemoryError: there is no memory for the frames.
     """
     room_for((frames, height, width, 3), "cpu", f"frames, {frames} of {width}x{height}: make fewer or smaller ones")
     t = torch.linspace(0, 1, frames)[:, None, None]

@@ -1,4 +1,4 @@
-"""Sound for a video: checked before anything else is done, and written as AAC, stereo at most."""
+"""Sound for a video: checked before any work, and written as AAC, mono or stereo."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)  # what AAC takes
-LAYOUTS = {1: "mono", 2: "stereo", 3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # as FFmpeg takes them
+RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)  # sample rates of AAC
+LAYOUTS = {1: "mono", 2: "stereo", 3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # FFmpeg's names
 _EXPECTED = 'expected ComfyUI\'s AUDIO, {"waveform": [1, channels, samples], "sample_rate": whole number}'
 
 
 class Sound:
-    """Samples [C, N] of one clip, at `rate` a second.
+    """Samples [C, N] of one clip, at `rate` samples per second.
 
     Args:
-        audio: ComfyUI's AUDIO, {"waveform": [B, C, N], "sample_rate": …}; the first clip of it counts.
+        audio: ComfyUI's AUDIO, {"waveform": [B, C, N], "sample_rate": …}, of which the first clip is used.
 
     Raises:
-        ValueError: it is none, or has more channels than a layout is known for.
+        ValueError: not an AUDIO, or more than 8 channels.
     """
 
     def __init__(self, audio: Any):
         waveform, rate = _parts(audio)
         if waveform.ndim != 3 or not len(waveform):
-            raise ValueError(f"audio: waveform of shape {list(waveform.shape)}; {_EXPECTED}")
+            raise ValueError(f"audio: the waveform has shape {list(waveform.shape)}; {_EXPECTED}")
         if waveform.shape[1] not in LAYOUTS:
             raise ValueError(f"audio: {waveform.shape[1]} channels; expected 1 to {max(LAYOUTS)}")
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 2**24 or rate % 1:
             raise ValueError(f"audio: sample_rate is {rate!r}; {_EXPECTED}")
         self.samples, self.rate = waveform[0], int(rate)
         if not torch.isfinite(self.samples).all():
-            logger.warning("The sound has samples that are no finite numbers: those are written as silence.")
+            logger.warning("Some samples of the sound are NaN or infinite; they are written as silence.")
 
     def frame(self, first: int, last: int) -> av.AudioFrame:
-        """Samples as FFmpeg takes them; what is no number, which an encoder refuses, is silence."""
+        """The samples as an audio frame. NaN and infinite values, which encoders refuse, become silence."""
         samples = self.samples[:, first:last].float().nan_to_num(0, 0, 0).cpu()
         interleaved = np.ascontiguousarray(samples.T.reshape(1, -1).numpy())
         frame = av.AudioFrame.from_ndarray(interleaved, format="flt", layout=LAYOUTS[len(samples)])
@@ -50,17 +50,17 @@ class Sound:
 
 
 class SoundTrack:
-    """The sound's stream in a file, written up to where the pictures are; they are kept whatever goes wrong with it."""
+    """The audio stream of a file, written up to the last frame. If it fails, the video goes on without it."""
 
     def __init__(self, container: Any, sound: Sound):
         self.container, self.sound, self.written, self.failed = container, sound, 0, False
-        # what comes in another rate or layout, PyAV's encoder resamples and mixes down
+        # PyAV's encoder resamples other rates and mixes other layouts down
         rate = sound.rate if sound.rate in RATES else 48000
         layout = "mono" if len(sound.samples) == 1 else "stereo"
         self.stream = container.add_stream("aac", rate=rate, layout=layout)
 
     def write_until(self, seconds: Fraction) -> None:
-        """Encode what is heard until then, and has not been."""
+        """Encode the samples up to that time that are not encoded yet."""
         last = min(round(seconds * self.sound.rate), self.sound.samples.shape[1])
         while not self.failed and self.written < last:
             end = min(last, self.written + self.sound.rate)
@@ -68,7 +68,7 @@ class SoundTrack:
             self.written = end
 
     def close(self) -> None:
-        """Nothing more is heard."""
+        """Flush the encoder."""
         if not self.failed:
             self._encode(None, None)
 
@@ -80,7 +80,7 @@ class SoundTrack:
             if isinstance(error, OSError):  # the disk's fault, not the sound's
                 raise
             self.failed = True
-            logger.warning("The video's sound ends after %.2f s: %s", self.written / self.sound.rate, error)
+            logger.warning("The sound of the video ends after %.2f s: %s", self.written / self.sound.rate, error)
 
 
 def _parts(audio: Any) -> tuple[Tensor, Any]:
@@ -89,7 +89,7 @@ def _parts(audio: Any) -> tuple[Tensor, Any]:
     except (TypeError, KeyError, IndexError):
         raise ValueError(f"audio: {type(audio).__name__} without waveform or sample_rate; {_EXPECTED}") from None
     if not isinstance(waveform, Tensor):
-        raise ValueError(f"audio: waveform is a {type(waveform).__name__}; {_EXPECTED}")
+        raise ValueError(f"audio: the waveform is a {type(waveform).__name__}; {_EXPECTED}")
     if waveform.is_complex():
-        raise ValueError(f"audio: waveform of {waveform.dtype}; {_EXPECTED}")
+        raise ValueError(f"audio: the waveform is of {waveform.dtype}; {_EXPECTED}")
     return waveform, rate

@@ -1,10 +1,10 @@
-"""The frames of a video as they are shown, by their place in it, whatever the file is.
+"""Read frames of a video by their positions, as a player shows them.
 
     for picture in read_pictures("clip.mp4", range(580, 597)):
-        print(fitted(picture, 240, 320).shape)  # uint8 [3, 240, 320]
+        print(fit_picture(picture, 240, 320).shape)  # uint8 [3, 240, 320]
 
-Frames come as ffmpeg gives them: turned and mirrored, those shown and no others, colours by their tags, and besides
-without the comb of interlacing. Only one is held at a time.
+Frames are those that ffmpeg gives: rotated and mirrored, without hidden frames, with colours by their tags. In
+addition they are deinterlaced. Only one frame is held at a time.
 """
 
 from __future__ import annotations
@@ -15,91 +15,92 @@ from itertools import chain
 from typing import Any
 
 from ..kvae.errors import WeightsError
-from .shown import Picture, as_shown, deinterlaced
-from .video_index import Shown, seek, shown
-from .video_stream import Decoded, opened
+from .display import Picture, deinterlace, to_picture
+from .video_index import VideoIndex, index_video, seek
+from .video_stream import FrameDecoder, open_video
 
-NEAR = 32  # frames that are decoded on the way rather than sought
-
-
-class _Astray(Exception):
-    """Behind a key frame there was not what was to be there."""
+NEAR = 32  # frames: a shorter gap is decoded, a longer one is skipped by seeking
 
 
-def read_pictures(path: str | os.PathLike, places: Sequence[int]) -> Iterator[Picture]:
-    """The frames at these places, which rise; without those past the end of the video, and those that do not decode.
+class _SeekMissed(Exception):
+    """The frame at the indexed time did not follow its key frame. The argument is the time."""
+
+
+def read_pictures(path: str | os.PathLike, positions: Sequence[int]) -> Iterator[Picture]:
+    """Read the frames at these positions, in rising order. Positions past the end and frames that do not decode are
+    left out.
 
     Raises:
         WeightsError: not a video, or damaged.
     """
-    if all(b - a <= NEAR for a, b in zip((-1, *places), places, strict=False)):
-        yield from _in_order(path, places)
+    if all(b - a <= NEAR for a, b in zip((-1, *positions), positions, strict=False)):
+        yield from _in_order(path, positions)
         return
-    index = shown(path)
+    index = index_video(path)
     if not index.times:
-        yield from _in_order(path, places)
+        yield from _in_order(path, positions)
         return
-    times = [index.times[place] for place in places if place < index.count]
-    given = 0
+    times = [index.times[position] for position in positions if position < index.count]
     try:
-        for picture in _by_time(path, times, index):
-            yield picture
-            given += 1
-    except _Astray as astray:
-        yield from _by_time(path, times[times.index(astray.args[0]) :], None)
+        yield from _by_time(path, times, index)
+    except _SeekMissed as missed:
+        yield from _by_time(path, times[times.index(missed.args[0]) :], None)
 
 
-def _in_order(path: str | os.PathLike, places: Sequence[int]) -> Iterator[Picture]:
-    """By counting from the start."""
-    wanted = iter(places)
-    place = next(wanted, None)
-    if place is None:
+def _in_order(path: str | os.PathLike, positions: Sequence[int]) -> Iterator[Picture]:
+    """The frames at these positions, counted from the start of the file."""
+    wanted = iter(positions)
+    position = next(wanted, None)
+    if position is None:
         return
-    with opened(path) as stream:
-        for i, (frame, _) in enumerate(deinterlaced(Decoded(path, stream))):
-            if i == place:
-                yield as_shown(frame, stream.sample_aspect_ratio)
-                place = next(wanted, None)
-            if place is None:
+    with open_video(path) as stream:
+        for i, (frame, _) in enumerate(deinterlace(FrameDecoder(path, stream))):
+            if i == position:
+                yield to_picture(frame, stream.sample_aspect_ratio)
+                position = next(wanted, None)
+            if position is None:
                 return
 
 
-def _by_time(path: str | os.PathLike, times: Sequence[int], index: Shown | None) -> Iterator[Picture]:
-    """By the times at which they are shown; with an index, from the key frame before where that is still ahead.
+def _by_time(path: str | os.PathLike, times: Sequence[int], index: VideoIndex | None) -> Iterator[Picture]:
+    """The frames at these times.
+
+    Args:
+        index: for seeking to the last key frame before each time, if that is still ahead. None: without seeking.
 
     Raises:
-        _Astray: the frame of this time was not behind the key frame.
+        _SeekMissed: the frame at a time did not follow its key frame.
     """
-    with opened(path) as stream:
-        frames, now = _Ahead(path, stream), index.times[0] if index else 0
+    with open_video(path) as stream:
+        frames, now = _FrameSearch(path, stream), index.times[0] if index else 0
         for time in times:
             key = index.key_before(time) if index else None
             sought = key is not None and key > now
             if sought:
-                frames = _Ahead(path, stream, key)
+                frames = _FrameSearch(path, stream, key)
             try:
                 frame = frames.at(time)
-            except WeightsError:  # what is marked as a key frame may be none
+            except WeightsError:  # a packet marked as a key frame may not be one
                 if not sought:
                     raise
                 frame = None
             if frame is not None:
-                yield as_shown(frame, stream.sample_aspect_ratio)
+                yield to_picture(frame, stream.sample_aspect_ratio)
             elif sought:
-                raise _Astray(time)
+                raise _SeekMissed(time)
             now = time
 
 
-class _Ahead:
-    """The frames of a stream from a key frame on, or from the start."""
+class _FrameSearch:
+    """Frames of a stream, searched forward from a key frame, or from the start."""
 
     def __init__(self, path: str | os.PathLike, stream: Any, key: int | None = None):
         there = key is None or seek(stream, key)
-        self.frames = deinterlaced(Decoded(path, stream)) if there else iter(())
+        self.frames = deinterlace(FrameDecoder(path, stream)) if there else iter(())
         self.held: list[tuple[Any, int | None]] = []
 
     def at(self, time: int) -> Any:
-        """The frame of that time; None where there is none. What comes before it is gone then."""
+        """The frame at that time, or None. Earlier frames cannot be found afterwards."""
         for frame, found in chain(self.held, self.frames):
             self.held = []
             if found == time:

@@ -1,4 +1,4 @@
-"""A video file as FFmpeg decodes it: opened safely, frame by frame, with what does not decode left out."""
+"""Open a video file safely, and decode it with FFmpeg frame by frame, leaving out damaged packets."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import av
 from ..kvae.errors import WeightsError
 from ..kvae.paths import check_regular
 
-HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics, by the numbers of ITU-T H.273
-MOST_REFUSED = 0.1  # of the packets: what is broken beyond that is no video to learn from
+HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics, by their numbers in ITU-T H.273
+MOST_REFUSED = 0.1  # of the packets: a video with more damage is not fit to train on
 
 
 @contextmanager
-def opened(path: str | os.PathLike) -> Iterator[Any]:
-    """The video stream of a file, an av.VideoStream; of several, the one that players choose.
+def open_video(path: str | os.PathLike) -> Iterator[Any]:
+    """Open a file; yields its av.VideoStream, or of several the one that players choose.
 
     Raises:
-        WeightsError: no such file, not a video, or one that is not read (HDR, an unknown codec).
+        WeightsError: no such file, not a video, HDR, or an unknown codec.
     """
     check_regular(path)
     try:
-        # a path is never taken for an address, and a playlist opens nothing but files
+        # "file:" keeps a path from being read as an address; the whitelist lets a playlist open files only
         container = av.open(f"file:{path}", options={"protocol_whitelist": "file"})
     except (av.FFmpegError, OSError, ValueError) as error:
         raise WeightsError(f"{path}: not a video ({_reason(error)})") from None
@@ -34,29 +34,29 @@ def opened(path: str | os.PathLike) -> Iterator[Any]:
         if stream is None:
             raise WeightsError(f"{path}: has no video stream")
         if stream.codec_context is None:
-            raise WeightsError(f"{path}: a video of a codec that this FFmpeg does not decode")
+            raise WeightsError(f"{path}: this FFmpeg cannot decode the codec of this video")
         check_range(path, stream.codec_context)
         stream.thread_type = "AUTO"
         yield stream
 
 
 def check_range(path: str | os.PathLike, context: Any) -> None:
-    """Refuse HDR: its values shown as they are look flat and grey, and there is no one right way to SDR.
+    """Raise if the video is HDR: unconverted it looks flat and grey, and there is no one right conversion to SDR.
 
     Raises:
-        WeightsError: the transfer characteristic is PQ's or HLG's.
+        WeightsError: the transfer characteristic is PQ or HLG.
     """
     transfer = HDR.get(getattr(context, "color_trc", 0) or 0)
     if transfer:
         raise WeightsError(
-            f"{path}: HDR ({transfer}), which is not converted; make it SDR first, as with ffmpeg's zscale and tonemap"
+            f"{path}: HDR ({transfer}) is not supported; convert it to SDR first, for example with ffmpeg's tonemap"
         )
 
 
-class Decoded:
-    """The frames of a stream from where it stands, in the order they are shown in.
+class FrameDecoder:
+    """The frames of a stream from its current position, in the order in which they are shown.
 
-    A packet that does not decode is left out, as players do.
+    A packet that does not decode is skipped, as players do.
     """
 
     def __init__(self, path: str | os.PathLike, stream: Any):
@@ -64,17 +64,17 @@ class Decoded:
         self.packets = self.refused = 0
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields av.VideoFrame.
+        """Yield av.VideoFrame.
 
         Raises:
-            WeightsError: more than a tenth of the packets do not decode, or none does.
+            WeightsError: more than a tenth of the packets do not decode, or no packet does.
         """
         found = False
         for packet in packets(self.stream.container, self.stream):
             try:
                 frames = self._decode(packet)
             except av.FFmpegError:
-                self.refused += self.packets > 0  # before the first that does, a recording begins between key frames
+                self.refused += self.packets > 0  # packets before the first key frame of a recording do not count
                 self.packets += self.packets > 0
                 continue
             self.packets += 1
@@ -84,7 +84,7 @@ class Decoded:
                 yield frame
         self._check()
         if not found:
-            raise WeightsError(f"{self.path}: damaged, none of its frames decodes")
+            raise WeightsError(f"{self.path}: damaged: no frame decodes")
 
     def _decode(self, packet: Any) -> list[Any]:
         frames = self.stream.decode(packet)
@@ -94,13 +94,13 @@ class Decoded:
 
     def _check(self) -> None:
         if self.refused > MOST_REFUSED * self.packets + 1:
-            raise WeightsError(f"{self.path}: damaged, {self.refused} of {self.packets} packets do not decode")
+            raise WeightsError(f"{self.path}: damaged: {self.refused} of {self.packets} packets do not decode")
 
 
 def packets(container: Any, *streams: Any) -> Iterator[Any]:
-    """The packets of the streams, of all where none is named, and one at the end that flushes the decoder.
+    """The packets of the streams, or of all streams if none is given, and a last one that flushes the decoder.
 
-    A file that breaks off ends there.
+    In a file that is cut short, the packets end at the cut.
     """
     flushed = False
     try:

@@ -1,4 +1,4 @@
-"""Write a video file segment by segment, so that memory does not grow with its length.
+"""Write a video file segment by segment: memory does not grow with its length.
 
 with VideoWriter("a.mp4", 1280, 720, fps=24) as writer:
     for frames in segments:        # [T, H, W, 3] in 0..1, or uint8
@@ -23,27 +23,27 @@ from ..kvae.paths import file_errors, written_whole
 from .sound import Sound, SoundTrack
 
 CODECS = {"h264": "libx264", "h265": "libx265", "av1": "libsvtav1"}
-_TAGS = {"h265": "hvc1"}  # Apple's players open no hev1
+_TAGS = {"h265": "hvc1"}  # Apple's players do not open hev1
 CRF = range(52)
 SLOWEST, FASTEST = Fraction(1, 1000), 1000  # frames per second
-ROUNDED = Fraction(5, 10_000)  # 23.976 is 24000/1001 to three places
-FINE = Fraction(1, 90_000)  # seconds: the unit of frames that come when they come
-_ROUNDED = 0x2 | 0x40000  # SWS_BILINEAR | SWS_ACCURATE_RND: without it values are cut off, and colours a little off
-_BT709, _LIMITED, _FULL = 1, 1, 2  # numbers of ITU-T H.273 and of FFmpeg; libswscale has the same one for the matrix
+ROUNDING = Fraction(5, 10_000)  # 23.976 is 24000/1001 rounded to three places
+FINE = Fraction(1, 90_000)  # seconds: the unit of times of a variable frame rate
+_ACCURATE = 0x2 | 0x40000  # SWS_BILINEAR | SWS_ACCURATE_RND: without it values are truncated, which shifts colours
+_BT709, _LIMITED, _FULL = 1, 1, 2  # numbers of ITU-T H.273 and FFmpeg; libswscale's number of the matrix is the same
 
 
 class VideoWriter:
-    """An mp4 file that appears when it is complete; a failure or Cancel before that leaves nothing.
+    """An mp4 file that appears when it is complete. A failure or Cancel before that leaves no file.
 
     Args:
-        fps: frames per second; None where each frame comes with its time.
-        crf: constant quality of the codec; lower is better and larger.
+        fps: frames per second; None if each frame comes with its time.
+        crf: constant quality of the codec, 0 to 51; the lower, the better the quality and the larger the file.
         audio: ComfyUI's AUDIO, {"waveform": [B, C, N], "sample_rate": …}, cut where the video ends.
         metadata: texts for the file's header.
 
     Raises:
-        ValueError: a rate, codec, quality, size or sound that cannot be written; before anything is.
-        WeightsError: a path that cannot be.
+        ValueError: a rate, codec, quality, size or sound that cannot be written; raised before the file is opened.
+        WeightsError: the path cannot be written.
     """
 
     def __init__(
@@ -61,11 +61,13 @@ class VideoWriter:
         if not isinstance(codec, str) or codec not in CODECS:
             raise ValueError(f"codec is {codec!r}; expected one of {', '.join(CODECS)}")
         if CODECS[codec] not in av.codecs_available:
-            raise ValueError(f"codec is {codec}, for which this build of PyAV has no {CODECS[codec]}; choose another")
+            raise ValueError(f"codec is {codec}, but this build of PyAV lacks {CODECS[codec]}; choose another codec")
         if isinstance(crf, bool) or crf not in CRF:
             raise ValueError(f"crf is {crf!r}; expected a whole number from {CRF[0]} to {CRF[-1]}")
         if width % 2 or height % 2 or width < 2 or height < 2:
-            raise ValueError(f"a video of {width}x{height}; expected even sides: colour has half the resolution")
+            raise ValueError(
+                f"a video of {width}x{height}; expected even sides: colour is stored at half the resolution"
+            )
         self.rate = None if fps is None else exact_rate(fps)
         self.crf, self.metadata = int(crf), metadata or {}
         self.sound = None if audio is None else Sound(audio)
@@ -81,7 +83,10 @@ class VideoWriter:
         return self._file.__exit__(*error)
 
     def write(self, frames_THW3: Tensor, times: Sequence[Fraction] | None = None) -> None:
-        """Append frames in 0..1, or uint8; with the seconds at which they are shown, where there is no rate.
+        """Append frames [T, H, W, 3] in 0..1, or uint8.
+
+        Args:
+            times: when each frame is shown, in seconds; for a writer without fps.
 
         Raises:
             ValueError: frames of another size.
@@ -98,7 +103,7 @@ class VideoWriter:
     @contextmanager
     def _opened(self) -> Iterator[None]:
         with file_errors(self.path), suppress(FileNotFoundError):
-            os.lstat(self.path)  # refuses a name that is too long now, and not when all is done
+            os.lstat(self.path)  # a name that is too long fails now, not after the work
         with written_whole(self.path) as partial:
             options = {"movflags": "use_metadata_tags+faststart"}
             self.container = av.open(f"file:{partial}", "w", format="mp4", options=options)
@@ -118,7 +123,7 @@ class VideoWriter:
         video.width, video.height, video.pix_fmt = self.width, self.height, "yuv420p"
         video.options = {"crf": str(self.crf)}
         if self.rate is None:
-            video.options |= {"bf": "0"}  # the file ends by the frame that is coded last, which then is the last shown
+            video.options |= {"bf": "0"}  # the file ends at the last coded frame; without B-frames it is the last shown
         context = video.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED
@@ -132,7 +137,7 @@ class VideoWriter:
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
             format="yuv420p",
             dst_colorspace=_BT709,
-            interpolation=_ROUNDED,
+            interpolation=_ACCURATE,
             src_color_range=_FULL,
             dst_color_range=_LIMITED,
         )
@@ -150,34 +155,37 @@ class VideoWriter:
 
 
 def exact_rate(fps: float | Fraction) -> Fraction:
-    """Frames per second as video has them: 23.976 is 24000/1001, and 29.97, 59.94, 119.88 are of that kind.
+    """Frames per second as a fraction. NTSC rates, rounded to three places, become exact: 23.976 is 24000/1001.
 
     Raises:
         ValueError: not a number from 0.001 to 1000.
     """
     known = isinstance(fps, int | float | Fraction) and not isinstance(fps, bool) and math.isfinite(fps)
     if not known or not SLOWEST <= fps <= FASTEST:
-        raise ValueError(f"fps is {fps!r}; expected a number of frames per second from {float(SLOWEST)} to {FASTEST}")
+        raise ValueError(f"fps is {fps!r}; expected frames per second from {float(SLOWEST)} to {FASTEST}")
     if isinstance(fps, Fraction):
         return fps
     ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
-    return ntsc if ntsc and abs(ntsc - Fraction(fps)) < ROUNDED else Fraction(fps).limit_denominator(100_000)
+    return ntsc if ntsc and abs(ntsc - Fraction(fps)) < ROUNDING else Fraction(fps).limit_denominator(100_000)
 
 
 def write_video(path: str | os.PathLike, frames_3THW: Tensor, fps: float | Fraction | Sequence[Fraction]) -> None:
-    """uint8 [3, T, H, W], H and W even → an H.264 mp4 that players and browsers open; at a rate, or each at its second.
+    """Write uint8 [3, T, H, W], H and W even, as an H.264 mp4 that players and browsers open.
+
+    Args:
+        fps: frames per second, or the time of each frame in seconds.
 
     Raises:
         ValueError, WeightsError: see `VideoWriter`.
     """
     _, _, height, width = frames_3THW.shape
     times = fps if isinstance(fps, Sequence) else None
-    with VideoWriter(path, width, height, _steady(times) if times else fps, crf=16) as writer:  # type: ignore[arg-type]
+    with VideoWriter(path, width, height, _constant_rate(times) if times else fps, crf=16) as writer:  # type: ignore[arg-type]
         writer.write(frames_3THW.permute(1, 2, 3, 0), times)
 
 
-def _steady(times: Sequence[Fraction]) -> Fraction | None:
-    """The rate of frames shown at these times, from 0 on, if they have one."""
+def _constant_rate(times: Sequence[Fraction]) -> Fraction | None:
+    """The frames per second of frames at these times, which start at 0; None if they are not evenly spaced."""
     step = times[1] if len(times) > 1 else Fraction(1, 25)
     even = all(time == i * step for i, time in enumerate(times))
     return 1 / step if even and SLOWEST <= 1 / step <= FASTEST else None

@@ -36,7 +36,7 @@ from ..kvae import KVAE, KVAEConfig, foreign, load_kvae
 from ..kvae.files import Weights, save_weights
 from ..kvae.layers import ResnetBlock
 from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, to_unit
-from ..serving.fit import resized
+from ..serving.fit import resize
 from .adapters.muon import Muon
 from .data.videos import Clip, find_videos, read_clip
 from .errors import UserError
@@ -204,7 +204,7 @@ class Data:
         for video in tqdm(find_videos(config.videos_root, "train"), desc="reading", leave=False, disable=None):
             frames = _long_enough(video, read_clip(Clip(video, TRAIN_FRAMES, 0), 240, 320))
             self.full.append(frames)
-            self.small.append(torch.stack([resized(frame, SIDE, SIDE) for frame in frames.unbind(1)], 1))
+            self.small.append(torch.stack([resize(frame, SIDE, SIDE) for frame in frames.unbind(1)], 1))
         videos = find_videos(config.videos_root, "test")
         self.validation = [_long_enough(video, read_clip(Clip(video, FRAMES, 0), SIDE, SIDE)) for video in videos]
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..adapters.spaces import SPACES, LatentSpace, native_space, space
+from ..adapters.spaces import SPACES, LatentSpace, latent_space, native_space
 from ..kvae import KVAE, WeightsError, load_kvae, pad_frames
 from ..kvae.engine.convolution import Conv3d
 from ..kvae.files import Weights, what_is
@@ -59,7 +59,7 @@ class HunyuanVAE:
         self.vae, self.source, self.digest = vae, source, digest
         self.signature = signature(vae.state_dict())
         newer = type(vae).__name__ == "AutoencoderKLHunyuanVideo15"
-        self.space = space("hunyuan_video_1.5" if newer else "hunyuan_video")
+        self.space = latent_space("hunyuan_video_1.5" if newer else "hunyuan_video")
         if newer:
             vae.enable_slicing()
 
@@ -162,7 +162,7 @@ def check_grids(hunyuan: LatentSpace, kvae: LatentSpace) -> None:
     """
 
     def grid(each: LatentSpace) -> tuple[int, int]:
-        return each.time, each.space
+        return each.temporal_factor, each.spatial_factor
 
     if grid(hunyuan) == grid(kvae):
         return
@@ -172,9 +172,10 @@ def check_grids(hunyuan: LatentSpace, kvae: LatentSpace) -> None:
         for other in SPACES.values()
         if one.name.startswith("hunyuan") and other.name.startswith("kvae") and grid(one) == grid(other)
     ]
+    (frames_h, side_h), (frames_k, side_k) = grid(hunyuan), grid(kvae)
     raise UserError(
-        f"{hunyuan.name} has one latent for {hunyuan.time} frames of {hunyuan.space}x{hunyuan.space} pixels, "
-        f"{kvae.name} one for {kvae.time} of {kvae.space}x{kvae.space}; an adapter maps latent to latent, so it needs "
+        f"{hunyuan.name} has one latent for {frames_h} frames of {side_h}x{side_h} pixels, "
+        f"{kvae.name} one for {frames_k} of {side_k}x{side_k}; an adapter maps latent to latent, so it needs "
         f"two VAEs of one grid: {', '.join(fitting)}"
     )
 

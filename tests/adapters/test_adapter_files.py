@@ -1,4 +1,4 @@
-"""Adapter files describe themselves; published ones are known by their keys; the rest is refused by name."""
+"""Adapter files describe themselves; published ones are recognised by their keys; other files are refused by name."""
 
 import inspect
 import json
@@ -12,21 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from conftest import shared
-from kvae_comfyui.adapters.files import LatentAdapter, VAEWeights, load_adapter, save_adapter, weights_of
+from kvae_comfyui.adapters.files import LatentAdapter, VAEWeights, direction_of, load_adapter, save_adapter, weights_of
 from kvae_comfyui.adapters.hybrid import HybridVAE
-from kvae_comfyui.adapters.networks import Affine, Published, Residual
-from kvae_comfyui.adapters.spaces import SPACES, space
-from kvae_comfyui.kvae import KVAE, WeightsError, load_kvae, save_kvae
-from kvae_comfyui.kvae.load import described_state
-from kvae_comfyui.kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
-from kvae_comfyui.serving.serve import ServedVAE
-from kvae_comfyui.serving.tiled import TiledVAE
-from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.adapters.networks import Affine, PointwiseNet, Residual
+from kvae_comfyui.adapters.spaces import SPACES, latent_space
+from kvae_comfyui.kvae import WeightsError
+from kvae_comfyui.training.vaes import TINY_ADAPTERS
 
-H, K = space("hunyuan_video"), space("kvae_3d_1.0")
+H, K = latent_space("hunyuan_video"), latent_space("kvae_3d_1.0")
 
 
-@pytest.mark.parametrize("network", [Affine(16, 16, 1), Residual(16, 16, 8, 1), Published(16, 16)], ids=type)
+@pytest.mark.parametrize("network", [Affine(16, 16, 1), Residual(16, 16, 8, 1), PointwiseNet(16, 16)], ids=type)
 def test_round_trip(tmp_path, network):
     adapter = LatentAdapter(network, H, K, training={"pairs": 7}, metrics={"val_mse": 0.25})
     save_adapter(tmp_path / "a.safetensors", adapter)
@@ -50,9 +46,18 @@ def test_published_files(tmp_path):
     assert (adapter.source.name, adapter.target.name) == ("hunyuan_video", "kvae_3d_1.0")
     renamed = tmp_path / "mine.safetensors"
     shutil.copyfile(original, renamed)
-    with pytest.raises(WeightsError, match="does not say which way it maps; name it adapter_hunyuan_to_kvae3d"):
+    with pytest.raises(WeightsError, match="which way this adapter maps; rename it to adapter_hunyuan_to_kvae3d"):
         load_adapter(renamed)
     assert load_adapter(renamed, ("kvae_3d_1.0", "hunyuan_video")).source == K
+
+
+def test_the_direction_is_read_from_the_header(tmp_path):
+    adapter = LatentAdapter(Affine(16, 16), H, K)
+    save_adapter(tmp_path / "x.safetensors", adapter)
+    assert direction_of(tmp_path / "x.safetensors") == ("hunyuan_video", "kvae_3d_1.0")
+    save_file({"a": torch.zeros(1)}, tmp_path / "y.safetensors")
+    assert direction_of(tmp_path / "y.safetensors") is None
+    assert adapter.about() == "hunyuan_video → kvae_3d_1.0, Affine, 6,928 weights"
 
 
 def test_swapped_adapters_are_noticed(tmp_path, small_kvae):
@@ -86,28 +91,6 @@ def test_a_latent_of_another_space_is_named():
         adapter(torch.randn(1, 32, 2, 4, 4))
 
 
-def test_hybrid_is_the_sum_of_its_parts(small_kvae):
-    h2k = LatentAdapter(Affine(16, 16, 3), H, K).requires_grad_(False)
-    k2h = LatentAdapter(Affine(16, 16, 3), K, H).requires_grad_(False)
-    vae = HybridVAE(small_kvae, h2k, k2h)
-    x = torch.rand(1, 3, 9, 32, 40) * 2 - 1
-    z = vae.encode(x)
-    assert torch.equal(z, k2h(small_kvae.encode(kvae_from_hunyuan(x))))
-    assert torch.equal(vae.decode(z), hunyuan_from_kvae(small_kvae.decode(h2k(z))))
-    assert vae.encode(x[:, :, :7]).shape[2] == 3  # 7 frames are padded to 9
-
-
-def test_hybrid_with_one_adapter_says_what_is_missing(small_kvae):
-    h2k = LatentAdapter(Affine(16, 16, 1), H, K)
-    with pytest.raises(WeightsError, match="no kvae_3d_1.0 → hunyuan_video adapter .*adapter_kvae3d_to_hunyuan"):
-        HybridVAE(small_kvae, decode_adapter=h2k).encode(torch.zeros(1, 3, 1, 32, 32))
-    k2h = LatentAdapter(Affine(16, 16, 1), K, H)
-    with pytest.raises(WeightsError, match="no hunyuan_video → kvae_3d_1.0 adapter .*adapter_hunyuan_to_kvae3d"):
-        HybridVAE(small_kvae, encode_adapter=k2h).decode(torch.zeros(1, 16, 1, 4, 4))
-    with pytest.raises(WeightsError, match="needs an adapter"):
-        HybridVAE(small_kvae)
-
-
 def test_scaling_is_that_of_diffusers():
     for name, vae in (
         ("hunyuan_video", AutoencoderKLHunyuanVideo),
@@ -120,10 +103,10 @@ def test_scaling_is_that_of_diffusers():
     assert torch.equal(K.scale(z), z)
     assert H.latent_shape(33, 240, 320) == (16, 9, 30, 40)
     with pytest.raises(ValueError, match="no latent space is called 'wan'"):
-        space("wan")
+        latent_space("wan")
 
 
-# ---- files of others
+# ---- damaged and foreign files
 
 
 def rewritten(path, tensors=None, **metadata):
@@ -154,7 +137,7 @@ NETWORK = {"name": "residual", "width": 8, "blocks": 1} | CHANNELS
         ({"network": json.dumps(NETWORK | {"in_channels": 32})}, "a network from 32 to 16 channels"),
         ({"network": json.dumps(NETWORK | {"name": "unet"})}, "no adapter network is called 'unet'"),
         ({"network": json.dumps(NETWORK | {"name": None})}, "no adapter network is called 'None'"),
-        ({"network": json.dumps(NETWORK | {"layers": 3})}, "does not take these settings"),
+        ({"network": json.dumps(NETWORK | {"layers": 3})}, "does not accept these settings"),
         (
             {"network": json.dumps({"name": "affine", "in_channels": 16, "out_channels": 16, "kernel": 2})},
             "kernel is 2",
@@ -177,29 +160,29 @@ NETWORK = {"name": "residual", "width": 8, "blocks": 1} | CHANNELS
         ({"weights": '{"kvae_3d_1.0": {"signature": ["a"]}}'}, "signature is ['a']"),
         ({"source_space": None}, "'source_space'"),
         ({"source_space": "sdxl"}, "no latent space is called 'sdxl'"),
-        ({"format": "kvae-latent-adapter/2"}, "of the format kvae-latent-adapter/2; kvae-latent-adapter/1 is known"),
-        ({"format": None}, "a latent adapter that does not say what it maps"),
+        ({"format": "kvae-latent-adapter/2"}, "of the format kvae-latent-adapter/2; expected kvae-latent-adapter/1"),
+        ({"format": None}, "this latent adapter has no metadata of the format"),
     ],
     ids=lambda each: "" if isinstance(each, str) else "-".join(f"{k} {str(v)[:40]}" for k, v in each.items()),
 )
-def test_an_adapter_is_what_its_file_holds_or_refused_in_one_line(tmp_path, metadata, words):
-    """Before anything of the size that it claims is built."""
+def test_a_file_whose_metadata_do_not_fit_is_refused_in_one_line(tmp_path, metadata, words):
+    """Before a network of the claimed size is built."""
     path = rewritten(tmp_path / "a.safetensors", **metadata)
     with pytest.raises(WeightsError, match=re.escape(words)) as caught:
         load_adapter(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_what_a_newer_version_adds_is_left_out(tmp_path):
+def test_metadata_of_a_newer_version_are_ignored(tmp_path):
     weights = json.dumps({"kvae_3d_1.0": {"sha256": "ab", "signature": [1.0], "colour": "red"}})
     adapter = load_adapter(rewritten(tmp_path / "a.safetensors", weights=weights, author="me"))
     assert adapter.weights == {"kvae_3d_1.0": VAEWeights("ab", (1.0,))}
 
 
-def test_weights_that_are_no_numbers_are_refused(tmp_path):
+def test_weights_that_are_not_finite_floats_are_refused(tmp_path):
     for bad, words in (
-        (torch.full((16,), torch.nan), "affine.conv.bias holds values that are not finite"),
-        (torch.ones(16, dtype=torch.int32), "affine.conv.bias is of torch.int32; expected weights of a float type"),
+        (torch.full((16,), torch.nan), "affine.conv.bias holds NaN or infinite values"),
+        (torch.ones(16, dtype=torch.int32), "affine.conv.bias is of torch.int32; expected float weights"),
     ):
         with pytest.raises(WeightsError, match=words):
             load_adapter(rewritten(tmp_path / "a.safetensors", {"affine.conv.bias": bad}))
@@ -207,7 +190,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
     assert {parameter.dtype for parameter in load_adapter(half).parameters()} == {torch.float32}
 
 
-def test_no_folders_of_others_are_shown():
+def test_folder_names_are_not_shown():
     adapter = LatentAdapter(
         Affine(16, 16, 1),
         H,
@@ -221,92 +204,9 @@ def test_no_folders_of_others_are_shown():
         assert part in about
 
 
-# ---- frozen, and where the KVAE is
-
-
-def test_a_loaded_adapter_is_frozen_and_a_decode_builds_no_graph(tmp_path, small_kvae):
-    for name, direction in (("h2k", (H, K)), ("k2h", (K, H))):
-        save_adapter(tmp_path / f"{name}.safetensors", LatentAdapter(Residual(16, 16, 8, 1), *direction))
-    h2k, k2h = (load_adapter(tmp_path / f"{name}.safetensors") for name in ("h2k", "k2h"))
-    assert not any(parameter.requires_grad for parameter in (*h2k.parameters(), *k2h.parameters()))
-    vae = HybridVAE(small_kvae, h2k, k2h)
-    z = vae.encode(torch.zeros(1, 3, 5, 32, 32))
-    assert not z.requires_grad
-    assert not vae.decode(z).requires_grad
-    assert not any(frames.requires_grad for frames in vae.decode_stream(z))
-    assert HybridVAE(small_kvae, LatentAdapter(Affine(16, 16), H, K)).decode(z).requires_grad  # one to train
-
-
-@pytest.mark.parametrize("moved", ["before", "after", "as a whole"])
-def test_adapters_go_where_the_kvae_is(small_kvae, moved):
-    """The meta device stands in for a GPU: it too refuses to compute with tensors of the CPU."""
-    h2k, k2h = LatentAdapter(Affine(16, 16), H, K), LatentAdapter(Affine(16, 16), K, H)
-    if moved == "before":
-        small_kvae.to("meta")
-    vae = HybridVAE(small_kvae, h2k, k2h)
-    if moved != "before":
-        (vae if moved == "as a whole" else small_kvae).to("meta")
-    z = vae.encode(torch.zeros(1, 3, 5, 32, 32))
-    assert z.is_meta and z.shape == (1, 16, 2, 4, 4)
-    x = vae.decode(torch.zeros(1, 16, 2, 4, 4))
-    assert x.is_meta and x.shape == (1, 3, 5, 32, 32)
-
-
-def test_what_is_spoilt_is_not_decoded_nor_encoded(small_kvae):
-    vae = HybridVAE(small_kvae, LatentAdapter(Affine(16, 16), H, K), LatentAdapter(Affine(16, 16), K, H))
-    z, x = torch.zeros(1, 16, 2, 4, 4), torch.zeros(1, 3, 5, 32, 32)
-    z[0, 3, 1, 2, 2], x[0, 0, 0, 0, 0] = torch.nan, torch.inf
-    for decode in (vae.decode, lambda z: next(vae.decode_stream(z))):
-        with pytest.raises(ValueError, match="1 of 512 values of this latent are NaN or infinite"):
-            decode(z)
-        for bad in (z.to(torch.int8), torch.zeros_like(z, dtype=torch.complex64), torch.zeros_like(z) > 0):
-            with pytest.raises(ValueError, match="This latent is of .*; expected a tensor of float32"):
-                decode(bad)
-    with pytest.raises(ValueError, match="1 of 15360 values of these pixels are NaN or infinite"):
-        vae.encode(x)
-
-
-# ---- made for which weights
-
-
 @pytest.fixture
 def tiny():
     return {name: load_adapter(path) for name, path in TINY_ADAPTERS.items()}
-
-
-def test_the_embedded_adapters_know_the_embedded_vaes(tiny):
-    vaes = load_hunyuan_vae("tiny", "cpu"), load_kandinsky_vae("tiny", "cpu")
-    expected = {vae.space.name: VAEWeights(vae.digest, vae.signature) for vae in vaes}
-    assert tiny["h2k"].weights == tiny["k2h"].weights == expected
-
-
-@pytest.mark.parametrize("vae", [HybridVAE, ServedVAE, TiledVAE])
-def test_an_adapter_of_other_weights_is_refused(tiny, small_kvae, vae):
-    other = KVAE(load_kvae(TINY["kvae"]).config)  # of one shape with the tiny one
-    for kvae in (small_kvae, other):
-        for roles in ({"decode_adapter": tiny["h2k"]}, {"encode_adapter": tiny["k2h"]}):
-            with pytest.raises(WeightsError, match="made for a kvae_3d_1.0 VAE with other weights"):
-                vae(kvae, **roles)
-    published = LatentAdapter(Published(16, 16), H, K)  # says nothing of it
-    assert vae(small_kvae, decode_adapter=published)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_same_weights_in_another_file_are_accepted(tmp_path, tiny, dtype):
-    save_kvae(tmp_path / "converted.safetensors", load_kvae(TINY["kvae"]), dtype, {})
-    for loaded_as in (torch.float32, torch.bfloat16):
-        assert HybridVAE(load_kvae(tmp_path / "converted.safetensors", loaded_as), tiny["h2k"], tiny["k2h"])
-    save_file(described_state(load_kvae(TINY["kvae"], dtype)), tmp_path / "saved.safetensors")
-    assert HybridVAE(load_kvae(tmp_path / "saved.safetensors"), tiny["h2k"], tiny["k2h"])
-
-
-def test_a_pair_for_two_foreign_vaes_is_refused(tiny):
-    changed = {
-        "hunyuan_video": VAEWeights("", tuple(-value for value in tiny["k2h"].weights["hunyuan_video"].signature))
-    }
-    k2h = LatentAdapter(tiny["k2h"].network, K, H, weights=changed)
-    with pytest.raises(WeightsError, match="made for hunyuan_video VAEs with different weights"):
-        HybridVAE(load_kvae(TINY["kvae"]), tiny["h2k"], k2h)
 
 
 def test_the_weights_it_was_made_for_travel_with_the_file(tmp_path, tiny):

@@ -1,4 +1,4 @@
-"""The adapter networks: the published one as published, ours the same for frames, tiles, streams and clips."""
+"""The published network computes as published; ours give the same for frames, tiles, streams and clips."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from safetensors.torch import load_file
 
 from conftest import shared
 from kvae_comfyui.adapters.files import load_adapter
-from kvae_comfyui.adapters.networks import Affine, Published, Residual, build_network
+from kvae_comfyui.adapters.networks import Affine, PointwiseNet, Residual, build_network
 from kvae_comfyui.training.adapters.ridge import RIDGE, Ridge
 
 
 def published_by_hand(w, z):
-    """The published network in a few lines, with matrix products for its 1x1x1 convolutions."""
+    """The published network in a few lines, with matrix products for the 1x1x1 convolutions."""
 
     def mix(name, x):
         return torch.einsum("oi,bi...->bo...", w[f"{name}.weight"].flatten(1), x) + w[f"{name}.bias"].view(-1, 1, 1, 1)
@@ -33,7 +33,7 @@ def published_by_hand(w, z):
 
 
 @pytest.mark.parametrize("name", ["adapter_hunyuan_to_kvae3d", "adapter_kvae3d_to_hunyuan"])
-def test_published_files_give_what_they_should(name):
+def test_published_files_give_what_their_weights_give_by_hand(name):
     path = shared(f"seed_adapters/{name}.safetensors")
     adapter = load_adapter(path)
     assert sum(p.numel() for p in adapter.parameters()) == 2368
@@ -42,8 +42,8 @@ def test_published_files_give_what_they_should(name):
         torch.testing.assert_close(adapter(z), published_by_hand(load_file(path), z), rtol=1e-4, atol=1e-4)
 
 
-def test_published_network_by_hand_with_random_weights():
-    network = Published(16, 16)
+def test_pointwise_net_is_the_published_network_by_hand():
+    network = PointwiseNet(16, 16)
     assert sum(p.numel() for p in network.parameters()) == 2368
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.5)
@@ -68,7 +68,7 @@ OURS = [
 
 
 @pytest.mark.parametrize("network", OURS, ids=lambda n: f"{type(n).__name__}{n.config}")
-def test_frame_tile_and_stream_are_the_clip(network):
+def test_a_frame_a_tile_and_a_stream_give_the_same_as_the_clip(network):
     network = randomised(network)
     z = torch.randn(1, network.config["in_channels"], 7, 12, 14).double()
     whole = network(z)
@@ -83,20 +83,20 @@ def test_frame_tile_and_stream_are_the_clip(network):
     torch.testing.assert_close(stream, whole, **same)
 
 
-def test_published_network_depends_on_the_whole_clip():
-    network = randomised(Published(16, 16), std=0.5)
+def test_pointwise_net_depends_on_the_whole_clip():
+    network = randomised(PointwiseNet(16, 16), std=0.5)
     z = torch.randn(1, 16, 7, 12, 14).double() * torch.linspace(1, 3, 7).view(-1, 1, 1)
     whole = network(z)
     alone = (network(z[:, :, :1]) - whole[:, :, :1]).norm() / whole[:, :, :1].norm()
     tile = (network(z[..., :6, :7]) - whole[..., :6, :7]).norm() / whole[..., :6, :7].norm()
     assert alone > 0.05
     assert tile > 0.005
-    with pytest.raises(ValueError, match="give it the clip at once"):
+    with pytest.raises(ValueError, match="call it with the whole clip"):
         network(z, {})
 
 
 def test_a_tile_needs_its_whole_receptive_field():
-    """The radius is not merely safe, it is needed: one less and the tile is another."""
+    """A margin of one latent less than the radius changes the tile."""
     network = randomised(Residual(16, 16, width=8, blocks=2))
     z = torch.randn(1, 16, 3, 14, 14).double()
     r = network.radius - 1
@@ -118,7 +118,7 @@ def test_ridge_recovers_a_map(kernel):
 
 
 def test_ridge_is_the_textbook_solution():
-    """Against one dense least-squares problem over all the pairs at once, neighbourhoods cut out by hand."""
+    """Compared with one dense least-squares problem over all pairs, with neighbourhoods cut out by hand."""
     pairs = [(torch.randn(1, 3, 4, 5, 6), torch.randn(1, 2, 4, 5, 6)) for _ in range(3)]
     ridge = Ridge(3, 2, 3)
     rows, targets = [], []
@@ -158,5 +158,5 @@ def test_residual_starts_at_its_affine_map():
 def test_unknown_networks_are_refused():
     with pytest.raises(ValueError, match="known ones are published, affine, residual"):
         build_network("unet")
-    with pytest.raises(ValueError, match="does not take these settings"):
+    with pytest.raises(ValueError, match="does not accept these settings"):
         build_network("affine", width=3)

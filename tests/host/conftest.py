@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvae_comfyui.adapters import LatentAdapter, save_adapter, space
+from kvae_comfyui.adapters import LatentAdapter, latent_space, save_adapter
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.kvae import load_kvae
 
@@ -46,7 +46,7 @@ def base(tmp_path_factory) -> Path:
     (base / "models" / "vae" / "hunyuan.safetensors").symlink_to(TINY.with_name("tiny_hunyuan.safetensors"))
     torch.manual_seed(0)
     for name, source, target in (("h2k", "hunyuan_video", "kvae_3d_1.0"), ("k2h", "kvae_3d_1.0", "hunyuan_video")):
-        adapter = LatentAdapter(Affine(16, 16), space(source), space(target), metrics={"psnr": 12.5})
+        adapter = LatentAdapter(Affine(16, 16), latent_space(source), latent_space(target), metrics={"psnr": 12.5})
         save_adapter(base / "models" / "latent_adapters" / f"{name}.safetensors", adapter)
     return base
 

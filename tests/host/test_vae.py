@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from kvae_comfyui.adapters import HybridVAE, LatentAdapter, load_adapter, save_adapter, space
+from kvae_comfyui.adapters import HybridVAE, LatentAdapter, latent_space, load_adapter, save_adapter
 from kvae_comfyui.adapters.files import VAEWeights
 from kvae_comfyui.adapters.hybrid import from_kvae_pixels, to_kvae_pixels
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.kvae.signature import signature
+from kvae_comfyui.serving.host_vae import to_image
 from kvae_comfyui.serving.sample_clip import sample_clip
-from kvae_comfyui.serving.serve import to_image
 from kvae_comfyui.training.vaes import TINY_ADAPTERS
 
 Z = torch.randn(1, 16, 7, 4, 6, generator=torch.Generator().manual_seed(1))  # 25 frames: segments of 17 and 8
@@ -75,7 +75,7 @@ def test_stock_tiles_are_our_own(run, load):
 
 def test_another_adapter_does_not_load_the_kvae_again(load, base, run):
     folder = base / "models" / "latent_adapters"
-    direction = space("hunyuan_video"), space("kvae_3d_1.0")
+    direction = latent_space("hunyuan_video"), latent_space("kvae_3d_1.0")
     torch.manual_seed(2)
     save_adapter(folder / "other.safetensors", LatentAdapter(Affine(16, 16), *direction))
     try:
@@ -182,7 +182,8 @@ def test_an_adapter_for_other_weights_is_refused_and_not_found(load, base):
     folder = base / "models" / "latent_adapters"
     other = folder / "for_another.safetensors"
     weights = {"kvae_3d_1.0": VAEWeights("", tuple(0.1 * i for i in range(64)))}
-    save_adapter(other, LatentAdapter(Affine(16, 16), space("hunyuan_video"), space("kvae_3d_1.0"), weights=weights))
+    direction = latent_space("hunyuan_video"), latent_space("kvae_3d_1.0")
+    save_adapter(other, LatentAdapter(Affine(16, 16), *direction, weights=weights))
     try:
         assert load().first_stage_model.vae.decode_adapter.metrics == {"psnr": 12.5}  # auto takes the one that fits
         with pytest.raises(ValueError, match="made for a kvae_3d_1.0 VAE with other weights"):
@@ -208,7 +209,7 @@ def test_bfloat16_is_close(run, load):
     ("samples", "message"),
     [
         (torch.zeros(1, 4, 8, 8), "an image latent"),
-        (torch.zeros(1, 32, 3, 4, 4), "hunyuan_video_1.5.*a VAE of its own"),
+        (torch.zeros(1, 32, 3, 4, 4), "hunyuan_video_1.5.*has its own VAE"),
         (torch.zeros(1, 16, 0, 4, 4), "empty"),
         (torch.full((1, 16, 2, 4, 4), float("nan")), "512 of 512 values of this latent are NaN"),
     ],

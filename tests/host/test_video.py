@@ -32,7 +32,7 @@ def decode(load, comfy, base):
         ({"fps": float("nan")}, "fps is nan"),
         ({"codec": "vp9"}, "codec is 'vp9'"),
         ({"crf": 99}, "crf is 99"),
-        ({"audio": {"waveform": torch.zeros(2, 48000), "sample_rate": 48000}}, "audio: waveform of shape"),
+        ({"audio": {"waveform": torch.zeros(2, 48000), "sample_rate": 48000}}, "audio: the waveform has shape"),
         ({"audio": {"waveform": torch.zeros(1, 2, 48000), "sample_rate": 44100.5}}, "audio: sample_rate is 44100.5"),
         ({"audio": {}}, "audio: dict without"),
         ({"filename_prefix": "odd/" + "n" * 245}, "choose a shorter"),

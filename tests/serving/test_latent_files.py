@@ -1,4 +1,4 @@
-"""Latent files of others are read as raw latents; where two readings fit, the reader asks; what is none is said."""
+"""Latent files of other programs are read as raw latents; an error asks if two readings fit, and names other files."""
 
 import re
 
@@ -15,7 +15,7 @@ VERSION = {"latent_format_version_0": torch.empty(0)}
 
 @pytest.fixture
 def save(tmp_path):
-    """Write a latent file of these tensors, given by their shapes or themselves; returns its path."""
+    """Write a latent file of tensors, or of random tensors of these shapes; returns its path."""
 
     def save(tensors, **metadata):
         path = tmp_path / "x.safetensors"
@@ -66,7 +66,7 @@ def save(tmp_path):
         ({"latents": (1, 16, 96, 64)}, {}, "single tensor", (1, 16, 96, 64), 1, None),
     ],
 )
-def test_latent_files_of_others_are_read_as_raw(save, tensors, metadata, kind, shape, factor, space):
+def test_latent_files_of_other_programs_are_read_as_raw(save, tensors, metadata, kind, shape, factor, space):
     metadata = {"architecture": metadata} if isinstance(metadata, str) else metadata
     found = load_latent(save(tensors, **metadata))
     assert kind in found.kind
@@ -79,7 +79,7 @@ def test_latent_files_of_others_are_read_as_raw(save, tensors, metadata, kind, s
 @pytest.mark.parametrize(
     "shape", [(1, 4, 64, 64), (1, 16, 96, 64), (1, 4, 48, 32), (1, 4, 16, 16), (1, 64, 1024), (1, 16, 5, 8, 16)]
 )
-def test_a_latent_of_comfyui_is_never_turned(save, shape):
+def test_the_axes_of_a_comfyui_latent_are_never_moved(save, shape):
     found = load_latent(save({"latent_tensor": shape} | VERSION))
     assert found.kind == "ComfyUI latent"
     assert torch.equal(found.z, save.first)
@@ -97,16 +97,16 @@ def test_a_latent_of_comfyui_is_never_turned(save, shape):
         ((1, 4, 16, 16), "[t, h, w, c] or an image latent", "kandinsky5", (1, 16, 1, 4, 16)),
     ],
 )
-def test_where_two_readings_fit_the_reader_asks(save, shape, readings, model, expected):
+def test_if_two_readings_fit_the_error_asks_for_the_model(save, shape, readings, model, expected):
     path = save({"latents": shape})
-    with pytest.raises(WeightsError, match=re.escape(f"can be {readings}; say what it is of (model)")):
+    with pytest.raises(WeightsError, match=re.escape(f"can be {readings}; set model")):
         load_latent(path)
     assert load_latent(path, model=model).z.shape == expected
 
 
-def test_a_cache_that_names_no_model_asks_for_its_scale(save):
+def test_a_cache_without_a_model_needs_its_scale(save):
     path = save({"latents_2x4x6_float32": (16, 2, 4, 6)})
-    with pytest.raises(WeightsError, match="say whether it is raw or scaled"):
+    with pytest.raises(WeightsError, match="may be raw or scaled; set scaling"):
         load_latent(path)
     z = save.first[None]
     assert torch.equal(load_latent(path, scaled=False).z, z)
@@ -118,14 +118,14 @@ def test_a_cache_that_names_no_model_asks_for_its_scale(save):
 
 
 @pytest.mark.parametrize("architecture", ["wan", "qwen_image", "flux_kontext", "x"])
-def test_a_cache_of_another_model_is_refused_by_its_name(save, architecture):
+def test_a_cache_of_another_model_is_refused_by_name(save, architecture):
     path = save({"latents_2x4x6_float32": (16, 2, 4, 6)}, architecture=architecture)
-    with pytest.raises(WeightsError, match=f"a musubi-tuner cache of {architecture}, whose latents are of another VAE"):
+    with pytest.raises(WeightsError, match=f"a musubi-tuner cache of {architecture}, whose latents are from another"):
         load_latent(path, scaled=False, model="hunyuan_video")
 
 
 @pytest.mark.parametrize("name", ["hunyuan_video", "kvae_3d_1.0", "kvae_3d_2.0_t4s8"])
-def test_a_file_that_names_its_space_is_unscaled_by_that(save, name):
+def test_a_file_that_names_its_space_is_unscaled_by_its_factor(save, name):
     path = save({"latent_tensor": (1, 16, 2, 4, 4)} | VERSION, kvae_space=name)
     assert torch.equal(load_latent(path).z, save.first)
     found = load_latent(path, scaled=True)
@@ -133,11 +133,11 @@ def test_a_file_that_names_its_space_is_unscaled_by_that(save, name):
     assert found.space == name
     assert load_latent(path, model=name).space == name
     other = next(each for each in MODELS if each != name)
-    with pytest.raises(WeightsError, match=f"the file says it is of {name}, you say {other}"):
+    with pytest.raises(WeightsError, match=f"the file names the space {name}, but model is {other}"):
         load_latent(path, model=other)
 
 
-def test_our_latent_file_keeps_its_space(tmp_path):
+def test_our_latent_file_keeps_space_and_frames(tmp_path):
     z = torch.randn(1, 16, 2, 4, 4)
     save_latent(tmp_path / "x.latent", z, "kvae_3d_1.0", 6, {"prompt": "{}"})
     found = load_latent(tmp_path / "x.latent")
@@ -153,7 +153,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_what_is_spoilt_is_neither_read_nor_written(save, tmp_path, name):
+def test_latents_that_are_not_finite_floats_are_neither_read_nor_written(save, tmp_path, name):
     z, words = SPOILT[name]
     for key in ("latent_tensor", "latent", "latents_2x4x4_float32", "latents"):
         with pytest.raises(WeightsError, match=f"{key}: {words}"):
@@ -163,7 +163,7 @@ def test_what_is_spoilt_is_neither_read_nor_written(save, tmp_path, name):
     assert not (tmp_path / "y.latent").exists()
 
 
-def test_no_complex_numbers_or_empty_or_absent_latents(save, tmp_path):
+def test_complex_empty_and_absent_latents_are_refused(save, tmp_path):
     with pytest.raises(WeightsError, match="This latent is of complex64"):
         load_latent(save({"latent_tensor": torch.ones(1, 16, 2, 4, 4, dtype=torch.complex64)}))
     with pytest.raises(WeightsError, match="This latent is empty"):
@@ -186,9 +186,9 @@ def test_no_complex_numbers_or_empty_or_absent_latents(save, tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "metadata", "words"),
     [
-        ({"a": (1,), "b": (1,)}, {}, "holds 2 tensors, a, b …; expected a latent"),
-        ({"a": (1,)}, {}, "holds 1 tensors, a …; expected a latent"),
-        ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_space": "wan"}, "names the space 'wan'; known are"),
+        ({"a": (1,), "b": (1,)}, {}, "its tensors are a, b …; expected a latent"),
+        ({"a": (1,)}, {}, "its tensors are a …; expected a latent"),
+        ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_space": "wan"}, "names the space 'wan'; expected one of"),
         ({"latent_tensor": (1, 4, 8, 8)}, {"kvae_space": "kvae_3d_1.0"}, "a latent of kvae_3d_1.0 has 16 channels"),
         ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_frames": "many"}, "kvae_frames is 'many'; expected a number"),
         ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_frames": "-5"}, "kvae_frames is '-5'"),
@@ -196,7 +196,7 @@ def test_no_complex_numbers_or_empty_or_absent_latents(save, tmp_path):
         ({"latents_2x4x6_float32": (8, 2, 4, 6)}, {"architecture": "kandinsky5"}, "hunyuan_video has 16 channels"),
     ],
 )
-def test_what_is_no_latent_file_is_said(save, tensors, metadata, words):
+def test_other_files_are_refused_in_one_line(save, tensors, metadata, words):
     with pytest.raises(WeightsError, match=re.escape(words)) as caught:
         load_latent(save(tensors, **metadata))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Where memory runs out, the failed try is freed before the next one: for frames, for streams, and for latents."""
+"""If memory runs out, the failed try is freed before the next one: when decoding, streaming and encoding."""
 
 import subprocess
 import sys
@@ -8,19 +8,18 @@ import pytest
 import torch
 
 from conftest import ROOT
+from kvae_comfyui.serving.host_vae import HostVAE
 from kvae_comfyui.serving.memory import is_out_of_memory, with_less_memory
-from kvae_comfyui.serving.serve import ServedVAE
-from kvae_comfyui.serving.tiled import TiledVAE
 
 WAYS = {
-    "decode": lambda served, z, x: served.decode(z),
-    "decode_stream": lambda served, z, x: torch.cat(list(served.decode_stream(z)), dim=2),
-    "encode": lambda served, z, x: served.encode(x),
+    "decode": lambda host, z, x: host.decode(z),
+    "decode_stream": lambda host, z, x: torch.cat(list(host.decode_stream(z)), dim=2),
+    "encode": lambda host, z, x: host.encode(x),
 }
 
 
 class Card:
-    """A model's streams on a card that is too small for the first of them, which holds a real tensor when it fails."""
+    """A model on a card that is too small for the first `failures` streams. A failed stream holds a real tensor."""
 
     def __init__(self, kvae, message, error=torch.OutOfMemoryError):
         self.held, self.alive, self.executions, self.failures = [], [], [], 1
@@ -51,40 +50,38 @@ class Card:
         (MemoryError, ""),
     ],
 )
-def test_what_a_failed_try_held_is_freed_before_the_next(small_kvae, caplog, way, error, message):
-    served, z, x = ServedVAE(small_kvae), torch.randn(1, 16, 6, 4, 4), torch.rand(1, 3, 21, 32, 32)
+def test_tensors_of_a_failed_try_are_freed_before_the_next(small_kvae, caplog, way, error, message):
+    host, z, x = HostVAE(small_kvae), torch.randn(1, 16, 6, 4, 4), torch.rand(1, 3, 21, 32, 32)
     with torch.no_grad():
-        whole = WAYS[way](served, z, x)
+        whole = WAYS[way](host, z, x)
         card = Card(small_kvae, message, error)
-        torch.testing.assert_close(WAYS[way](served, z, x), whole, rtol=0, atol=1e-4)
+        torch.testing.assert_close(WAYS[way](host, z, x), whole, rtol=0, atol=1e-4)
     assert card.alive == [[], [False]]
-    assert [record.getMessage() for record in caplog.records] == [
-        "Out of memory; once more in the way that takes least"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["Out of memory; trying again with the least memory"]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_last_failure_is_the_same_on_every_device_and_holds_nothing(small_kvae, way):
-    """For a host that goes on with tiles, within its own `except` perhaps."""
-    served, z, x = ServedVAE(small_kvae), torch.randn(1, 16, 6, 4, 4), torch.rand(1, 3, 21, 32, 32)
+def test_the_last_error_is_the_same_on_every_device_and_holds_no_tensors(small_kvae, way):
+    """Hosts go on with tiles, perhaps inside their own `except`."""
+    host, z, x = HostVAE(small_kvae), torch.randn(1, 16, 6, 4, 4), torch.rand(1, 3, 21, 32, 32)
     card = Card(small_kvae, "DefaultCPUAllocator: can't allocate memory", RuntimeError)
     card.failures = 2
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match="can't allocate memory"):
-        WAYS[way](served, z, x)
+        WAYS[way](host, z, x)
     assert len(card.executions) == 2
     assert [ref() for ref in card.held] == [None, None]
 
 
-def test_tiles_fail_as_the_rest_does(small_kvae):
-    tiled = TiledVAE(small_kvae)
+def test_tiles_are_not_tried_again(small_kvae):
+    host = HostVAE(small_kvae)
     card = Card(small_kvae, "not enough memory: you tried to allocate 8 bytes", RuntimeError)
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match="not enough memory"):
-        tiled.encode_tiled(torch.rand(1, 3, 21, 32, 64), 32, 32, 8)
-    assert len(card.executions) == 1  # what to do then is the host's to say
+        host.encode_tiled(torch.rand(1, 3, 21, 32, 64), 32, 32, 8)
+    assert len(card.executions) == 1  # the host decides what to do then
     assert [ref() for ref in card.held] == [None]
 
 
-def test_an_error_that_is_none_of_memory_is_not_tried_again():
+def test_other_errors_are_not_tried_again():
     tried = []
 
     def work(execution):
@@ -96,7 +93,7 @@ def test_an_error_that_is_none_of_memory_is_not_tried_again():
     assert tried == [1]
 
 
-def test_what_this_machine_says_when_it_has_no_memory_is_known():
+def test_the_error_of_this_machines_allocator_is_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)
     assert is_out_of_memory(caught.value)
@@ -107,20 +104,20 @@ def test_what_this_machine_says_when_it_has_no_memory_is_known():
 UNDER_A_LIMIT = """
 import logging, resource, sys
 import torch
-from kvae_comfyui.serving.serve import ServedVAE
 from kvae_comfyui.kvae import KVAE, BudgetError, KVAEConfig, plan_decode, plan_encode
+from kvae_comfyui.serving.host_vae import HostVAE
 
 logging.basicConfig(level=logging.WARNING)
 torch.manual_seed(0)
 torch.set_num_threads(1)
 kvae = KVAE(KVAEConfig((32, 64, 64, 64), (32, 64, 64, 64), num_res_blocks=1)).eval().requires_grad_(False).fold()
-served, z, x = ServedVAE(kvae), torch.randn(1, 16, 3, 20, 24), torch.rand(1, 3, 9, 160, 192)
+host, z, x = HostVAE(kvae), torch.randn(1, 16, 3, 20, 24), torch.rand(1, 3, 9, 160, 192)
 plan, shape, work = {
-    "decode": (plan_decode, z.shape, lambda: served.decode(z)),
-    "decode_stream": (plan_decode, z.shape, lambda: [frames.mean() for frames in served.decode_stream(z)]),
-    "encode": (plan_encode, x.shape, lambda: served.encode(x)),
+    "decode": (plan_decode, z.shape, lambda: host.decode(z)),
+    "decode_stream": (plan_decode, z.shape, lambda: [frames.mean() for frames in host.decode_stream(z)]),
+    "encode": (plan_encode, x.shape, lambda: host.encode(x)),
 }[sys.argv[1]]
-served.decode(z[..., :8, :8]), served.encode(x[:, :, :5, :64, :64])  # the code and the kernels are in memory then
+host.decode(z[..., :8, :8]), host.encode(x[:, :, :5, :64, :64])  # loads code and kernels
 most = plan(kvae, shape, None).peak
 try:
     plan(kvae, shape, 0)
@@ -136,8 +133,8 @@ work()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on the address space")
 @pytest.mark.parametrize("way", WAYS)
-def test_a_process_with_a_hard_limit_gets_through(way):
-    """Half-way between what the two ways take: were the first try still held, the second would not fit."""
+def test_the_second_try_fits_a_hard_limit(way):
+    """The limit is half-way between the two tries: if the first were still held, the second would not fit."""
     done = subprocess.run([sys.executable, "-c", UNDER_A_LIMIT, way], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Out of memory; once more") == 1
+    assert done.stderr.count("Out of memory; trying again") == 1

@@ -1,4 +1,4 @@
-"""The reader beside ffmpeg, on files of every kind that ffmpeg makes; skipped where it is not installed."""
+"""The reader compared with ffmpeg, on many kinds of files that ffmpeg makes; skipped if ffmpeg is not installed."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kvae_comfyui.kvae import WeightsError
-from kvae_comfyui.serving.video_index import shown
+from kvae_comfyui.serving.video_index import index_video
 from kvae_comfyui.serving.video_reader import read_pictures
 from made_videos import by_ffmpeg, ffmpeg
 
@@ -95,7 +95,7 @@ COPIED = {  # name: (of which, options before it, options after it)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The path of a file by its name, made when it is first asked for."""
+    """A function that makes a file by its name, once, and returns its path."""
     folder = tmp_path_factory.mktemp("made")
 
     def get(name: str) -> Path:
@@ -122,20 +122,20 @@ def test_frames_are_those_that_ffmpeg_shows(made, name):
     assert frames.shape == expected.shape
     errors = np.abs(frames.astype(np.int16) - expected).mean((1, 2, 3))
     if filters:
-        errors = errors[1:]  # without a frame before it, the first is another in each version of bwdif
+        errors = errors[1:]  # the first frame has none before it, and versions of bwdif differ there
     assert errors.max() <= (3 if "ten-bit" in name else 1)
     if len(frames) > 1 and np.abs(expected[0].astype(int) - expected[-1]).any():
         other = np.abs(frames[1:].astype(np.int16) - expected[:-1]).mean((1, 2, 3))
-        assert np.median(other) > 1  # so that a frame taken for its neighbour would show
+        assert np.median(other) > 1  # so that reading a neighbouring frame would fail
     places = sorted({0, 1, *range(len(frames) // 2, len(frames) - 1, 37), len(frames) - 1} & set(range(len(frames))))
-    assert shown(path).count == len(frames)
+    assert index_video(path).count == len(frames)
     assert np.array_equal(np.stack([each.rgb for each in read_pictures(path, places)]), frames[places])
 
 
 @pytest.mark.parametrize("name", ["variable.mp4", "h264.mkv", "h264.mov", "drops.avi", "trimmed.mp4", "timelapse.mp4"])
 def test_times_are_those_of_ffmpeg(made, name):
     path = made(name)
-    index = shown(path)
+    index = index_video(path)
     listing = ffmpeg("-i", str(path), "-f", "framehash", "-hash", "crc32", "-fps_mode", "passthrough", "-").decode()
     rows = [line.split(",") for line in listing.splitlines() if not line.startswith("#")]
     (base,) = (line.split(":")[1] for line in listing.splitlines() if line.startswith("#tb 0"))
@@ -146,18 +146,18 @@ def test_times_are_those_of_ffmpeg(made, name):
 
 
 @pytest.mark.parametrize("name", ["h264.mkv", "h264.mov"])
-def test_half_a_file_is_said_to_be_cut_short(made, tmp_path, name):
+def test_half_a_file_is_reported_as_cut_short(made, tmp_path, name):
     source = made(name)
     if name == "h264.mov":
         ffmpeg("-i", str(source), "-c", "copy", "-movflags", "faststart", into=tmp_path / "whole.mov")
         source = tmp_path / "whole.mov"
     path = tmp_path / f"cut{source.suffix}"
     path.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
-    assert "cut short, it ends after" in shown(path).lost
+    assert "cut short, it ends after" in index_video(path).lost
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "h264.ts", "mpeg2.ts"])
-def test_damage_shows_as_ffmpeg_shows_it(made, tmp_path, name):
+def test_a_damaged_file_has_as_many_frames_as_in_ffmpeg(made, tmp_path, name):
     data = bytearray(made(name).read_bytes())
     rng = np.random.default_rng(0)
     at = len(data) * 6 // 10
@@ -182,5 +182,5 @@ def test_a_picture_on_the_cover_is_not_the_video(made, tmp_path):
     parts = ("-i", str(tmp_path / "cover.png"), "-i", str(made("h264.mp4")))
     mapped = ("-map", "0", "-map", "1", "-c", "copy", "-disposition:v:0", "attached_pic")
     ffmpeg(*parts, *mapped, into=tmp_path / "a.mp4")
-    assert shown(tmp_path / "a.mp4").count == 75
+    assert index_video(tmp_path / "a.mp4").count == 75
     assert os.path.getsize(tmp_path / "a.mp4")

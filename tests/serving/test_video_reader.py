@@ -1,4 +1,4 @@
-"""Frames as they are shown, whatever the file is: with files made by PyAV alone; ffmpeg is asked in another test."""
+"""Frames are read as a player shows them. These files are made with PyAV; test_video_oracle compares with ffmpeg."""
 
 import os
 import subprocess
@@ -13,9 +13,9 @@ import torch
 
 from conftest import ROOT
 from kvae_comfyui.kvae import WeightsError
-from kvae_comfyui.serving.fit import CROP, STRETCH, fitted, resized
-from kvae_comfyui.serving.shown import Picture, as_shown, deinterlaced
-from kvae_comfyui.serving.video_index import shown
+from kvae_comfyui.serving.display import Picture, deinterlace, to_picture
+from kvae_comfyui.serving.fit import CROP, STRETCH, fit_picture, resize
+from kvae_comfyui.serving.video_index import index_video
 from kvae_comfyui.serving.video_reader import read_pictures
 from made_videos import greys, make, picture, place, remux, which
 
@@ -49,7 +49,7 @@ def all_of(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("matrix", TURNS, ids=str)
-def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path, matrix):
+def test_frames_are_rotated_and_mirrored_as_the_file_says(tmp_path, matrix):
     path = place(make(tmp_path / "a.mp4", [picture()] * 3), *matrix)
     (first, *_) = all_of(path)
     expected = TURNS[matrix](picture())
@@ -60,7 +60,7 @@ def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path, matrix):
 @pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
 @pytest.mark.parametrize("matrix", ["BT.601", "BT.709", "BT.2020", "untagged"])
 def test_colours_are_those_of_the_tagged_matrix_and_range(tmp_path, matrix, full):
-    """Values by the formula of the standards: Y = Kr R + Kg G + Kb B, Cb and Cr the scaled differences to B and R."""
+    """Expected values by the standards: Y = Kr R + Kg G + Kb B; Cb and Cr are the scaled differences to B and R."""
     number, kr, kb = {
         "BT.601": (6, 0.299, 0.114),
         "BT.709": (1, 0.2126, 0.0722),
@@ -80,7 +80,7 @@ def test_colours_are_those_of_the_tagged_matrix_and_range(tmp_path, matrix, full
         assert np.abs(all_of(path)[0].astype(int) - rgb).max() <= 3
 
 
-def test_frames_before_an_edit_list_begins_are_not_shown(tmp_path):
+def test_frames_before_the_start_of_an_edit_list_are_not_shown(tmp_path):
     source = make(tmp_path / "a.mp4", greys(60), options={"g": "250", "bf": "2"})
 
     def earlier(_, packet):
@@ -91,48 +91,48 @@ def test_frames_before_an_edit_list_begins_are_not_shown(tmp_path):
     path = remux(source, tmp_path / "trimmed.mp4", earlier, {"avoid_negative_ts": "disabled"})
     with av.open(str(path)) as file:
         assert file.streams.video[0].frames == 60
-    assert shown(path).count == 30
+    assert index_video(path).count == 30
     assert which(all_of(path)) == list(range(30, 60))
 
 
 def test_frames_that_were_dropped_are_not_counted(tmp_path):
-    """An AVI whose header counts them."""
+    """The header of this AVI counts them."""
     path = make(tmp_path / "a.avi", greys(20), "mjpeg", "yuvj420p", times=range(0, 60, 3))
     with av.open(str(path)) as file:
         assert file.streams.video[0].frames > 50
-    index = shown(path)
+    index = index_video(path)
     assert (index.count, index.lost) == (20, "")
     assert which(all_of(path)) == list(range(20))
     assert [index.seconds(i) for i in range(20)] == [Fraction(3 * i, 25) for i in range(20)]
 
 
-def test_times_of_frames_that_come_when_they_come(tmp_path):
+def test_times_of_a_variable_frame_rate(tmp_path):
     times = [*range(10), *range(10, 50, 4)]
     path = make(tmp_path / "a.mp4", greys(20), times=times)
-    index = shown(path)
+    index = index_video(path)
     assert [index.seconds(i) for i in range(20)] == [Fraction(time, 25) for time in times]
 
 
-def test_times_in_whole_milliseconds_are_those_of_the_rate(tmp_path):
+def test_times_rounded_to_milliseconds_become_those_of_the_rate(tmp_path):
     path = make(tmp_path / "a.mkv", greys(40), rate=Fraction(30000, 1001))
-    index = shown(path)
+    index = index_video(path)
     assert [index.seconds(i) for i in range(40)] == [Fraction(1001 * i, 30000) for i in range(40)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_window_far_in_is_what_reading_from_the_start_gives(tmp_path, kind):
+def test_frames_far_into_a_file_are_those_that_reading_from_the_start_gives(tmp_path, kind):
     codec, options = KINDS[kind]
     form = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     moving = [np.roll(picture(), n, axis=1) for n in range(180)]
     path = make(tmp_path / kind, moving, codec, form, options=options)
     whole = all_of(path)
-    assert len(whole) == shown(path).count == 180
+    assert len(whole) == index_video(path).count == 180
     assert np.array_equal(np.stack([each.rgb for each in read_pictures(path, FAR_IN)]), whole[FAR_IN])
     assert list(read_pictures(path, [180, 500])) == []
 
 
-def test_a_window_far_in_is_sought_not_reached(tmp_path):
-    """What lies between cannot be decoded."""
+def test_frames_far_into_a_file_are_reached_by_seeking(tmp_path):
+    """The frames before them cannot be decoded."""
     source = make(tmp_path / "a.mp4", greys(110), options={"g": "10", "bf": "0"})
 
     def spoilt(n, packet):
@@ -144,11 +144,11 @@ def test_a_window_far_in_is_sought_not_reached(tmp_path):
 
     path = remux(source, tmp_path / "spoilt.mp4", spoilt)
     assert which(each.rgb for each in read_pictures(path, [0, 98, 99, 100])) == [0, 98, 99, 100]
-    with pytest.raises(WeightsError, match="damaged, .* packets do not decode"):
+    with pytest.raises(WeightsError, match="damaged: .* packets do not decode"):
         all_of(path)
 
 
-def test_a_packet_that_does_not_decode_is_left_out(tmp_path):
+def test_a_packet_that_does_not_decode_is_skipped(tmp_path):
     source = make(tmp_path / "a.mp4", greys(60), options={"g": "1"})
 
     def spoilt(n, packet):
@@ -163,17 +163,17 @@ def test_a_packet_that_does_not_decode_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.avi"])
-def test_a_file_that_breaks_off_says_so(tmp_path, name):
+def test_a_file_that_is_cut_short_says_so(tmp_path, name):
     container = {"movflags": "faststart"} if name == "a.mp4" else {}
     noise = np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), np.uint8)
     path = make(tmp_path / name, noise, container=container)
-    assert shown(path).lost == ""
+    assert index_video(path).lost == ""
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
-    assert "cut short, it ends after" in shown(path).lost
-    assert 10 < shown(path).count < 30
+    assert "cut short, it ends after" in index_video(path).lost
+    assert 10 < index_video(path).count < 30
 
 
-def test_a_video_that_ends_before_its_sound_is_whole(tmp_path):
+def test_a_video_that_ends_before_its_sound_is_complete(tmp_path):
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as file:
         video, sound = file.add_stream("libx264", rate=25), file.add_stream("pcm_s16le", rate=8000, layout="mono")
@@ -186,7 +186,7 @@ def test_a_video_that_ends_before_its_sound_is_whole(tmp_path):
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.int16), format="s16", layout="mono")
         silence.sample_rate, silence.pts = 8000, 0
         file.mux([*sound.encode(silence), *sound.encode(None)])
-    assert (shown(path).count, shown(path).lost) == (10, "")
+    assert (index_video(path).count, index_video(path).lost) == (10, "")
 
 
 def test_a_change_of_size_within_the_stream(tmp_path):
@@ -207,11 +207,11 @@ def test_a_change_of_size_within_the_stream(tmp_path):
     pictures = list(read_pictures(path, range(20)))
     assert [each.rgb.shape[:2] for each in pictures] == [(48, 64)] * 5 + [(96, 128)] * 5
     assert which(each.rgb for each in pictures) == list(range(10))
-    assert {fitted(each, 24, 32).shape for each in pictures} == {(3, 24, 32)}
+    assert {fit_picture(each, 24, 32).shape for each in pictures} == {(3, 24, 32)}
 
 
 def interlaced(tmp_path: Path, count: int) -> tuple[Path, np.ndarray]:
-    """A bar that moves by four pixels with each field; and its frames as the first field alone shows them."""
+    """A video of a bar that moves by four pixels with each field, and its frames made of the first fields alone."""
     fields = np.full((2 * count, 64, 256, 3), 60, np.uint8)
     for n, each in enumerate(fields):
         each[:, 4 * n % 224 : 4 * n % 224 + 32] = 200
@@ -232,8 +232,8 @@ def test_interlaced_frames_have_no_comb(tmp_path):
 
 
 @pytest.mark.skipif(av.library_versions["libavfilter"] < (11, 14), reason="older bwdif begin in a way of their own")
-def test_an_interlaced_frame_is_filled_in_the_same_wherever_reading_began(tmp_path):
-    """Behind a frame that is not interlaced, with interlaced ones before that, or none."""
+def test_an_interlaced_frame_is_the_same_wherever_reading_began(tmp_path):
+    """After a frame that is not interlaced, whether or not interlaced frames came before it."""
 
     def decoded(path: Path) -> list[av.VideoFrame]:
         with av.open(str(path)) as file:
@@ -246,15 +246,15 @@ def test_an_interlaced_frame_is_filled_in_the_same_wherever_reading_began(tmp_pa
     sequence = [woven[0], plain, woven[1], decoded(path)[1]]  # what stands still is woven, if it stood still before
     for n, frame in enumerate(sequence):
         frame.pts, frame.time_base = n, Fraction(1, 25)
-    whole = [as_shown(frame, None).rgb for frame, _ in deinterlaced(sequence)]
-    part = [as_shown(frame, None).rgb for frame, _ in deinterlaced(sequence[1:])]
-    assert [pts for _, pts in deinterlaced(sequence)] == [0, 1, 2, 3]
+    whole = [to_picture(frame, None).rgb for frame, _ in deinterlace(sequence)]
+    part = [to_picture(frame, None).rgb for frame, _ in deinterlace(sequence[1:])]
+    assert [pts for _, pts in deinterlace(sequence)] == [0, 1, 2, 3]
     assert np.array_equal(np.stack(whole[1:]), np.stack(part))
-    assert np.array_equal(whole[1], as_shown(plain, None).rgb)  # and it stays as it is
+    assert np.array_equal(whole[1], to_picture(plain, None).rgb)  # and it stays as it is
 
 
 def test_pixels_that_are_not_square_are_shown_square(tmp_path):
-    """A circle that is stored 2:1 is a circle again; a turn turns the shape of its pixels too."""
+    """A circle stored with pixels of 2:1 is a circle again; a rotation also rotates the shape of the pixels."""
     y, x = np.mgrid[:96, :96] - 47.5
     disc = np.where(x**2 + y**2 < 30**2, 220, 30).astype(np.uint8)[..., None].repeat(3, -1)
     narrow = disc.reshape(96, 48, 2, 3).mean(2).astype(np.uint8)
@@ -262,26 +262,26 @@ def test_pixels_that_are_not_square_are_shown_square(tmp_path):
     target = torch.from_numpy(disc).permute(2, 0, 1)
     for matrix in ((1, 0, 0, 1), (0, 1, -1, 0)):
         (first, *_) = read_pictures(place(path, *matrix), range(3))
-        assert (fitted(first, 96, 96, CROP).float() - target).abs().mean() < 4
+        assert (fit_picture(first, 96, 96, CROP).float() - target).abs().mean() < 4
     assert first.pixel_aspect == Fraction(1, 2)
 
 
-def test_crop_takes_the_middle_and_stretch_takes_all():
+def test_crop_keeps_the_middle_and_stretch_keeps_everything():
     wide = Picture(np.arange(200, dtype=np.uint8)[None, :, None].repeat(100, 0).repeat(3, 2))
-    assert fitted(wide, 50, 50, CROP)[0, 0, [0, -1]].tolist() == [51, 148]
-    assert fitted(wide, 100, 100, CROP).shape == (3, 100, 100)
-    assert torch.equal(fitted(wide, 100, 100, CROP)[0, 0], torch.arange(50, 150).byte())
-    assert torch.equal(fitted(wide, 100, 200, CROP), fitted(wide, 100, 200, STRETCH))
-    assert fitted(wide, 50, 50, STRETCH)[0, 0, [0, -1]].tolist() == [2, 197]
+    assert fit_picture(wide, 50, 50, CROP)[0, 0, [0, -1]].tolist() == [51, 148]
+    assert fit_picture(wide, 100, 100, CROP).shape == (3, 100, 100)
+    assert torch.equal(fit_picture(wide, 100, 100, CROP)[0, 0], torch.arange(50, 150).byte())
+    assert torch.equal(fit_picture(wide, 100, 200, CROP), fit_picture(wide, 100, 200, STRETCH))
+    assert fit_picture(wide, 50, 50, STRETCH)[0, 0, [0, -1]].tolist() == [2, 197]
     nearly = Picture(wide.rgb, Fraction(4096, 4083))  # as some of UCF101
-    assert torch.equal(fitted(nearly, 100, 200, CROP)[0, 0], torch.arange(200).byte())
+    assert torch.equal(fit_picture(nearly, 100, 200, CROP)[0, 0], torch.arange(200).byte())
     tall = Picture(wide.rgb.swapaxes(0, 1).copy())
-    assert torch.equal(fitted(tall, 100, 100, CROP)[0, :, 0], torch.arange(50, 150).byte())
+    assert torch.equal(fit_picture(tall, 100, 100, CROP)[0, :, 0], torch.arange(50, 150).byte())
 
 
 def test_resizing_keeps_the_mean():
     x = torch.from_numpy(picture(96, 128)).permute(2, 0, 1)
-    y = resized(x, 24, 40)
+    y = resize(x, 24, 40)
     assert y.shape == (3, 24, 40)
     torch.testing.assert_close(y.float().mean((1, 2)), x.float().mean((1, 2)), rtol=0.02, atol=1)
 
@@ -289,11 +289,11 @@ def test_resizing_keeps_the_mean():
 @pytest.mark.parametrize(("number", "name"), [(16, "PQ"), (18, "HLG")])
 def test_hdr_is_refused_by_name(tmp_path, number, name):
     path = make(tmp_path / "a.mp4", greys(3), color_trc=number, colorspace=9, color_primaries=9)
-    with pytest.raises(WeightsError, match=f"a.mp4: HDR \\({name}\\), which is not converted"):
+    with pytest.raises(WeightsError, match=f"a.mp4: HDR \\({name}\\) is not supported"):
         all_of(path)
 
 
-def test_what_is_no_video(tmp_path):
+def test_files_that_are_not_videos_are_refused(tmp_path):
     (tmp_path / "text.avi").write_text("this is not a video")
     (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n")
     os.mkfifo(tmp_path / "pipe.mp4")
@@ -309,12 +309,12 @@ def test_what_is_no_video(tmp_path):
         ("sound.mp4", "has no video stream"),
         ("absent.mp4", "no such file"),
     ):
-        for read in (all_of, shown):
+        for read in (all_of, index_video):
             with pytest.raises(WeightsError, match=reason):
                 read(tmp_path / name)
 
 
-def test_a_path_is_never_taken_for_an_address(tmp_path, monkeypatch):
+def test_a_path_is_never_read_as_an_address(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("http:clip.mp4", "concat:a|b.mp4", "50% -x #1 ü.mp4"):
         make(tmp_path / "a.mp4", greys(6)).rename(tmp_path / name)
@@ -332,7 +332,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
-def test_memory_is_that_of_the_clip_and_not_of_the_file(tmp_path):
+def test_memory_grows_with_the_clip_not_with_the_file(tmp_path):
     frame = picture(360, 640)
     path = make(tmp_path / "a.mp4", [frame] * 500, form="yuv420p", options={"preset": "ultrafast", "crf": "30"})
     out = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""What is written is what was given: rates, times, colours, tags, sound; and whatever is wrong is said beforehand."""
+"""Rates, times, colours, tags and sound are written as given; wrong inputs are refused before the file is opened."""
 
 import logging
 import subprocess
@@ -13,7 +13,7 @@ import torch
 
 from conftest import ROOT
 from kvae_comfyui.kvae import WeightsError
-from kvae_comfyui.serving.video_index import shown
+from kvae_comfyui.serving.video_index import index_video
 from kvae_comfyui.serving.video_reader import read_pictures
 from kvae_comfyui.serving.video_writer import CODECS, VideoWriter, exact_rate, write_video
 from made_videos import ffmpeg, picture
@@ -23,7 +23,7 @@ SIZE = {"width": 64, "height": 48}
 
 
 def sine(rate: float, channels: int = 2, seconds: float = 3.0) -> dict:
-    """A tone of 440 Hz, half as loud in each channel as in the one before."""
+    """A tone of 440 Hz, in each channel half as loud as in the channel before."""
     time = torch.arange(round(seconds * rate)) / rate
     loudness = 0.5 ** torch.arange(1, channels + 1)
     return {"waveform": (loudness[:, None] * torch.sin(2 * torch.pi * 440 * time))[None], "sample_rate": rate}
@@ -77,7 +77,7 @@ def test_rates_are_exact(tmp_path, fps, exact):
 def test_frames_are_shown_at_their_times(tmp_path, times):
     seconds = [Fraction(time, 25) for time in times]
     write_video(tmp_path / "a.mp4", CLIP[: len(times)].permute(3, 0, 1, 2), seconds)
-    index = shown(tmp_path / "a.mp4")
+    index = index_video(tmp_path / "a.mp4")
     assert [index.seconds(i) for i in range(len(times))] == seconds
     with av.open(str(tmp_path / "a.mp4")) as file:
         assert file.duration > seconds[-1] * 1_000_000  # so that players show the last one
@@ -91,7 +91,7 @@ def test_frames_at_even_times_have_a_rate(tmp_path):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_the_file_says_what_its_values_are(tmp_path, codec):
+def test_the_file_is_tagged_with_matrix_and_range(tmp_path, codec):
     if CODECS[codec] not in av.codecs_available:
         pytest.skip(f"this build of PyAV has no {CODECS[codec]}")
     path = tmp_path / "a.mp4"
@@ -108,7 +108,7 @@ def test_the_file_says_what_its_values_are(tmp_path, codec):
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_values_are_those_of_bt709_in_limited_range(tmp_path, codec):
-    """In the middle of patches of one colour, by the formula of the standard; colour has half the resolution."""
+    """Expected values by the standard, in the middle of patches of one colour: colour has half the resolution."""
     if CODECS[codec] not in av.codecs_available:
         pytest.skip(f"this build of PyAV has no {CODECS[codec]}")
     colours = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
@@ -134,7 +134,7 @@ def test_values_are_rounded_and_clipped(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [8000, 44100, 44100.0, 48000, 96000, 6000, 12345, 37800, 192000])
-def test_sound_of_any_rate_is_heard_in_time(tmp_path, rate):
+def test_sound_of_any_rate_is_in_time(tmp_path, rate):
     audio = sine(rate, channels=1)
     audio["waveform"][..., : rate // 2 if isinstance(rate, int) else 22050] = 0  # half a second of silence
     with VideoWriter(tmp_path / "a.mp4", **SIZE, fps=10, audio=audio) as writer:
@@ -165,19 +165,19 @@ def test_more_than_two_channels_are_mixed_down_as_ffmpeg_does(tmp_path, channels
     np.testing.assert_allclose(*loudness, rtol=0.02)
 
 
-def test_samples_that_are_no_numbers_are_silence_and_said(tmp_path, caplog):
+def test_samples_that_are_not_finite_become_silence_with_a_warning(tmp_path, caplog):
     audio = sine(48000)
     audio["waveform"][0, 0, 24000], audio["waveform"][0, 1, 30000:30100] = torch.nan, torch.inf
     with caplog.at_level(logging.WARNING), VideoWriter(tmp_path / "a.mp4", **SIZE, fps=10, audio=audio) as writer:
         writer.write(CLIP)
-    assert "no finite numbers" in caplog.text
+    assert "NaN or infinite" in caplog.text
     samples, _ = heard(tmp_path / "a.mp4")
     assert np.isfinite(samples).all() and np.abs(samples).max() < 1
     assert len(list(read_pictures(tmp_path / "a.mp4", range(99)))) == 20
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 60.0])
-def test_sound_of_any_length_leaves_the_video_as_long_as_it_is(tmp_path, seconds):
+def test_sound_of_any_length_does_not_change_the_length_of_the_video(tmp_path, seconds):
     with VideoWriter(tmp_path / "a.mp4", **SIZE, fps=10, audio=sine(48000, seconds=seconds)) as writer:
         writer.write(CLIP)
     with av.open(str(tmp_path / "a.mp4")) as file:
@@ -185,13 +185,13 @@ def test_sound_of_any_length_leaves_the_video_as_long_as_it_is(tmp_path, seconds
         assert file.duration == pytest.approx(2_000_000, abs=30_000)
 
 
-def test_sound_that_fails_late_leaves_the_video(tmp_path, caplog):
+def test_a_video_is_kept_if_its_sound_fails_late(tmp_path, caplog):
     audio = sine(48000)
     with caplog.at_level(logging.WARNING), VideoWriter(tmp_path / "a.mp4", **SIZE, fps=10, audio=audio) as writer:
         writer.write(CLIP[:10])
         writer.sound.samples = writer.sound.samples[:1]  # another layout than the encoder has begun with
         writer.write(CLIP[10:])
-    assert "The video's sound ends after" in caplog.text
+    assert "The sound of the video ends after" in caplog.text
     assert len(list(read_pictures(tmp_path / "a.mp4", range(99)))) == 20
 
 
@@ -217,9 +217,9 @@ def audio(*shape: int, rate: object = 48000) -> dict:
         ({"crf": "18"}, "crf is '18'"),
         ({"width": 63}, "a video of 63x48"),
         ({"height": 0}, "a video of 64x0"),
-        (audio(480), "audio: waveform of shape \\[480\\]"),
-        (audio(2, 480), "audio: waveform of shape \\[2, 480\\]"),
-        (audio(0, 2, 480), "audio: waveform of shape \\[0, 2, 480\\]"),
+        (audio(480), "audio: the waveform has shape \\[480\\]"),
+        (audio(2, 480), "audio: the waveform has shape \\[2, 480\\]"),
+        (audio(0, 2, 480), "audio: the waveform has shape \\[0, 2, 480\\]"),
         (audio(1, 0, 480), "audio: 0 channels"),
         (audio(1, 9, 480), "audio: 9 channels"),
         (audio(1, 2, 480, rate=44100.5), "audio: sample_rate is 44100.5"),
@@ -227,10 +227,10 @@ def audio(*shape: int, rate: object = 48000) -> dict:
         (audio(1, 2, 480, rate=0), "audio: sample_rate is 0"),
         (audio(1, 2, 480, rate=float("nan")), "audio: sample_rate is nan"),
         (audio(1, 2, 480, rate=None), "audio: sample_rate is None"),
-        ({"audio": {"waveform": [0.0], "sample_rate": 48000}}, "audio: waveform is a list"),
+        ({"audio": {"waveform": [0.0], "sample_rate": 48000}}, "audio: the waveform is a list"),
         (
             {"audio": {"waveform": torch.zeros(1, 2, 9, dtype=torch.complex64), "sample_rate": 48000}},
-            "audio: waveform of",
+            "audio: the waveform is of",
         ),
         ({"audio": {}}, "audio: dict without waveform or sample_rate"),
         ({"audio": {"waveform": torch.zeros(1, 2, 480)}}, "audio: dict without waveform or sample_rate"),
@@ -238,7 +238,7 @@ def audio(*shape: int, rate: object = 48000) -> dict:
         ({"audio": 5}, "audio: int without"),
     ],
 )
-def test_what_cannot_be_written_is_said_before_anything_is(tmp_path, options, found):
+def test_settings_that_cannot_be_written_are_refused_before_the_file_is_opened(tmp_path, options, found):
     with pytest.raises(ValueError, match=f"^{found}.*expected") as error:
         VideoWriter(**{"path": tmp_path / "a.mp4", **SIZE, "fps": 24} | options)
     assert "\n" not in str(error.value)
@@ -246,7 +246,7 @@ def test_what_cannot_be_written_is_said_before_anything_is(tmp_path, options, fo
 
 
 @pytest.mark.parametrize("name", ["n" * 300 + ".mp4", "a\0b.mp4", "folder", "file/a.mp4"])
-def test_a_path_that_cannot_be_written_is_said_before_anything_is(tmp_path, name):
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(WeightsError), VideoWriter(tmp_path / name, **SIZE, fps=24):
@@ -254,7 +254,7 @@ def test_a_path_that_cannot_be_written_is_said_before_anything_is(tmp_path, name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_frames_of_another_size_are_refused_and_leave_nothing(tmp_path):
+def test_frames_of_another_size_are_refused_and_leave_no_file(tmp_path):
     with (
         pytest.raises(ValueError, match="expected \\[T, 48, 64, 3\\]"),
         VideoWriter(tmp_path / "a.mp4", **SIZE, fps=24, audio=sine(48000)) as writer,
@@ -274,7 +274,7 @@ with VideoWriter(sys.argv[1], 64, 48, 24) as writer:
 """
 
 
-def test_what_a_kill_leaves_is_hidden_and_swept_by_the_next_video(tmp_path):
+def test_a_killed_writers_file_is_hidden_and_deleted_by_the_next_video(tmp_path):
     path = tmp_path / "KVAE_00001_.mp4"
     assert subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT).returncode == -9
     (left,) = tmp_path.iterdir()
@@ -299,7 +299,7 @@ except WeightsError as error:
 """
 
 
-def test_a_disk_that_is_full_is_said_in_a_line_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_reported_in_one_line_and_leaves_no_file(tmp_path):
     out = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path / "a.mp4")], cwd=ROOT, capture_output=True, text=True
     )

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from conftest import make_videos, shared
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae.files import Weights
+from kvae_comfyui.serving.metrics import psnr
 from kvae_comfyui.training import tiny
 from kvae_comfyui.training.adapters.muon import orthogonalise
 from kvae_comfyui.training.adapters.ridge import Ridge
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.videos import Clip, find_videos, read_clip
-from kvae_comfyui.training.evaluate.evaluate import psnr
 from kvae_comfyui.training.vaes import ASSETS, TINY, load_hunyuan_vae, load_kandinsky_vae
 
 

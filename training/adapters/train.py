@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...adapters.files import LatentAdapter, save_adapter
-from ...adapters.networks import Affine, Network, Published, Residual, build_network
+from ...adapters.networks import Affine, Network, PointwiseNet, Residual, build_network
 from ...kvae.paths import write_bytes
 from ..data.dataset import Groups, batches
 from ..data.manifests import read_manifest, read_spaces, weights_of, without_signature
@@ -182,7 +182,7 @@ def _close_epoch(state: State, job: Job, times: dict[str, float]) -> None:
 
 def _sight(state: State) -> int | None:
     """Radius of the crops to train on; None where a network must see whole clips."""
-    if any(isinstance(network, Published) for network in state.networks.values()):
+    if any(isinstance(network, PointwiseNet) for network in state.networks.values()):
         return None
     return max(network.radius for network in state.networks.values())
 

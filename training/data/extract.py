@@ -100,7 +100,7 @@ def run(config: ExtractConfig) -> int:
     hunyuan = load_hunyuan_vae(config.hunyuan_vae, str(processes.device), DTYPES[config.dtype])
     kvae = load_kandinsky_vae(config.kvae, str(processes.device), DTYPES[config.dtype])
     check_grids(hunyuan.space, kvae.space)
-    _check_size(config, kvae.space.space)
+    _check_size(config, kvae.space.spatial_factor)
     processes.wait()  # none is to find what another has begun
     manifest = ExtractionManifest(out, _described(config, hunyuan, kvae))
     processes.wait()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ...adapters.files import VAEWeights
-from ...adapters.spaces import LatentSpace, space
+from ...adapters.spaces import LatentSpace, latent_space
 from ...kvae.foreign import build, parse_object
 from ...kvae.paths import read_text, write_text
 from ...kvae.signature import same_weights
@@ -113,9 +113,9 @@ def read_spaces(root: str | Path) -> tuple[LatentSpace, LatentSpace]:
     """
     manifest = read_manifest(root)
     if not manifest:
-        return space("hunyuan_video"), space("kvae_3d_1.0")
+        return latent_space("hunyuan_video"), latent_space("kvae_3d_1.0")
     try:
-        return space(manifest["hunyuan_vae"]["space"]), space(manifest["kvae"]["space"])
+        return latent_space(manifest["hunyuan_vae"]["space"]), latent_space(manifest["kvae"]["space"])
     except ValueError as error:
         raise UserError(f"{root}/{MANIFEST}: {error}") from None
 

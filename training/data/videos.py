@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ...kvae.errors import WeightsError
-from ...serving.fit import CROP, STRETCH, fitted
-from ...serving.video_index import Shown, shown
+from ...serving.fit import CROP, STRETCH, fit_picture
+from ...serving.video_index import VideoIndex, index_video
 from ...serving.video_reader import read_pictures
 from ..errors import UserError
 from .walk import files_under
@@ -133,7 +133,7 @@ def read_clips(clips: list[Clip], height: int, width: int, fit: str = STRETCH) -
         places = [_places(clip) for clip in clips]
         pictures = read_pictures(video, [place for window in places for place in window])
         for window in places:
-            frames = [fitted(picture, height, width, fit) for picture in islice(pictures, len(window))]
+            frames = [fit_picture(picture, height, width, fit) for picture in islice(pictures, len(window))]
             if len(frames) < len(window):
                 _whole(video)  # says so where the file breaks off
             if len(frames) < MIN_FRAMES:
@@ -148,7 +148,7 @@ def times_of(clip: Clip) -> list[Fraction]:
         UserError: not a video, or damaged.
     """
     with _user_errors():
-        index = shown(clip.video)
+        index = index_video(clip.video)
     places = [place for place in _places(clip) if place < index.count]
     return [index.seconds(place) - index.seconds(places[0]) for place in places]
 
@@ -160,9 +160,9 @@ def _places(clip: Clip) -> list[int] | range:
     return np.linspace(0, total - 1, min(clip.count, total), dtype=np.int64).tolist()
 
 
-def _whole(path: Path) -> Shown:
+def _whole(path: Path) -> VideoIndex:
     with _user_errors():
-        index = shown(path)
+        index = index_video(path)
     if index.lost:
         raise UserError(f"{path}: {index.lost}")
     return index

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ...adapters.files import LatentAdapter, load_adapter
 from ...kvae.foreign import json_text
 from ...kvae.paths import write_text
+from ...serving.metrics import psnr, temporal_error
 from ..adapters.closed_form import fit_both_ways
 from ..data.dataset import Pairs, open_pairs, spread
 from ..data.manifests import read_manifest, read_spaces, same_vae
@@ -238,23 +239,12 @@ def pixel_figures(pairs: Pairs, chosen: list[int], decoding: Decoding, config: E
 def _compare(decoded: Tensor, direct: Tensor, original: Tensor, same: bool) -> dict[str, float]:
     frames = original.shape[1]
     y, x = decoded[0, :, :frames], original.float()
-    figures = {
+    metrics = {
         "psnr": psnr(y, x),
         "ssim": ssim(y.movedim(1, 0), x.movedim(1, 0), data_range=255.0).item(),  # type: ignore[union-attr]
-        "flicker": flicker(y, x),
+        "flicker": temporal_error(y, x),
     }
-    return figures if same else figures | {"psnr_source": psnr(y, direct[0, :, :frames])}
-
-
-def psnr(y: Tensor, x: Tensor) -> float:
-    """dB, for pixels in 0..255; over the whole clip at once, as published."""
-    return (10 * torch.log10(255**2 / (y - x).square().mean().clamp(min=1e-9))).item()
-
-
-def flicker(y_3THW: Tensor, x_3THW: Tensor) -> float:
-    """Root mean square over time of how the error changes from frame to frame, in 0..255."""
-    error = y_3THW - x_3THW
-    return error.diff(dim=1).square().mean().sqrt().item()
+    return metrics if same else metrics | {"psnr_source": psnr(y, direct[0, :, :frames])}
 
 
 def _vaes(config: EvaluateConfig, adapters: tuple[LatentAdapter, LatentAdapter]) -> tuple[VideoVAE, VideoVAE]:

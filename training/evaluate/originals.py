@@ -55,8 +55,8 @@ def _check(name: str, source: Source, pair: Pair) -> None:
     """What is said asks for no more frames and pixels than the latents stand for. That it names a file in the folder of
     videos, `Source` itself has made sure."""
     _, t, h, w = pair.z_h.shape
-    sizes = {(each.space * h, each.space * w) for each in SPACES.values()}
-    frames = max(each.time for each in SPACES.values()) * (t - 1) + 1
+    sizes = {(each.spatial_factor * h, each.spatial_factor * w) for each in SPACES.values()}
+    frames = max(each.temporal_factor for each in SPACES.values()) * (t - 1) + 1
     fits = (source.height, source.width) in sizes and min(source.height, source.width) >= LEAST_SIDE
     if not (fits and 1 <= source.frames <= frames and 0 <= (source.first or 0) <= MOST):
         raise UserError(

@@ -13,13 +13,13 @@ from pathlib import Path
 from torch import Tensor
 
 from ...serving.fit import CROP
+from ...serving.metrics import psnr, temporal_error
 from ...serving.video_writer import write_video
 from ..data.videos import MIN_FRAMES, Clip, read_clip, times_of
 from ..errors import UserError
 from ..options import DEVICE, HUNYUAN_HELP, KVAE_HELP, MOST_FRAMES, MOST_SIDE, check_values, option, write_config
 from ..runtime.places import check_apart, check_target
 from ..vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
-from .evaluate import flicker, psnr
 from .pictures import side_by_side
 
 
@@ -42,13 +42,14 @@ def run(config: ReconstructConfig) -> int:
     _check(config, out)
     load, name = (load_kandinsky_vae, config.kvae) if config.vae == "kvae" else (load_hunyuan_vae, config.hunyuan_vae)
     vae = load(name, config.device)
-    if config.height % vae.space.space or config.width % vae.space.space:
-        raise UserError(f"{config.height}x{config.width}: expected multiples of {vae.space.space} ({vae.space.name})")
+    side = vae.space.spatial_factor
+    if config.height % side or config.width % side:
+        raise UserError(f"{config.height}x{config.width}: expected multiples of {side} ({vae.space.name})")
     clip = Clip(Path(config.video_path), config.num_frames, 0)
     frames = read_clip(clip, config.height, config.width, CROP)
     decoded = _through(vae, frames)
     x = frames.float()
-    print(f"{frames.shape[1]} frames: PSNR {psnr(decoded, x):.2f} dB, flicker {flicker(decoded, x):.2f}")
+    print(f"{frames.shape[1]} frames: PSNR {psnr(decoded, x):.2f} dB, flicker {temporal_error(decoded, x):.2f}")
     write_video(out, side_by_side(["original", config.vae], [frames, decoded.round().byte()]), times_of(clip))
     write_config(out.with_suffix(".json"), "reconstruct", config)
     print(f"→ {out}")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from conftest import make_videos, moving_picture
+from kvae_comfyui.serving.metrics import psnr
 from kvae_comfyui.serving.video_writer import write_video
 from kvae_comfyui.training.data.videos import Clip, count_frames, cut, find_videos, read_clip, read_clips, times_of
 from kvae_comfyui.training.errors import UserError
-from kvae_comfyui.training.evaluate.evaluate import psnr
 from made_videos import greys, make, which
 
 

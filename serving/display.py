@@ -1,4 +1,4 @@
-"""A decoded frame as it is shown: its fields woven, its colours as tagged, turned and mirrored.
+"""Decoded frames as a player displays them: deinterlaced, with colours by their tags, rotated and mirrored.
 
 # pictures are uint8 [H, W, 3], RGB, full range
 """
@@ -16,32 +16,32 @@ import av
 import av.filter
 import numpy as np
 
-LIMITED, FULL = 1, 2  # ranges, by FFmpeg's numbers
-BT709, BT601 = 1, 5  # matrices, by libswscale's numbers, which are those of ITU-T H.273 where it has one
+LIMITED, FULL = 1, 2  # colour ranges, by FFmpeg's numbers
+BT709, BT601 = 1, 5  # colour matrices, by libswscale's numbers, most of which are those of ITU-T H.273
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A frame as shown. A pixel is `pixel_aspect` times as wide as it is high."""
+    """A frame as displayed. A pixel is `pixel_aspect` times as wide as it is high."""
 
     rgb: np.ndarray
     pixel_aspect: Fraction = Fraction(1)
 
 
-def as_shown(frame: Any, pixel_aspect: Fraction | None) -> Picture:
-    """The picture of an av.VideoFrame, whose pixels have that shape before it is turned."""
+def to_picture(frame: Any, pixel_aspect: Fraction | None) -> Picture:
+    """The picture of an av.VideoFrame. `pixel_aspect` is that of the stored frame, before its rotation."""
     rgb = _rgb(frame)
     aspect = pixel_aspect if pixel_aspect else Fraction(1)
     try:
         a, b, _, c, d, *_ = struct.unpack("=9i", bytes(frame.side_data["DISPLAYMATRIX"]))
     except (KeyError, struct.error):
         return Picture(rgb, aspect)
-    return turned(Picture(rgb, aspect), a, b, c, d)
+    return apply_display_matrix(Picture(rgb, aspect), a, b, c, d)
 
 
-def turned(picture: Picture, a: int, b: int, c: int, d: int) -> Picture:
-    """Placed by a display matrix: x' = ax + cy, y' = bx + dy. Other angles are taken for the nearest quarter turn."""
+def apply_display_matrix(picture: Picture, a: int, b: int, c: int, d: int) -> Picture:
+    """Rotate and mirror by a display matrix: x' = ax + cy, y' = bx + dy, rounded to the nearest quarter turn."""
     rgb, aspect = picture.rgb, picture.pixel_aspect
     if abs(b) + abs(c) > abs(a) + abs(d):
         rgb, aspect, a, d = rgb.swapaxes(0, 1), 1 / aspect, c, b
@@ -53,10 +53,10 @@ def turned(picture: Picture, a: int, b: int, c: int, d: int) -> Picture:
 
 
 def _rgb(frame: Any) -> np.ndarray:
-    """Without a tag the matrix is BT.601's and the range limited, as in FFmpeg.
+    """The frame as RGB. Without tags the matrix is BT.601's and the range is limited, as in FFmpeg.
 
-    PyAV converts by the tags only from 17 on, and not when frames come with none: so all is named. Older ones heed that
-    only where the two matrices differ; RGB has none, so any other will do.
+    PyAV converts by the tags only from version 17 on, and only if a frame has tags, so every argument is given. Older
+    versions ignore the arguments if both matrices are equal. RGB has no matrix, so any other one may be given for it.
     """
     full = frame.color_range == FULL or frame.format.name.startswith("yuvj") or frame.format.is_rgb
     matrix = _MATRICES.get(frame.colorspace, BT601)
@@ -71,32 +71,33 @@ def _rgb(frame: Any) -> np.ndarray:
     return picture.to_ndarray()
 
 
-def deinterlaced(frames: Iterable[Any]) -> Iterator[Any]:
-    """The frames one for one, as (av.VideoFrame, pts); of interlaced ones the first field, with rows filled in between.
+def deinterlace(frames: Iterable[Any]) -> Iterator[Any]:
+    """Yield (av.VideoFrame, pts) for each frame. Of an interlaced frame, the first field is kept and the rows between
+    are interpolated.
 
-    The frame before and the one after count, so that one frame more is read than is given.
+    The frame before and the frame after are needed for that, so reading is one frame ahead.
     """
-    weave: _Weave | None = None
+    filtering: _Deinterlacer | None = None
     last = None
     for frame in frames:
-        if weave and not weave.takes(frame):
-            yield from weave.end()
-            weave = None
-        if weave is None and frame.interlaced_frame:
-            weave = _Weave(frame)
-            if last is not None and weave.takes(last):
-                weave.look_back(last)
-        if weave:
-            yield from weave.push(frame)
+        if filtering and not filtering.accepts(frame):
+            yield from filtering.end()
+            filtering = None
+        if filtering is None and frame.interlaced_frame:
+            filtering = _Deinterlacer(frame)
+            if last is not None and filtering.accepts(last):
+                filtering.start_after(last)
+        if filtering:
+            yield from filtering.push(frame)
         else:
             yield frame, frame.pts
         last = frame
-    if weave:
-        yield from weave.end()
+    if filtering:
+        yield from filtering.end()
 
 
-class _Weave:
-    """libavfilter's bwdif, for frames of one size and format."""
+class _Deinterlacer:
+    """libavfilter's bwdif filter for frames of one size and format."""
 
     def __init__(self, frame: Any):
         self.kind, self.waiting, self.skipped = self._kind(frame), deque[int | None](), 0
@@ -104,16 +105,16 @@ class _Weave:
         source = self.graph.add_buffer(
             width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
         )
-        weave, sink = self.graph.add("bwdif", "mode=send_frame:deint=interlaced"), self.graph.add("buffersink")
-        source.link_to(weave)
-        weave.link_to(sink)
+        bwdif, sink = self.graph.add("bwdif", "mode=send_frame:deint=interlaced"), self.graph.add("buffersink")
+        source.link_to(bwdif)
+        bwdif.link_to(sink)
         self.graph.configure()
 
-    def takes(self, frame: Any) -> bool:
+    def accepts(self, frame: Any) -> bool:
         return self._kind(frame) == self.kind
 
-    def look_back(self, frame: Any) -> None:
-        """A frame that has been given already, before the first."""
+    def start_after(self, frame: Any) -> None:
+        """Give the filter the frame before its first one. It is not yielded again."""
         self.skipped = 1
         self.graph.push(frame)
 

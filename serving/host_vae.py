@@ -1,0 +1,277 @@
+"""HostVAE: a KVAE with the interface that hosts expect of a video VAE.
+
+vae = HostVAE(kvae, decode_adapter, encode_adapter)       # HunyuanVideo's latents; without adapters, KVAE's own
+vae.on_progress = lambda done, total: print(done, total)  # after each segment; an exception from it stops the work
+z = vae.encode(x)
+for frames in vae.decode_stream(z):                       # 17, 16, 16 … frames, on `output_device`
+    ...
+
+It checks its inputs once, chooses how to compute them within the host's memory, reports progress, and moves frames off
+the device as they are made. Tiles of a size that a host asks for are blended where they overlap: that needs less memory
+than any exact way, and is not exact (see `kvae.Execution`). Each tile is streamed through the whole clip. Tiles in time
+would cut off what a causal VAE remembers, which flickers at their edges, and would save nothing, since memory does not
+grow with the length. Adapters convert the whole latent, never a tile.
+
+# x_B3THW pixels in −1..1 in HunyuanVideo's convention (x/127.5 − 1), z_Bcthw raw latents
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.checks import check_finite, check_shape, check_tensor
+from ..adapters.files import LatentAdapter
+from ..adapters.hybrid import HybridVAE, from_kvae_pixels, to_kvae_pixels
+from ..adapters.spaces import LatentSpace
+from ..kvae import KVAE, SEGMENT_FRAMES, Execution, plan_decode, plan_encode
+from ..kvae.model import Progress
+from .memory import room_for, with_less_memory
+from .planning import Executions, Planner
+
+
+class HostVAE(nn.Module):
+    """A video VAE for latents of `space`. It computes the clips of a batch one after the other.
+
+    Args:
+        decode_adapter, encode_adapter: between the space of the host's latents and KVAE's; see `HybridVAE`.
+
+    Attributes:
+        on_progress: called with (done, total) after each segment, in latent frames of the whole batch.
+        planner: chooses how to compute within the memory that it is told of.
+        latents_checked: whether the caller has checked that latents are finite, so that `decode` does not scan them.
+        output_device: where decoded frames go.
+
+    Raises:
+        WeightsError: the adapters do not fit the KVAE or each other.
+    """
+
+    comfy_has_chunked_io = True  # newer ComfyUI: decode fills `output_buffer`, encode accepts `device`
+
+    def __init__(
+        self, kvae: KVAE, decode_adapter: LatentAdapter | None = None, encode_adapter: LatentAdapter | None = None
+    ):
+        super().__init__()
+        self.vae = HybridVAE(kvae, decode_adapter, encode_adapter)
+        self.planner = Planner(kvae)
+        self.on_progress: Callable[[int, int], None] = lambda done, total: None
+        self.latents_checked = False
+        self.output_device = torch.device("cpu")
+
+    @property
+    def kvae(self) -> KVAE:
+        return self.vae.kvae
+
+    @property
+    def space(self) -> LatentSpace:
+        return self.vae.space
+
+    def encode(self, x_B3THW: Tensor, device: torch.device | None = None) -> Tensor:
+        """[B, 3, T, H, W] → raw latents [B, c, (T − 1) // 4 + 1, H/8, W/8], in the dtype of the weights.
+
+        If T is not 4n + 1, the last one to three frames are dropped: hosts count latents like that.
+
+        Raises:
+            ValueError: no frames, sides below one latent, or pixels that are not finite.
+            WeightsError: the adapter for encoding is missing.
+            BudgetError: nothing fits the planner's budget.
+            torch.OutOfMemoryError: not even the execution that needs least fits.
+        """
+        x = self._checked_pixels(x_B3THW)
+        return self._encode(x, self.planner.executions(plan_encode, x.shape), device)
+
+    def encode_tiled(
+        self, x_B3THW: Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64, **_: int
+    ) -> Tensor:
+        """Encode by tiles of at most tile_x x tile_y pixels, blended over at least `overlap` pixels: not exact.
+
+        Raises:
+            ValueError, WeightsError, BudgetError: as `encode`; or the overlap is as large as a tile.
+        """
+        x, side = self._checked_pixels(x_B3THW), self.space.spatial_factor
+        x = x[..., : x.shape[3] // side * side, : x.shape[4] // side * side]
+        tile = tile_y // side, tile_x // side
+        execution = self.planner.tiles(plan_encode, x.shape, tile, overlap // side, side)
+        return self._encode(x, (lambda: execution,))
+
+    def decode(self, z_Bcthw: Tensor, output_buffer: Tensor | None = None) -> Tensor:
+        """Raw latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W] on `output_device`, or in `output_buffer`.
+
+        Raises:
+            ValueError: latents of another shape than those of `space`, or values that are not finite.
+            WeightsError: the adapter for decoding is missing.
+            BudgetError: nothing fits the planner's budget.
+            MemoryError: there is no memory for the frames.
+            torch.OutOfMemoryError: not even the execution that needs least fits.
+        """
+        x = self._empty_frames(z_Bcthw.shape) if output_buffer is None else output_buffer
+        self._check_latent(z_Bcthw)
+        return self._decode(x, z_Bcthw, self.planner.executions(plan_decode, z_Bcthw.shape))
+
+    def decode_tiled(self, z_Bcthw: Tensor, tile_x: int = 32, tile_y: int = 32, overlap: int = 8, **_: int) -> Tensor:
+        """Decode by tiles of at most tile_x x tile_y latents, blended over at least `overlap` latents: not exact.
+
+        Arguments for tiles in time are ignored.
+
+        Raises:
+            ValueError, WeightsError, BudgetError, MemoryError: as `decode`; or the overlap is as large as a tile.
+        """
+        x = self._empty_frames(z_Bcthw.shape)
+        self._check_latent(z_Bcthw)
+        execution = self.planner.tiles(plan_decode, z_Bcthw.shape, (tile_y, tile_x), overlap, side=1)
+        return self._decode(x, z_Bcthw, (lambda: execution,))
+
+    def decode_stream(self, z_Bcthw: Tensor) -> Iterator[Tensor]:
+        """Decode each clip in turn, segment by segment: [1, 3, 17, H, W], [1, 3, 16, H, W] …
+
+        Raises:
+            ValueError, WeightsError, BudgetError, MemoryError, torch.OutOfMemoryError: as `decode`.
+        """
+        self.check_room(z_Bcthw.shape, stream=True)
+        self._check_latent(z_Bcthw)
+        reports = self._reports(len(z_Bcthw), z_Bcthw.shape[2])
+        for z, report in zip(z_Bcthw.split(1), reports, strict=True):
+            for frames in self._clip_stream(z, report):
+                yield frames.to(self.output_device)
+
+    def decode_output_shape(self, z_shape: Sequence[int]) -> tuple[int, ...]:
+        """Latents of shape [B, c, t, h, w] → the shape [B, 3, T, H, W] of the frames they decode to.
+
+        Raises:
+            ValueError: not the shape of latents of `space`.
+        """
+        check_shape(z_shape, self.space)
+        return self.space.decoded_shape(z_shape)
+
+    def check_room(self, z_shape: Sequence[int], stream: bool) -> None:
+        """Raise unless there is room for all frames of latents of this shape, or for one segment of a stream.
+
+        Raises:
+            ValueError: not the shape of latents of `space`.
+            MemoryError, torch.OutOfMemoryError: there is no room.
+        """
+        if not stream:
+            self._empty_frames(z_shape)
+            return
+        *_, H, W = self.decode_output_shape(z_shape)
+        what = f"frames, {SEGMENT_FRAMES} of {W}x{H}: make them smaller"
+        room_for((SEGMENT_FRAMES, 3, H, W), self.output_device, what)
+
+    def memory_used_decode(self, z_shape: Sequence[int], dtype: torch.dtype, stream: bool = False) -> float:
+        """Bytes that decoding latents of this shape needs in addition to the weights.
+
+        Raises:
+            BudgetError: nothing fits the budget.
+        """
+        return self.planner.memory(plan_decode, z_shape, dtype, stream)
+
+    def memory_used_encode(self, x_shape: Sequence[int], dtype: torch.dtype) -> float:
+        """Bytes that encoding pixels of this shape needs in addition to the weights.
+
+        Raises:
+            BudgetError: nothing fits the budget.
+        """
+        clip = prod(x_shape[1:]) * (torch.float32.itemsize + dtype.itemsize)
+        return self.planner.memory(plan_encode, x_shape, dtype) + clip
+
+    def preferred_decode_tile(self, free_memory: float, dtype: torch.dtype) -> int:
+        """The side, in latents, of the largest square tile that decodes in half of `free_memory` bytes."""
+        return self.planner.preferred_decode_tile(free_memory, dtype)
+
+    def _check_latent(self, z_Bcthw: Tensor) -> None:
+        check_tensor(z_Bcthw, "latent")
+        check_shape(z_Bcthw.shape, self.space)
+        if not self.latents_checked:
+            check_finite(z_Bcthw, "latent")
+        self.vae.check_decodes()
+
+    def _checked_pixels(self, x_B3THW: Tensor) -> Tensor:
+        """The first 4n + 1 frames, checked."""
+        side, cadence = self.space.spatial_factor, self.space.temporal_factor
+        check_tensor(x_B3THW, "pixels")
+        if x_B3THW.ndim != 5 or x_B3THW.shape[2] == 0 or min(x_B3THW.shape[3:]) < side:
+            raise ValueError(
+                f"pixels have shape {list(x_B3THW.shape)}; expected [B, 3, T, H, W] with at least one frame "
+                f"and {side} x {side} pixels"
+            )
+        check_finite(x_B3THW, "pixels")
+        self.vae.check_encodes()
+        return x_B3THW[:, :, : cadence * ((x_B3THW.shape[2] - 1) // cadence) + 1]
+
+    def _empty_frames(self, z_shape: Sequence[int]) -> Tensor:
+        b, _, T, H, W = shape = self.decode_output_shape(z_shape)
+        what = f"frames, {b} x {T} of {W}x{H}: write them to a file as they come (KVAE Decode to Video), or make fewer"
+        return room_for(shape, self.output_device, what)
+
+    def _encode(self, x_B3THW: Tensor, executions: Executions, device: torch.device | None = None) -> Tensor:
+        clips = x_B3THW.split(1)
+        reports = self._reports(len(clips), (x_B3THW.shape[2] - 1) // self.space.temporal_factor + 1)
+
+        def work(clip: Tensor, report: Progress, execution: Execution) -> Iterator[Tensor]:
+            x = to_kvae_pixels(self._place(clip, device))
+            yield self.vae.from_kvae(self.kvae.encode(x, execution, report))
+
+        latents = (with_less_memory(partial(work, *each), executions) for each in zip(clips, reports, strict=True))
+        return torch.cat([z for each in latents for z in each])
+
+    def _decode(self, x_B3THW: Tensor, z_Bcthw: Tensor, executions: Executions) -> Tensor:
+        """Decode all clips into x_B3THW."""
+        reports = self._reports(len(z_Bcthw), z_Bcthw.shape[2])
+
+        def work(x: Tensor, z: Tensor, report: Progress, execution: Execution) -> Iterator[None]:
+            if execution.overlap is not None:
+                x.zero_()  # tiles that overlap are added up
+            for part in self.kvae.decode_parts(self.vae.to_kvae(self._place(z)), execution, report):
+                replace(part, x=from_kvae_pixels(part.x)).put(x)
+                yield
+
+        for each in zip(x_B3THW.split(1), z_Bcthw.split(1), reports, strict=True):
+            deque(with_less_memory(partial(work, *each), executions), maxlen=0)
+        return x_B3THW
+
+    def _clip_stream(self, z_1cthw: Tensor, report: Progress) -> Iterator[Tensor]:
+        """The frames of one clip, each once, although a second try also begins at the first frame."""
+        sent = 0
+
+        def work(execution: Execution) -> Iterator[Tensor]:
+            nonlocal sent
+            done = 0
+            for frames in self.kvae.decode_stream(self.vae.to_kvae(self._place(z_1cthw)), execution):
+                done += frames.shape[2]
+                if done > sent:
+                    frames, sent = frames[:, :, sent - done :], done
+                    yield from_kvae_pixels(frames)
+                    report(done)
+
+        return with_less_memory(work, self.planner.executions(plan_decode, z_1cthw.shape, stream=True))
+
+    def _place(self, x: Tensor, device: torch.device | None = None) -> Tensor:
+        """x in the dtype of the weights. Weights that the host left on another device are moved to that of x."""
+        x = x.to(device=device or x.device, dtype=next(self.kvae.parameters()).dtype)
+        if any(parameter.device != x.device for parameter in self.parameters()):
+            self.to(x.device)
+        return x
+
+    def _reports(self, clips: int, latent_frames: int) -> list[Progress]:
+        """A function for each clip, to be called with the number of its frames that are done."""
+        told = 0
+
+        def report(frames: int, clip: int) -> None:
+            nonlocal told
+            done = clip * latent_frames + -(-frames // self.space.temporal_factor)
+            if done > told:  # less, if memory ran out and the clip was begun again
+                told = done
+                self.on_progress(done, clips * latent_frames)
+
+        return [partial(report, clip=clip) for clip in range(clips)]
+
+
+def to_image(x: Tensor) -> Tensor:
+    """−1..1 → 0..1, clipped. In place, and returned: some hosts use the argument, others the result."""
+    return x.add_(1).div_(2).clamp_(0, 1)

@@ -1,0 +1,26 @@
+"""Clips are padded to 4n + 1 frames before encoding, and cut to their own length after decoding."""
+
+import pytest
+import torch
+
+from kvae_comfyui.kvae import pad_frames
+from kvae_comfyui.serving.clips import cut_clips, frames_to_keep, pad_clip
+from kvae_comfyui.serving.sample_clip import sample_clip
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4, 5, 6, 9])
+def test_a_clip_is_padded_as_kvae_pads_a_video(frames):
+    clip = sample_clip(frames, 8, 8)
+    expected = pad_frames(clip.movedim(-1, 0)[None])[0].movedim(0, -1)
+    assert torch.equal(pad_clip(clip, 4), expected)
+
+
+def test_the_frames_of_the_clip_are_kept():
+    assert frames_to_keep(9, 6) == 6
+    assert frames_to_keep(9, None) == frames_to_keep(9, 20) == 9
+
+
+def test_each_clip_of_a_batch_is_cut():
+    two = torch.arange(18)  # two clips of nine, in segments of 5 and 4
+    segments = cut_clips(two.split([5, 4, 5, 4]), decoded=9, kept=6)
+    assert torch.cat(list(segments)).tolist() == [0, 1, 2, 3, 4, 5, 9, 10, 11, 12, 13, 14]
