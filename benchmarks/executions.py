@@ -18,10 +18,10 @@ import torch
 from kvae_comfyui.benchmarks.kvae import exhaust
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.benchmarks.tables import publish
-from kvae_comfyui.kvae import FAMILY, KVAE, Execution
+from kvae_comfyui.kvae import FAMILY, KVAE, Execution, Recompute
 
 MODELS = ("1.0", "2.0-t4s8")
-EXECUTIONS = [Execution(recompute=level) for level in range(4)] + [Execution(strip_bytes=16 << 20)]
+EXECUTIONS = [Execution(recompute=level) for level in Recompute] + [Execution(strip_bytes=16 << 20)]
 SHORT = [Execution(segment=8), Execution(segment=4)]  # of 2.0 alone
 
 
@@ -41,13 +41,13 @@ def table(rounds: int) -> Iterator[str]:
         kvae = KVAE(FAMILY[model]).eval().requires_grad_(False).fold()
         sources = {"decode": torch.randn(1, 16, 5, 16, 16), "encode": torch.rand(1, 3, 17, 128, 128) * 2 - 1}
         for direction, source in sources.items():
-            executions = EXECUTIONS + (SHORT if kvae.config.per_position else [])
+            executions = EXECUTIONS + (SHORT if kvae.config.norm_is_per_position else [])
             runs = [[run(kvae, direction, source, execution) for execution in executions] for _ in range(rounds)]
             first = 0.0
             for execution, results in zip(executions, zip(*runs, strict=True), strict=True):
                 seconds = statistics.median(result[0] for result in results)
                 first = first or seconds
-                row = [execution.segment, execution.strip_bytes >> 20, execution.recompute]
+                row = [execution.segment, execution.strip_bytes >> 20, execution.recompute.name.lower()]
                 figures = f"{seconds:.1f} | {seconds / first:.2f} | {results[0][1] / 1e9:.2f}"
                 yield f"| {model} {direction} | {' | '.join(map(str, row))} | {figures} |"
 

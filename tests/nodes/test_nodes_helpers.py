@@ -16,7 +16,7 @@ from kvae_comfyui.adapters.hybrid import from_kvae_pixels
 from kvae_comfyui.adapters.inspect import check_latent, describe, what_latent
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.benchmarks.storages import PeakMemory
-from kvae_comfyui.kvae import KVAE, BudgetError, Norms, WeightsError, load_kvae, plan_decode
+from kvae_comfyui.kvae import KVAE, BudgetError, GroupNormStats, WeightsError, load_kvae, plan_decode
 from kvae_comfyui.kvae.engine.tiles import blended_tiling
 from kvae_comfyui.serving.clips import cut_stream, kept_frames, to_clip
 from kvae_comfyui.serving.metrics import difference, figures, ssim, table
@@ -142,7 +142,7 @@ def test_a_budget_is_kept_to_or_refused_in_its_own_words(small_kvae):
     with torch.no_grad():
         whole = served.decode(z)
         served.budget = 1
-        with pytest.raises(BudgetError, match="the budget is 0.00 GB; the least memory this takes is ") as caught:
+        with pytest.raises(BudgetError, match="this clip needs at least .*, but the budget is 0.00 GB") as caught:
             served.decode(z)
         served.budget = caught.value.least.peak  # what the message offers is enough
         assert served.memory_used_decode(z.shape, torch.float32) <= served.budget < free
@@ -203,10 +203,10 @@ def test_a_tile_alone_is_itself_and_time_is_not_cut(small_kvae):
         x = tiled.decode_tiled(z, tile_x=5, tile_y=4, overlap=2, tile_t=2, overlap_t=1)
         assert seen == [(2, 6), (3, 6), (5, 6), (6, 6)]
         assert x.shape == (1, 3, 21, 32, 64)
-        norms = Norms()
-        list(small_kvae.decode_stream(F.interpolate(z, (6, 2, 5), mode="area"), norms=norms))
+        norms = GroupNormStats()
+        list(small_kvae.decode_stream(F.interpolate(z, (6, 2, 5), mode="area"), norm_stats=norms))
         for tile in (slice(0, 5), slice(3, 8)):
-            parts = list(small_kvae.decode_stream(z[..., tile], norms=norms))
+            parts = list(small_kvae.decode_stream(z[..., tile], norm_stats=norms))
             expected = from_kvae_pixels(torch.cat(parts, dim=2))
             alone = slice(0, 24) if tile.start == 0 else slice(40, 64)  # what no other tile covers
             torch.testing.assert_close(x[..., alone], expected[..., alone.start - 8 * tile.start :][..., :24])
@@ -229,7 +229,7 @@ def test_tiles_cover_and_their_weights_are_one():
     for n, tile, overlap in ((8, 5, 2), (7, 3, 1), (30, 16, 4), (3, 8, 2), (33, 32, 8)):
         axis = blended_tiling(n, n, (tile_count(n, tile, overlap), 1), overlap).rows
         total = torch.zeros(2 * n)
-        for (lo, hi), weights in zip(axis.outer, axis.weights(2), strict=True):
+        for (lo, hi), weights in zip(axis.outer, axis.blend_weights(2), strict=True):
             assert hi - lo <= min(n, tile)
             assert weights.min() > 0
             total[2 * lo : 2 * hi] += weights

@@ -62,7 +62,7 @@ def test_a_wide_model_uses_it_and_stays_exact(wide, monkeypatch):
     monkeypatch.setattr(winograd, "conv3d", lambda *args: calls.append(1) or conv3d(*args))
     fast = wide.decode(z), wide.encode(x)
     assert len(calls) > 10
-    monkeypatch.setattr(winograd, "pays", lambda *args: False)
+    monkeypatch.setattr(winograd, "is_faster", lambda *args: False)
     for ours, direct in zip(fast, (wide.decode(z), wide.encode(x)), strict=True):
         assert ((ours - direct).norm() / direct.norm()).item() < 1e-5
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kvae_comfyui.kvae import KVAE, SEGMENT_FRAMES, Execution, KVAEConfig, Posterior
-from kvae_comfyui.kvae.engine.strips import tail_frames
+from kvae_comfyui.kvae.engine.execution import frames_to_recompute
 
 TRIALS = int(os.environ.get("KVAE_FUZZ_TRIALS", "240"))
 TWO = {"norm": "rms", "downsample_version": 2}
@@ -58,10 +58,10 @@ def drawn(number: int) -> Trial:
     name, blocks, decode = rng.choice(OFTEN), rng.choice((1, 2)), rng.random() < 0.5
     kvae = model(name, blocks, torch.float64)
     cadence, side = kvae.config.temporal_compress_times, kvae.config.spatial_factor
-    segment = rng.choice((1, 1, 2, 3, 4)) * cadence if kvae.config.per_position else SEGMENT_FRAMES
-    most = 3 if segment >= tail_frames(len(kvae.decoder.full_resolution())) else 2
+    segment = rng.choice((1, 1, 2, 3, 4)) * cadence if kvae.config.norm_is_per_position else SEGMENT_FRAMES
+    most = 3 if segment >= frames_to_recompute(len(kvae.decoder.full_resolution())) else 2
     tiles = (1, 1)
-    if kvae.config.per_position and rng.random() < 0.2:
+    if kvae.config.norm_is_per_position and rng.random() < 0.2:
         tiles = rng.choice(((2, 1), (1, 2), (2, 2), (3, 1)))
     execution = Execution(segment, rng.choice((1, 1 << 12, 1 << 15, 64 << 20)), rng.randint(0, most), tiles)
     batch, frames = rng.choice((1, 1, 2)), rng.randint(1, 41)
