@@ -1,4 +1,4 @@
-"""Find a model's weights file: by its path, in a folder, or on the Hugging Face hub."""
+"""Find the file that holds a model's weights: named, in a folder, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from .errors import WeightsError
 from .paths import file_errors
 
 FILE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # the official layout's, and diffusers'
-# the names of the published models → their repositories on the hub
+# what the published models are called by → where they are on the hub
 HUB = {name: f"kandinskylab/{name}" for name in ("KVAE-3D-1.0", "KVAE-3D-2.0-t4s8", "KVAE-3D-2.0-t4s16")}
 
 
 def find_weights(name: str | os.PathLike, subfolder: str = "") -> Path:
-    """The weights file that `name` refers to: a file, the one in a folder or its subfolder, or one on the hub.
+    """The weights file that `name` means: itself, the one in that folder (or in its subfolder), or on the hub.
 
-    Only a hub id (owner/name) or the name of a published model uses the network, and only if there is no file or folder
-    of that name.
+    Only a hub id (owner/name) or the name of a published model touches the network, and only where no such file or
+    folder is.
 
     Raises:
-        WeightsError: no file was found.
+        WeightsError: there is none.
     """
     path = Path(name)
     with file_errors(path):
@@ -51,18 +51,16 @@ def _download(repository: str, subfolder: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise WeightsError(
-            f"{repository}: no such file or folder, and downloads need the package huggingface_hub; "
-            "give a .safetensors file or a folder, or install huggingface_hub"
+            f"{repository}: no such file or folder, and without the package huggingface_hub nothing can be "
+            "downloaded; give a .safetensors file or a folder, or install huggingface_hub"
         ) from None
-    except ValueError as error:  # the package reads HF_ENDPOINT when it is imported
-        raise WeightsError(
-            f"{repository}: no such file or folder, and HF_ENDPOINT is not a valid address ({error})"
-        ) from None
+    except ValueError as error:  # it reads HF_ENDPOINT when it is imported
+        raise WeightsError(f"{repository}: no such file or folder, and HF_ENDPOINT is no address ({error})") from None
     prefix = f"{subfolder}/" if subfolder else ""
     patterns = [prefix + file for file in (*FILE_NAMES, "config.json")]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except Exception as error:  # the hub's HTTP library, and so its errors, differ between versions
+    except Exception as error:  # the hub's HTTP library, and its errors, are not the same in every version
         first = (str(error) or type(error).__name__).splitlines()[0]
         where = " (HF_ENDPOINT is set)" if os.environ.get("HF_ENDPOINT") else ""
         raise WeightsError(f"{repository}: no such file or folder, and the hub says: {first}{where}") from None

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def padded_frames(frames: int, time_factor: int = 4) -> int:
-    """The smallest time_factor·n + 1 that is not below `frames`; time_factor is the number of frames per latent."""
-    return frames + (1 - frames) % time_factor
+def padded_frames(frames: int, temporal_factor: int = 4) -> int:
+    """The smallest temporal_factor·n + 1 that is not below `frames`; temporal_factor is in frames per latent."""
+    return frames + (1 - frames) % temporal_factor
 
 
-def pad_frames(x_BCTHW: Tensor, time_factor: int = 4) -> Tensor:
-    """Repeat the last frame of x [B, C, T, H, W] up to time_factor·n + 1 frames."""
-    return padded(x_BCTHW, padded_frames(x_BCTHW.shape[2], time_factor), 1)
+def pad_frames(x_BCTHW: Tensor, temporal_factor: int = 4) -> Tensor:
+    """Repeat the last frame of x [B, C, T, H, W] up to temporal_factor·n + 1 frames."""
+    return padded(x_BCTHW, padded_frames(x_BCTHW.shape[2], temporal_factor), 1)
 
 
 def padded(x_BCTHW: Tensor, frames: int, multiple: int) -> Tensor:

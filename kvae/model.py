@@ -122,7 +122,7 @@ class KVAE(nn.Module):
             ValueError: the model does not support the execution or the shape.
         """
         self._check_execution(execution)
-        length = execution.segment // self._time_factor
+        length = execution.segment // self._temporal_factor
         pieces = pieces_of(_checked(z_Bcthw, self.config.z_channels, "latent"), length + 1, length)
         return self._decoded(pieces, StreamState(norm_stats=norm_stats), execution, progress)
 
@@ -157,7 +157,7 @@ class KVAE(nn.Module):
             return torch.cat([posterior.mean for posterior in self.encode_stream(x_B3THW, execution, progress)], dim=2)
         _checked(x_B3THW, 3, "video")
         B, _, T, H, W = x_B3THW.shape
-        side, t = self.config.spatial_factor, (padded_frames(T, self._time_factor) - 1) // self._time_factor + 1
+        side, t = self.config.spatial_factor, (padded_frames(T, self._temporal_factor) - 1) // self._temporal_factor + 1
         z = self._weight.new_zeros(B, self.config.z_channels, t, -(-H // side), -(-W // side))
         for part in self.encode_parts(x_B3THW, execution, progress):
             part.put(z)
@@ -175,7 +175,7 @@ class KVAE(nn.Module):
             return torch.cat(list(self.decode_stream(z_Bcthw, execution, progress)), dim=2)
         B, _, t, h, w = _checked(z_Bcthw, self.config.z_channels, "latent").shape
         side = self.config.spatial_factor
-        x = self._weight.new_zeros(B, 3, self._time_factor * (t - 1) + 1, side * h, side * w)
+        x = self._weight.new_zeros(B, 3, self._temporal_factor * (t - 1) + 1, side * h, side * w)
         for part in self.decode_parts(z_Bcthw, execution, progress):
             part.put(x)
         return x
@@ -204,7 +204,7 @@ class KVAE(nn.Module):
         _, _, t, h, w = _checked(z_Bcthw, self.config.z_channels, "latent").shape
         tiling = self._tiling(execution, h, w, decode=True)
         each, stats = self._without_tiles(execution), None
-        report = _progress_over_tiles(progress, len(tiling), self._time_factor * (t - 1) + 1)
+        report = _progress_over_tiles(progress, len(tiling), self._temporal_factor * (t - 1) + 1)
         if self._needs_statistics(tiling):
             stats = GroupNormStats()
             deque(self.decode_stream(shrink_to_tile(z_Bcthw, tiling, 1), each, norm_stats=stats), maxlen=0)
@@ -243,7 +243,7 @@ class KVAE(nn.Module):
         """Repeat pixels up to full latents: 4n + 1 frames at the start of a stream, 4n later. Latents need none."""
         if coder is self.decoder:
             return x
-        frames = padded_frames(x.shape[2] + 1 - first, self._time_factor) - 1 + first
+        frames = padded_frames(x.shape[2] + 1 - first, self._temporal_factor) - 1 + first
         return padded(x, frames, self.config.spatial_factor)
 
     @staticmethod
@@ -258,7 +258,7 @@ class KVAE(nn.Module):
         return self.decoder.conv_out.conv.weight
 
     @property
-    def _time_factor(self) -> int:
+    def _temporal_factor(self) -> int:
         """Frames per latent."""
         return self.config.temporal_compress_times
 
@@ -270,8 +270,8 @@ class KVAE(nn.Module):
             raise ValueError(
                 f"segments of {frames} frames; this model has GroupNorm over a segment of {SEGMENT_FRAMES} frames"
             )
-        if frames < 1 or frames % self._time_factor:
-            raise ValueError(f"segments of {frames} frames; expected a multiple of {self._time_factor}")
+        if frames < 1 or frames % self._temporal_factor:
+            raise ValueError(f"segments of {frames} frames; expected a multiple of {self._temporal_factor}")
         needed = frames_to_recompute(len(self.decoder.full_resolution()))
         if execution.recompute == Recompute.FULL_RESOLUTION and frames < needed:
             raise ValueError(

@@ -36,7 +36,7 @@ RECOMPUTE_WORDS = {
 }
 MOST_TILES = 4  # exact tiles along an axis
 MOST_BLENDED = 8  # blended tiles along the longer axis
-OVERLAP = 8  # latents that blended tiles share; docs/performance.md has the error that remains
+OVERLAP = 8  # latents that blended tiles share; docs/kvae.md has the error that remains
 # For small tensors that are not counted. Counted and measured peaks were compared for small models and for the
 # published widths (tests/kvae/engine/test_plan.py, which fails if a plan is too low)
 MARGIN = 1.03
@@ -105,9 +105,9 @@ def plan_encode(
         ValueError: the shape is not that of pixels.
     """
     _check_shape(x_shape)
-    side, time_factor = kvae.config.spatial_factor, kvae.config.temporal_compress_times
+    side, temporal_factor = kvae.config.spatial_factor, kvae.config.temporal_compress_times
     B, C, T, H, W = x_shape
-    shape = B, C, padded_frames(T, time_factor), side * -(-H // side), side * -(-W // side)
+    shape = B, C, padded_frames(T, temporal_factor), side * -(-H // side), side * -(-W // side)
     return _plan(kvae, kvae.encoder, shape, side, budget, stream, approximate)
 
 
@@ -156,8 +156,10 @@ def _executions(
 ) -> list[Execution]:
     """All executions with these tilings, the fastest first."""
     config, blocks = kvae.config, len(coder.full_resolution())
-    time_factor = config.temporal_compress_times
-    segments = (SEGMENT_FRAMES, 2 * time_factor, time_factor) if config.norm_is_per_position else (SEGMENT_FRAMES,)
+    temporal_factor = config.temporal_compress_times
+    segments = (
+        (SEGMENT_FRAMES, 2 * temporal_factor, temporal_factor) if config.norm_is_per_position else (SEGMENT_FRAMES,)
+    )
     choices = product(segments, STRIP_BYTES, Recompute)
     executions = [Execution(*choice, count, overlap) for choice in choices for count in tilings]
     recomputed_frames = frames_to_recompute(len(kvae.decoder.full_resolution()))

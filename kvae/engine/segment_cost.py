@@ -34,7 +34,7 @@ class SegmentCost:
     def __init__(self, kvae: KVAE, coder: Coder, execution: Execution, batch: int):
         self.coder, self.execution = coder, execution
         self.decode = isinstance(coder, Decoder)
-        self.time_factor, self.side = kvae.config.temporal_compress_times, kvae.config.spatial_factor
+        self.temporal_factor, self.side = kvae.config.temporal_compress_times, kvae.config.spatial_factor
         self.group_norm = not kvae.config.norm_is_per_position
         full = execution.recompute >= Recompute.FULL_RESOLUTION
         self.on_demand = coder.full_resolution() if full else ()
@@ -43,7 +43,7 @@ class SegmentCost:
         self.item_bytes = weight.element_size()
         self.statistics_copied = self.item_bytes < 4 and weight.device.type not in BATCH_NORM_DEVICES  # to float32
         self.batch_bytes = batch * self.item_bytes  # bytes of one value for all clips
-        self.length = execution.segment // (self.time_factor if self.decode else 1)
+        self.length = execution.segment // (self.temporal_factor if self.decode else 1)
 
     def peak_bytes(self, T: int, H: int, W: int, first: bool, last: bool, tiled: bool = False) -> int:
         """The peak of one segment with these sides as it enters the coder; `tiled`: of one tile of many."""
@@ -71,9 +71,9 @@ class SegmentCost:
         """The result of the segment before, which the caller may still hold; and its pixels, if those are kept."""
         frames = self.length + 1
         if self.decode:
-            pixels = 3 * (self.time_factor * frames) * (self.side * H) * (self.side * W)
+            pixels = 3 * (self.temporal_factor * frames) * (self.side * H) * (self.side * W)
             return self.batch_bytes * (pixels + self.coder.conv_in.conv.in_channels * frames * H * W)
-        moments = self.coder.conv_out.conv.out_channels * -(-frames // self.time_factor)
+        moments = self.coder.conv_out.conv.out_channels * -(-frames // self.temporal_factor)
         pixels = 3 * (PAST_FRAMES + self.copied_frames) * H * W if self.on_demand else 0
         return self.batch_bytes * (moments * (H // self.side) * (W // self.side) + pixels)
 
