@@ -193,7 +193,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
     for bad, words in (
         (torch.full_like(state[key], torch.nan), f"{key} holds values that are not finite"),
         (state[key].clone().flatten().index_fill(0, torch.tensor(7), torch.inf).view_as(state[key]), "not finite"),
-        (state[key].to(torch.int8), f"{key} is of torch.int8; expected weights of a float type"),
+        (state[key].to(torch.int8), f"{key} is torch.int8; expected a float type"),
     ):
         save_file(state | {key: bad}, tmp_path / "kvae.safetensors", config)
         with pytest.raises(WeightsError, match=words):
