@@ -136,7 +136,9 @@ def exact_tiling(config: KVAEConfig, h: int, w: int, counts: tuple[int, int], de
         ValueError: GroupNorm runs over the whole picture, so no tile is exact.
     """
     if counts != (1, 1) and not config.norm_is_per_position:
-        raise ValueError("this model has GroupNorm over the whole picture, so tiles cannot be exact; set an overlap")
+        raise ValueError(
+            "this model has GroupNorm over the whole picture, so tiles cannot be exact; set an overlap to blend them"
+        )
     needed = needed_to_decode if decode else needed_to_encode
 
     def axis(n: int, count: int) -> Axis:
