@@ -56,7 +56,7 @@ class Resampler(Streamed):
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in self.compose().items():
                 self.register_buffer(f"folded_{name}", tensor.to(self.linear.weight.dtype, copy=True), persistent=False)
-        self._see()
+        self._note_versions()
 
     def unfold(self) -> None:
         """Drop the folded weights."""
@@ -68,7 +68,7 @@ class Resampler(Streamed):
     def _frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.parameters())
 
-    def _see(self) -> None:
+    def _note_versions(self) -> None:
         self._seen = [(parameter.detach(), version(parameter)) for parameter in self.parameters()]
 
     def _is_current(self) -> bool:
@@ -79,11 +79,11 @@ class Resampler(Streamed):
         )
 
     def _apply(self, fn, recurse=True):
-        """Move the folded weights along. If its dtype changes, drop them, to fold the converted ones."""
+        """Move the folded weights along. If the dtype changes, drop them, to fold the converted ones."""
         current, dtype = self._is_current(), self.linear.weight.dtype
         super()._apply(fn, recurse)
         if current and self.linear.weight.dtype == dtype:
-            self._see()
+            self._note_versions()
         else:
             self.unfold()
         return self
