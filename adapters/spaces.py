@@ -86,7 +86,7 @@ def native_space(config: KVAEConfig) -> LatentSpace:
     Raises:
         ValueError: the grid is not that of a published KVAE.
     """
-    if not config.per_position:
+    if not config.norm_is_per_position:
         found = SPACES["kvae_3d_1.0"]
     else:
         found = SPACES["kvae_3d_2.0_t4s16" if config.z_channels == 64 else "kvae_3d_2.0_t4s8"]

@@ -1,9 +1,9 @@
-"""What the executions of computing a clip take, the source of the costs that `kvae.engine.plan` orders them by.
+"""Time and memory of executions. `kvae.engine.plan` orders executions by these times (RECOMPUTE_COST).
 
     python -m benchmarks.executions           # prints the table
 
-Models of full size with random weights, float32, 17 frames of 128x128: seconds, the medians of interleaved runs, and
-the peak of the storages that were made meanwhile.
+Models have full size and random weights, in float32; the clip has 17 frames of 128x128. Seconds are medians of
+interleaved runs; GB are the peak of the storages that are alive at one time.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ import torch
 from kvae_comfyui.benchmarks.kvae import exhaust
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.benchmarks.tables import publish
-from kvae_comfyui.kvae import FAMILY, KVAE, Execution
+from kvae_comfyui.kvae import FAMILY, KVAE, Execution, Recompute
 
 MODELS = ("1.0", "2.0-t4s8")
-EXECUTIONS = [Execution(recompute=level) for level in range(4)] + [Execution(strip_bytes=16 << 20)]
-SHORT = [Execution(segment=8), Execution(segment=4)]  # of 2.0 alone
+EXECUTIONS = [Execution(recompute=level) for level in Recompute] + [Execution(strip_bytes=16 << 20)]
+SHORT = [Execution(segment=8), Execution(segment=4)]  # for 2.0 only
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each execution (default 3)")
-    publish(table(parser.parse_args().rounds), None)
+    publish(rows(parser.parse_args().rounds), None)
 
 
 @torch.no_grad()
-def table(rounds: int) -> Iterator[str]:
-    """Its rows."""
-    yield "| | segment | strips, MB | recompute | seconds | of the first | GB |"
+def rows(rounds: int) -> Iterator[str]:
+    """The rows of the table; *relative* is the time divided by that of the first execution."""
+    yield "| | segment | strips, MB | recompute | seconds | relative | GB |"
     yield "|---|---|---|---|---|---|---|"
     for model in MODELS:
         kvae = KVAE(FAMILY[model]).eval().requires_grad_(False).fold()
         sources = {"decode": torch.randn(1, 16, 5, 16, 16), "encode": torch.rand(1, 3, 17, 128, 128) * 2 - 1}
         for direction, source in sources.items():
-            executions = EXECUTIONS + (SHORT if kvae.config.per_position else [])
+            executions = EXECUTIONS + (SHORT if kvae.config.norm_is_per_position else [])
             runs = [[run(kvae, direction, source, execution) for execution in executions] for _ in range(rounds)]
             first = 0.0
             for execution, results in zip(executions, zip(*runs, strict=True), strict=True):
                 seconds = statistics.median(result[0] for result in results)
                 first = first or seconds
-                row = [execution.segment, execution.strip_bytes >> 20, execution.recompute]
-                figures = f"{seconds:.1f} | {seconds / first:.2f} | {results[0][1] / 1e9:.2f}"
-                yield f"| {model} {direction} | {' | '.join(map(str, row))} | {figures} |"
+                row = [execution.segment, execution.strip_bytes >> 20, execution.recompute.name.lower()]
+                measured = f"{seconds:.1f} | {seconds / first:.2f} | {results[0][1] / 1e9:.2f}"
+                yield f"| {model} {direction} | {' | '.join(map(str, row))} | {measured} |"
 
 
 def run(kvae: KVAE, direction: str, source: torch.Tensor, execution: Execution) -> tuple[float, int]:
-    """Seconds, and bytes at the peak."""
+    """Seconds of a run, and its peak in bytes."""
     start = time.perf_counter()
     with PeakMemory() as memory:
         exhaust(getattr(kvae, f"{direction}_stream"), source, execution)

@@ -1,11 +1,11 @@
-"""KVAE beside diffusers' KVAE: seconds, side by side in one run, and peak memory.
+"""KVAE compared with diffusers' KVAE: seconds, measured side by side in one run, and peak memory.
 
     python -m benchmarks.kvae                          # prints the tables
     python -m benchmarks.kvae --write docs/results/kvae.md
 
-Memory is counted on the meta device (see `benchmarks.storages`), so any size can be asked for on any machine, and
-measured here for one (see `benchmarks.peak`). Times are medians of interleaved runs of models of full size with the
-same random weights, same threads, same allocator.
+Memory is counted on the meta device (see `benchmarks.storages`), so any machine can count any size. For one size it is
+also measured (see `benchmarks.peak`). Times are medians of interleaved runs of models of full size, with the same
+random weights, threads and allocator.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Run = Callable[[Tensor], object]
 
 
 def main() -> None:
-    """Print the tables; write them too, where asked."""
+    """Print the tables, and write them if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each side (default 3)")
     parser.add_argument("--size", default="17x128x128", help="FRAMESxHEIGHTxWIDTH of the timed clip")
@@ -49,14 +49,14 @@ def report(only: str | None, rounds: int, frames: int, height: int, width: int) 
     """The tables, line by line."""
     yield "# Performance of kvae/"
     yield ""
-    yield f"Printed by `python -m benchmarks.kvae --rounds {rounds}`; what the columns mean is said in that file."
+    yield f"Printed by `python -m benchmarks.kvae --rounds {rounds}`."
     if only in (None, "seconds"):
         yield ""
         yield f"## Seconds, {frames} frames of {height}x{width}"
         yield ""
         yield f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}; rounds: {rounds}."
-        yield "The floor is the arithmetic of a run, as written, at the rate of one large convolution, measured beside"
-        yield "it: what takes fewer multiplications can be below."
+        yield "The floor is the time that the arithmetic of a run, as the model defines it, needs at the rate of one"
+        yield "large convolution on the same machine. A run that needs fewer multiplications can be below it."
         yield ""
         yield "| | diffusers | kvae/ | ratio | floor |"
         yield "|---|---|---|---|---|"
@@ -65,16 +65,16 @@ def report(only: str | None, rounds: int, frames: int, height: int, width: int) 
         yield ""
         yield "## Measured peak on a CPU, 17 frames of 256x256, float32"
         yield ""
-        yield "How far a process grows, beyond what it held before the run (`python -m benchmarks.peak`)."
+        yield "How far a process grows during the run (`python -m benchmarks.peak`)."
         yield ""
         yield from peaks(17, 256, 256)
     if only in (None, "memory"):
         yield ""
         yield "## Activations, GB, bf16"
         yield ""
-        yield "Counted while the default execution runs, and while diffusers' KVAE-3D-1.0 does; then what"
-        yield "`plan_decode` and `plan_encode` say of the least memory: exact and streamed; exact, by tiles too; by"
-        yield "blended tiles, which is not exact. Weights, latents and the clip itself are not counted."
+        yield "The first two columns are counted while diffusers' KVAE-3D-1.0 and our default execution run. The last"
+        yield "three are the least that `plan_decode` and `plan_encode` offer: exact streams; exact, with or without"
+        yield "tiles; blended tiles, which are not exact. Weights, latents and the clip are not counted."
         yield ""
         yield "| | diffusers 1.0 | kvae/ | ratio | least, streamed | least | blended |"
         yield "|---|---|---|---|---|---|---|"
@@ -115,7 +115,7 @@ def seconds(rounds: int, frames: int, height: int, width: int) -> Iterator[str]:
 
 
 def operations(direction: str, source: Tensor) -> int:
-    """Of a run of kvae/, its resamplers folded, as written: on the meta device, where no convolution is shortened."""
+    """Operations of a run with folded resamplers. The meta device uses no faster algorithm for convolutions."""
     with torch.device("meta"):
         run = getattr(KVAE().to(source.dtype).requires_grad_(False).fold(), direction)
     with FlopCounterMode(display=False) as flops:
@@ -124,7 +124,7 @@ def operations(direction: str, source: Tensor) -> int:
 
 
 def convolution_rate(dtype: torch.dtype) -> float:
-    """Operations a second of one large 3x3x3 convolution, the best of five runs."""
+    """Operations per second of one large 3x3x3 convolution, the best of five runs."""
     x, weight = torch.randn(1, 256, 8, 48, 48, dtype=dtype), torch.randn(256, 256, 3, 3, 3, dtype=dtype)
     best = float("inf")
     for _ in range(5):
@@ -150,34 +150,34 @@ def memory(frames: int, height: int, width: int) -> Iterator[str]:
             if direction not in theirs:
                 theirs[direction] = count(getattr(on_meta(AutoencoderKLKVAEVideo), direction), source)
             peak = count(exhaust, run, source)
-            ways: list[dict[str, bool]] = [{"stream": True}, {}, {"approximate": True}]
-            least = [f"{least_of(plan, kvae, source, **way):.2f}" for way in ways]
+            choices: list[dict[str, bool]] = [{"stream": True}, {}, {"approximate": True}]
+            least = [f"{least_of(plan, kvae, source, **choice):.2f}" for choice in choices]
             row = [f"{theirs[direction]:.2f}", f"{peak:.2f}", f"{peak / theirs[direction]:.2f}", *least]
             yield f"| {name} {direction}, {frames}x{height}x{width} | {' | '.join(row)} |"
 
 
 def on_meta(make: Callable[[], Any]) -> Any:
-    """A model in bfloat16, without memory for its weights."""
+    """A frozen model in bfloat16 on the meta device, which holds no weights."""
     with torch.device("meta"):
         return make().to(torch.bfloat16).requires_grad_(False)
 
 
-def least_of(plan: Callable[..., Plan], kvae: KVAE, source: Tensor, **way: bool) -> float:
-    """GB of the plan that takes least."""
+def least_of(plan: Callable[..., Plan], kvae: KVAE, source: Tensor, **choice: bool) -> float:
+    """GB of the plan that needs the least memory."""
     try:
-        return plan(kvae, source.shape, 0, **way).peak / 1e9
+        return plan(kvae, source.shape, 0, **choice).peak / 1e9
     except BudgetError as error:
         return error.least.peak / 1e9
 
 
 def exhaust(run: Callable[..., Iterable[object]], *args: object) -> None:
-    """Drop what a stream gives, piece by piece."""
+    """Run a stream to its end and drop its pieces."""
     for _ in run(*args):
         pass
 
 
 def count(run: Callable[..., object], *args: object) -> float:
-    """GB counted while it runs."""
+    """Peak of the storages that are alive during a run, in GB."""
     with PeakMemory() as counter:
         run(*args)
     return counter.peak / 1e9

@@ -1,4 +1,4 @@
-"""What decoding with KVAE-3D-1.0 takes by resolution and card, as planned: the table of docs/comfyui.md, in its place.
+"""Memory to decode with KVAE-3D-1.0, by resolution and card: writes the table in docs/comfyui.md.
 
 python -m benchmarks.memory_table
 
@@ -18,7 +18,7 @@ from kvae_comfyui.serving.host_vae import HostVAE
 PAGE = Path(__file__).parents[1] / "docs" / "comfyui.md"
 START, END = "<!-- python -m benchmarks.memory_table -->\n", "<!-- end of the table -->"
 SIZES = ((512, 512), (768, 512), (832, 480), (1280, 720), (1920, 1080))  # width, height
-FRAMES = 121  # a longer clip takes no more
+FRAMES = 121  # a longer clip needs no more
 CARDS = (8, 12, 16, 24, 32)  # GB
 RESERVE = 1.0  # GB that the system, the screen and CUDA keep for themselves
 
@@ -50,7 +50,7 @@ def least_of(host: HostVAE, z_shape: tuple[int, ...]) -> float:
 
 
 def verdict(free: float, least: float, fastest: float) -> str:
-    """What happens where so many GB are free."""
+    """What happens with `free` GB."""
     if free >= fastest:
         return "exact"
     return "exact, slower" if free >= least else "tiles"

@@ -1,10 +1,10 @@
-"""The most memory that KVAE and diffusers' KVAE take as they run on this machine's CPU, each run a process of its own.
+"""Peak memory of KVAE and of diffusers' KVAE on this machine's CPU. Each run has its own process.
 
     python -m benchmarks.peak              # prints the table
 
-Models of full size with random weights, float32. What counts is how far the process grows beyond what it held before
-the run, as the system sees it: activations, the result, and whatever kernels take for themselves. All runs have the
-same threads and the same allocator settings, under which what is freed goes back to the system at once. Linux only.
+Models have full size and random weights, in float32. The peak is how far the process grows during the run, as the
+system sees it: activations, the result, and what kernels allocate for themselves. All runs have the same threads and
+allocator settings, with which freed memory goes back to the system at once. Linux only.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from kvae_comfyui.kvae import FAMILY, KVAE, plan_decode, plan_encode
 
 ROOT = Path(__file__).resolve().parents[1]
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-RUNS = [("diffusers", 0.0), ("1.0", 0.0), ("2.0-t4s8", 0.0), ("1.0", 0.3), ("2.0-t4s8", 0.13)]  # and share to plan for
+# (model, budget to plan for as a fraction of diffusers' peak; 0: the default execution)
+RUNS = [("diffusers", 0.0), ("1.0", 0.0), ("2.0-t4s8", 0.0), ("1.0", 0.3), ("2.0-t4s8", 0.13)]
 
 
 def main() -> None:
-    """Print the table; or measure one run, in a process started for it."""
+    """Print the table, or measure one run in a process that was started for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="17x256x256", help="FRAMESxHEIGHTxWIDTH of the clip (default 17x256x256)")
     parser.add_argument("--run", nargs=3, metavar=("MODEL", "DIRECTION", "BUDGET"), help=argparse.SUPPRESS)
@@ -46,12 +47,12 @@ def main() -> None:
 
 def peaks(frames: int, height: int, width: int) -> Iterator[str]:
     """The table, line by line."""
-    yield "| | execution | peak, GB | of diffusers' |"
+    yield "| | execution | peak, GB | divided by diffusers' |"
     yield "|---|---|---|---|"
     for direction in ("decode", "encode"):
         theirs = 0
-        for model, share in RUNS:
-            run = model, direction, str(int(share * theirs))
+        for model, fraction in RUNS:
+            run = model, direction, str(int(fraction * theirs))
             command = [sys.executable, "-m", "benchmarks.peak", "--size", f"{frames}x{height}x{width}", "--run", *run]
             done = subprocess.run(command, cwd=ROOT, env=os.environ | ALLOCATOR, stdout=subprocess.PIPE, check=True)
             found = json.loads(done.stdout)
@@ -63,11 +64,11 @@ def peaks(frames: int, height: int, width: int) -> Iterator[str]:
 
 @torch.no_grad()
 def measure(model: str, direction: str, budget: int, frames: int, height: int, width: int) -> dict[str, Any]:
-    """Execution and bytes of one run, after a small one for what is loaded once.
+    """Execution and peak, in bytes, of one run. A small run before it loads code and kernels.
 
     Args:
-        model: of the family, or "diffusers".
-        budget: bytes to plan for; 0 is for the default execution.
+        model: a name in FAMILY, or "diffusers".
+        budget: bytes to plan for; 0: the default execution.
     """
     vae: Any = AutoencoderKLKVAEVideo() if model == "diffusers" else KVAE(FAMILY[model]).fold()
     vae.eval().requires_grad_(False)
@@ -80,13 +81,13 @@ def measure(model: str, direction: str, budget: int, frames: int, height: int, w
         run, name = partial(run, execution=plan.execution), str(plan)
     run(source[..., : source.shape[3] // 4, : source.shape[4] // 4])
     before = in_use("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     run(source)
     return {"execution": name, "peak": in_use("VmHWM") - before}
 
 
 def in_use(which: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most."""
+    """Bytes of this process in memory: VmRSS is the present number, VmHWM the peak."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split(f"{which}:")[1].split()[0])
 

@@ -1,12 +1,14 @@
-"""The KVAE-3D family of video autoencoders: torch and safetensors, nothing else."""
+"""The KVAE-3D family of video autoencoders. It needs torch and safetensors, nothing else."""
 
 from .config import FAMILY, SEGMENT_FRAMES, KVAEConfig
+from .engine.execution import Execution, Recompute
 from .engine.plan import BudgetError, Plan, plan_decode, plan_encode
-from .engine.strips import Execution, Norms
-from .files import WeightsError
+from .engine.stream_state import GroupNormStats
+from .errors import WeightsError
 from .frames import pad_frames, padded_frames
 from .load import load_kvae, save_kvae
-from .model import KVAE, Posterior
+from .model import KVAE
+from .posterior import Posterior
 
 __all__ = [
     "FAMILY",
@@ -14,10 +16,11 @@ __all__ = [
     "SEGMENT_FRAMES",
     "BudgetError",
     "Execution",
+    "GroupNormStats",
     "KVAEConfig",
-    "Norms",
     "Plan",
     "Posterior",
+    "Recompute",
     "WeightsError",
     "load_kvae",
     "pad_frames",

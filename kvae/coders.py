@@ -1,4 +1,4 @@
-"""Encoder and decoder of KVAE-3D: rows of stages, each run on all the frames of a segment.
+"""Encoder and decoder of KVAE-3D: sequences of stages, each of which runs on all frames of a segment.
 
     # B batch, C channels, T frames, t latent frames, H/W pixels, h/w latent rows and columns
     x_B3THW, z_Bcthw
@@ -39,14 +39,14 @@ class Level(nn.Module):
 
 
 class Coder(nn.Module):
-    """What encoder and decoder share: a row of stages, each run on all the frames of a segment."""
+    """The part that encoder and decoder share: a sequence of stages, each of which runs on all frames of a segment."""
 
     conv_in: CausalConv3d
     conv_out: CausalConv3d
     gradient_checkpointing = False
 
     def stages(self) -> Iterator[nn.Module]:
-        """Blocks and resamplers in the order they run."""
+        """Blocks and resamplers in the order in which they run."""
         raise NotImplementedError
 
     def full_resolution(self) -> tuple[ResnetBlock, ...]:
@@ -54,13 +54,13 @@ class Coder(nn.Module):
         raise NotImplementedError
 
     def fold(self) -> None:
-        """Fold the resamplers' weights where they are frozen and have not been, or have changed since."""
+        """Fold the resamplers' weights if they are frozen, unless that is done and they have not changed since."""
         for module in self.modules():
             if isinstance(module, Resampler):
                 module.fold()
 
     def run(self, h_BCTHW: Tensor, cache: Cache, *z: Tensor) -> Tensor:
-        """All stages; the blocks are conditioned on z where it is given."""
+        """Run all stages; the blocks are conditioned on z if it is given."""
         for stage in self.stages():
             inputs = (h_BCTHW, *z) if isinstance(stage, ResnetBlock) else (h_BCTHW,)
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -142,7 +142,7 @@ class Decoder(Coder):
 
 
 def checkpointed(stage: nn.Module, cache: Cache, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The stage, its activations computed again for the gradient; what it remembers passes through as tensors."""
+    """Run a stage and recompute its activations for the gradient. Its cache passes through as tensors."""
     names = [module.name for module in stage.modules() if isinstance(module, Streamed)]
     before = {name: cache[name] for name in names if name in cache}
 

@@ -1,18 +1,18 @@
-"""What makes one KVAE-3D model: the numbers of its config.json, and nothing else."""
+"""The numbers that define a KVAE-3D model: those of its config.json."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
-SEGMENT_FRAMES = 16  # after the first frame; where GroupNorm runs over a segment, this is part of the model
+SEGMENT_FRAMES = 16  # after the first frame; GroupNorm runs over a segment, so for models with it this is a definition
 
 
 @dataclass(frozen=True)
 class KVAEConfig:
-    """Shape of a KVAE-3D model. The defaults are KVAE-3D-1.0.
+    """Shape of a KVAE-3D model. The defaults are those of KVAE-3D-1.0.
 
     Raises:
-        ValueError: the numbers do not make a model of the family.
+        ValueError: the numbers do not define a model of the family.
     """
 
     encoder_widths: tuple[int, ...] = (128, 256, 512, 1024)  # channels per level; each level halves H and W
@@ -24,7 +24,7 @@ class KVAEConfig:
     norm: str = "group"  # "group": GroupNorm over a segment; "rms": over the channels of each position
     norm_groups: int = 32
     downsample_version: int = 1  # 2: downsampling doubles the channels
-    padding: str = "replicate"  # of rows and columns; or "zeros"
+    padding: str = "replicate"  # of rows and columns: "replicate" or "zeros"
 
     def __post_init__(self) -> None:
         for name in ("encoder_widths", "decoder_widths"):
@@ -43,8 +43,8 @@ class KVAEConfig:
             )
         if self.temporal_levels.stop > len(self.encoder_widths) - 1:
             raise ValueError(
-                f"{len(self.encoder_widths)} levels are too few to compress time {self.temporal_compress_times} times "
-                f"from level {self.temporal_start_level} on"
+                f"{len(self.encoder_widths)} levels are too few to compress time {self.temporal_compress_times} times, "
+                f"starting at level {self.temporal_start_level}"
             )
         for width in (*self.encoder_widths, *self.decoder_widths):
             if self.norm == "group" and width % self.norm_groups:
@@ -52,7 +52,7 @@ class KVAEConfig:
 
     @property
     def temporal_levels(self) -> range:
-        """The encoder levels that halve time; the decoder doubles it at as many, counted from its other end."""
+        """The encoder levels that halve time. The decoder doubles it at the same numbers, counted from the latent."""
         return range(
             self.temporal_start_level, self.temporal_start_level + self.temporal_compress_times.bit_length() - 1
         )
@@ -63,15 +63,18 @@ class KVAEConfig:
         return 2 ** (len(self.encoder_widths) - 1)
 
     @property
-    def per_position(self) -> bool:
-        """Whether no statistic runs over time or space, so that any segmentation gives the same values."""
+    def norm_is_per_position(self) -> bool:
+        """Whether norms use the channels of one position only, so that any segmentation gives the same values."""
         return self.norm == "rms"
 
     @classmethod
     def from_dict(cls, values: dict) -> KVAEConfig:
-        """Read a config.json: ours, that of the official repository (`model.encoder_params` …), or diffusers' (`ch` …).
+        """Read a config.json: ours, the official repository's (`model.encoder_params` …), or diffusers' (`ch` …).
 
         Keys that describe training or a library are ignored.
+
+        Raises:
+            ValueError, TypeError, KeyError: the values do not define a model of the family.
         """
         if "model" in values:
             values = _from_official(**values["model"])
@@ -81,7 +84,7 @@ class KVAEConfig:
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict:
-        """The fields as JSON takes them."""
+        """The fields as JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
@@ -90,7 +93,7 @@ def _widths(params: dict) -> tuple[int, ...]:
 
 
 def _from_official(encoder_params: dict, decoder_params: dict, **_: object) -> dict:
-    """The official constructor's arguments, where they differ from its defaults, as our fields."""
+    """Our fields from the arguments of the official constructors; missing ones have the official defaults."""
     return {
         "encoder_widths": _widths({"ch": 128} | encoder_params),
         "decoder_widths": _widths({"ch": 128} | decoder_params),

@@ -1,4 +1,4 @@
-"""The error that any file can be the reason of."""
+"""The error for files that cannot be used."""
 
 
 class WeightsError(ValueError):

@@ -1,4 +1,4 @@
-"""Weight files: safetensors only, opened with care, recognised by their keys, written whole or not at all."""
+"""Weight files: safetensors only, checked when opened, recognised by their keys, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ __all__ = ["Weights", "WeightsError", "save_weights", "what_is"]
 
 
 class Weights:
-    """An open safetensors file: `metadata` (str → str) and `shapes` (key → tuple), tensors read one at a time.
+    """An open safetensors file, whose tensors are read one at a time.
+
+    Attributes:
+        metadata: str → str.
+        shapes: key → tuple.
 
     Raises:
-        WeightsError: the file is missing, is a pickle, is cut short or is not safetensors.
+        WeightsError: the file is missing, a pickle, truncated, or not a safetensors file.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -30,7 +34,7 @@ class Weights:
         check_regular(self.path)
         if self.path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
             raise WeightsError(
-                f"{self.path}: a pickle can run code when it is opened, so it is not; expected a .safetensors file"
+                f"{self.path}: a pickle can run code when opened, so it was not; expected a .safetensors file"
             )
         try:
             self._file = safe_open(self.path, framework="pt")
@@ -46,10 +50,11 @@ class Weights:
 
 
 def save_weights(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; on any failure the old file, or no file, is what is left.
+    """Write a safetensors file. After any failure, the old file is still there, or none if there was none.
 
     Raises:
-        WeightsError: no room, no right to write there, or a tensor of a type that the format does not hold.
+        WeightsError: the disk is full, the path cannot be written, or the format does not support a tensor's dtype.
+        TypeError: the metadata is not text.
     """
     header = _header(path, tensors, metadata)
     with written_whole(path) as partial, partial.open("wb") as file:
@@ -58,7 +63,7 @@ def save_weights(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
             _write_values(file, tensors[key])
 
 
-# of https://huggingface.co/docs/safetensors, those that PyTorch has
+# the types of https://huggingface.co/docs/safetensors that PyTorch has
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
@@ -67,23 +72,23 @@ _DTYPES = {
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Keys by the size of an element, then by name, so that every tensor lies at a multiple of its element's size."""
+    """Keys by the size of an element, then by name, so that every tensor starts at a multiple of its element's size."""
     return sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
 
 
 def _header(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The JSON in front of the values, padded to a multiple of 8 bytes."""
     if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
-        raise TypeError(f"metadata is text by text, found {dict(metadata)}")
+        raise TypeError(f"metadata is {dict(metadata)}; expected text for every key")
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for key in _in_order(tensors):
         tensor = tensors[key]
         if tensor.dtype not in _DTYPES:
-            raise WeightsError(f"{path}: could not be written ({key} is of {tensor.dtype}, which the format lacks)")
+            raise WeightsError(f"{path}: could not be written ({key} is {tensor.dtype}, which safetensors lacks)")
         start, end = end, end + tensor.numel() * tensor.element_size()
         entries[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    # lone surrogates, of file names in other encodings, would make a file that no reader takes
+    # lone surrogates, from file names in other encodings, would make a file that no reader accepts
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
     return text + b" " * (-len(text) % 8)
 
@@ -94,7 +99,7 @@ def _write_values(file: BinaryIO, tensor: Tensor) -> None:
         file.write(flat.view(torch.uint8).numpy().data)
 
 
-# one key of each kind of file that people have beside a KVAE, most telling first
+# one key of each kind of file that people may confuse with a KVAE, the most specific first
 _SIGNATURES = (
     ("encoder.mid.block_1.norm1.gamma", "a KVAE-3D 2.0"),
     ("decoder.mid.block_1.norm1.conv_y.weight", "a KVAE-3D"),
@@ -114,7 +119,7 @@ _PREFIXES = (
 
 
 def what_is(keys: Iterable[str]) -> str:
-    """The kind of file these keys come from, as words that complete "this is …"."""
+    """The kind of file that these keys come from, in words that complete "this is …"."""
     keys = set(keys)
     for key, kind in _SIGNATURES:
         if key in keys:

@@ -1,4 +1,4 @@
-"""Whether values are numbers, at the cost of reading them once."""
+"""Check for NaN and infinity, at the cost of reading the values once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether no value of a tensor of floats is NaN or infinite; of the meta device, which has none, it is true."""
+    """Whether no value of a float tensor is NaN or infinite. True on the meta device, where there are no values."""
     if x.is_meta or not x.numel():
         return True
-    # the extremes are not finite where a value is not, and unlike torch.isfinite they take no memory
-    wide = x.detach() if x.dtype.itemsize > 1 else x.detach().to(torch.bfloat16)  # of eight bits there are none
+    # if a value is not finite, an extreme is not either; unlike torch.isfinite, aminmax needs no memory
+    wide = x.detach() if x.dtype.itemsize > 1 else x.detach().to(torch.bfloat16)  # aminmax supports no 8-bit floats
     return all(torch.isfinite(extreme).item() for extreme in wide.aminmax())

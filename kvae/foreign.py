@@ -1,4 +1,4 @@
-"""JSON that others may have written: any failure is a ValueError, whatever stands in it; and JSON for others."""
+"""JSON from others, in which any fault is a ValueError; and JSON for others."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ MAX_JSON_CHARACTERS = 64 << 20
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: it is none, is nested too deeply, or is too long.
+        ValueError: the text is not JSON, is nested too deeply, or is longer than MAX_JSON_CHARACTERS.
     """
     if len(text) > MAX_JSON_CHARACTERS:
-        raise ValueError(f"{len(text)} characters of JSON; nothing of that kind is so long")
+        raise ValueError(f"{len(text)} characters of JSON; expected {MAX_JSON_CHARACTERS} at most")
     try:
         return json.loads(text)
     except RecursionError:
@@ -26,10 +26,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """The same, where an object is expected.
+    """Parse a JSON text that must be an object.
 
     Raises:
-        ValueError: as `parse_json`; or it is no object.
+        ValueError: as `parse_json`; or the value is not an object.
     """
     value = parse_json(text)
     if not isinstance(value, dict):
@@ -38,11 +38,12 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 def build(cls: type[T], values: Any) -> T:
-    """A dataclass from a JSON object: every field of the type it is declared with. What it does not know, as a newer
-    version may write, is left out.
+    """Make a dataclass from a JSON object, checking every field against its declared type.
+
+    Unknown fields, which a newer version may write, are ignored.
 
     Raises:
-        ValueError: not an object, a field is missing or of another type, or the class refuses the values.
+        ValueError: `values` is not an object, a field is missing or has another type, or the class rejects the values.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{_shown(values)}; expected an object with the fields of a {cls.__name__}")
@@ -85,7 +86,7 @@ def _shown(value: Any) -> str:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON that every reader takes, with letters as they are: a number that is not finite becomes null."""
+    """JSON text that every parser accepts. Letters are not escaped, and numbers that are not finite become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 

@@ -1,8 +1,8 @@
-"""The blocks of KVAE-3D, written for streams: every layer with a memory takes a `cache`.
+"""The blocks of KVAE-3D, written for streams: every layer that remembers frames has a `cache` argument.
 
-A cache is a plain dict, one per stream, from a layer's name to the frames that it must see again. It belongs to
-the caller, so one model serves any number of streams at a time. A layer that is not in the cache yet is at
-the start of the stream.
+A cache is a plain dict, one per stream, from a layer's name to the frames that the layer reads again in the next
+segment. It belongs to the caller, so one model serves any number of streams at a time. A layer whose name is not in the
+cache is at the start of the stream.
 
     # B batch, C channels, T frames of the layer's own rate, t latent frames, H/W rows and columns
     x_BCTHW, z_Bcthw (the latent that conditions the decoder's norms)
@@ -17,27 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import KVAEConfig
-from .engine.convolution import Conv3d, conv3d, recorded
+from .engine.convolution import Conv3d, conv3d, wants_autograd_or_graph
 
 Cache = dict[str, Tensor]
 Sides = tuple[bool, bool, bool, bool]  # left, right, top, bottom
 
 
 class Streamed(nn.Module):
-    """A layer that remembers frames. Its `name`, the key of its memory in a cache, is given by the whole model."""
+    """A layer that remembers frames. Its `name`, its key in a cache, comes from `name_streamed`."""
 
     name: str
 
 
 def name_streamed(model: nn.Module) -> None:
-    """Give every layer with a memory its name in this model."""
+    """Give every layer that remembers frames its name in this model."""
     for name, module in model.named_modules():
         if isinstance(module, Streamed):
             module.name = name
 
 
 class CausalConv3d(Streamed):
-    """Convolution that sees only the past: time is padded with the stream's first frame, space with a border.
+    """Convolution that sees only the past. Time is padded with copies of the stream's first frame, space with a border.
 
     Args:
         kernel: 3 or 1, over time and space alike.
@@ -53,13 +53,17 @@ class CausalConv3d(Streamed):
         """[B, C, T, H, W] → [B, C', T, H, W]."""
         kernel = self.conv.kernel_size[0]
         x = remember(x_BCTHW, cache, self.name, memory=kernel - 1)
-        return self.conv(framed(x, self.padding) if kernel == 3 else x)
+        return self.conv(pad_border(x, self.padding) if kernel == 3 else x)
 
 
 def remember(x_BCTHW: Tensor, cache: Cache, name: str, memory: int, stride: int = 1) -> Tensor:
-    """x after the frames it follows: `memory` times the first frame at the start of a stream, else those in the cache.
+    """Put x [B, C, T, H, W] behind its past frames: those in the cache, or copies of its first frame in a new stream.
 
-    The cache then holds the frames that the next window of memory + 1 frames starts with; windows are `stride` apart.
+    Afterwards the cache holds the frames that the next window starts with.
+
+    Args:
+        memory: number of past frames; windows have memory + 1 frames.
+        stride: frames from one window to the next.
     """
     past = cache[name] if name in cache else x_BCTHW[:, :, :1].expand(-1, -1, memory, -1, -1)
     x = torch.cat([past, x_BCTHW], dim=2) if past.shape[2] else x_BCTHW
@@ -68,24 +72,25 @@ def remember(x_BCTHW: Tensor, cache: Cache, name: str, memory: int, stride: int 
     return x
 
 
-def framed(x_BCTHW: Tensor, padding: str, sides: Sides = (True, True, True, True), inside: int = 1) -> Tensor:
-    """x with a row or column more at these sides, filled as `fill_border` does, in its own memory format."""
+def pad_border(x_BCTHW: Tensor, padding: str, sides: Sides = (True, True, True, True), inside: int = 1) -> Tensor:
+    """Add a row or column to x at each of these sides, filled as by `fill_border`. The memory format stays the same."""
     left, right, top, bottom = sides
-    if recorded():  # filled in place, each side would copy the whole gradient
+    if wants_autograd_or_graph():  # if borders were filled in place, each side would copy the whole gradient
         mode = {1: "replicate", 2: "reflect"}[inside] if padding == "replicate" else "constant"
         return F.pad(x_BCTHW, (*map(int, sides), 0, 0), mode=mode)
     B, C, T, H, W = x_BCTHW.shape
-    y = like(x_BCTHW, (B, C, T, H + top + bottom, W + left + right))
+    y = empty_in_layout_of(x_BCTHW, (B, C, T, H + top + bottom, W + left + right))
     y[:, :, :, top : top + H, left : left + W] = x_BCTHW
     fill_border(y, padding, sides, inside)
     return y
 
 
 def fill_border(x_BCTHW: Tensor, padding: str, sides: Sides, inside: int = 1) -> None:
-    """Fill the outermost rows and columns at these sides.
+    """Fill the outermost rows and columns of x at these sides, in place.
 
     Args:
-        padding: "replicate" takes what is `inside` by so many, or "zeros".
+        padding: "zeros", or "replicate": copy the row or column that lies `inside` steps further in.
+        inside: 1 to replicate the edge, 2 to reflect at it.
     """
     for needed, dim, edge, source in zip(sides, (4, 4, 3, 3), (0, -1, 0, -1), (inside, -1 - inside) * 2, strict=True):
         if needed and padding == "replicate":
@@ -94,9 +99,10 @@ def fill_border(x_BCTHW: Tensor, padding: str, sides: Sides, inside: int = 1) ->
             x_BCTHW.select(dim, edge).zero_()
 
 
-def like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An empty tensor of x's type, device and memory format."""
-    nhwc = x.stride(1) == 1 and x.shape[1] > 1  # of a slice too, which is neither contiguous nor channels-last
+def empty_in_layout_of(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor of x's dtype, device and memory format."""
+    # is_contiguous would miss slices, which are neither contiguous nor channels-last
+    nhwc = x.stride(1) == 1 and x.shape[1] > 1
     memory_format = torch.channels_last_3d if nhwc else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
@@ -107,7 +113,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Each position's channels scaled to a root mean square of 1, times gamma."""
+    """Scale the channels of each position to a root mean square of 1, then by gamma."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -119,12 +125,12 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(channels: int, config: KVAEConfig) -> nn.Module:
-    """The encoder's norm, and the inner one of the decoder's."""
+    """The encoder's norm, which is also the inner norm of the decoder's `SpatialNorm`."""
     return nn.GroupNorm(config.norm_groups, channels, eps=1e-6) if config.norm == "group" else RMSNorm(channels)
 
 
 class SpatialNorm(nn.Module):
-    """The decoder's norm: then a scale and a shift computed from the latent at each position."""
+    """The decoder's norm: a norm, then a scale and a shift that depend on the latent at each position."""
 
     def __init__(self, channels: int, config: KVAEConfig):
         super().__init__()
@@ -133,37 +139,41 @@ class SpatialNorm(nn.Module):
         self.conv_b = nn.Conv3d(config.z_channels, channels, 1)
 
     def forward(self, x_BCTHW: Tensor, z_Bcthw: Tensor, first: bool) -> Tensor:
-        """[B, C, T, H, W] → the same shape; `first` says whether the segment starts the stream."""
-        # 1x1x1 convolutions commute with the repetition: at the latent's resolution they cost next to nothing
+        """[B, C, T, H, W] → the same shape.
+
+        Args:
+            first: whether the segment starts the stream, so that its first latent covers one frame.
+        """
+        # the model repeats z to x's size first; 1x1x1 convolutions commute with that, and are far cheaper before it
         scale, shift = self.conv_y(z_Bcthw), self.conv_b(z_Bcthw)
-        parts = list(modulate(self.norm_layer(x_BCTHW), scale, shift, first))
+        parts = list(apply_scale_shift(self.norm_layer(x_BCTHW), scale, shift, first))
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
-def modulate(
+def apply_scale_shift(
     x_BCTHW: Tensor, scale_BCthw: Tensor, shift_BCthw: Tensor, first: bool, out: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """x · scale + shift, each latent's scale and shift for the whole block of frames, rows and columns it covers.
+    """Yield x · scale + shift, with each latent's scale and shift for all frames, rows and columns that it covers.
 
-    In one or two parts, over time: at the start of a stream the first latent is one frame. They are written to `out`,
-    of the shape of x, where it is given.
+    The result comes in one or two parts along time, since the first latent of a stream covers one frame only. If `out`,
+    of the shape of x, is given, the parts are written to it.
     """
     head = 1 if first and scale_BCthw.shape[2] > 1 else 0
     for part in [slice(0, 1), slice(1, None)] if head else [slice(None)]:
         x, scale, shift = x_BCTHW[:, :, part], scale_BCthw[:, :, part], shift_BCthw[:, :, part]
         scale, shift = (s[:, :, :, None, :, None, :, None] for s in (scale, shift))
-        y = None if out is None else blocks(out[:, :, part], scale)
-        yield torch.addcmul(shift, blocks(x, scale), scale, out=y).reshape(x.shape)
+        y = None if out is None else split_by_latent(out[:, :, part], scale)
+        yield torch.addcmul(shift, split_by_latent(x, scale), scale, out=y).reshape(x.shape)
 
 
-def blocks(x_BCTHW: Tensor, scale_BCt1h1w1: Tensor) -> Tensor:
-    """x with each axis as (latents, what one latent covers)."""
+def split_by_latent(x_BCTHW: Tensor, scale_BCt1h1w1: Tensor) -> Tensor:
+    """Split each of the axes T, H, W into two: the latents, and the positions that one latent covers."""
     t, h, w = scale_BCt1h1w1.shape[2::2]
     return x_BCTHW.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1))
 
 
 class ResnetBlock(nn.Module):
-    """Two causal convolutions beside a shortcut. In the decoder the norms are conditioned on the latent."""
+    """Two causal convolutions and a shortcut. In the decoder the norms are conditioned on the latent."""
 
     def __init__(self, in_channels: int, out_channels: int, config: KVAEConfig, conditioned: bool):
         super().__init__()
@@ -179,7 +189,7 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
     def shortcut(self, x_BCTHW: Tensor) -> Tensor:
-        """What the residual branch is added to."""
+        """The input, with as many channels as the output: [B, C, T, H, W] → [B, C', T, H, W]."""
         if not hasattr(self, "nin_shortcut"):
             return x_BCTHW
         return conv3d(x_BCTHW, self.nin_shortcut.weight, self.nin_shortcut.bias)

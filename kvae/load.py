@@ -1,4 +1,4 @@
-"""Load KVAE-3D weights: one file, a folder or a hub id, official or diffusers keys, strictly."""
+"""Load KVAE-3D weights strictly, from a file, a folder or a hub id, with official or diffusers keys."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .model import KVAE
 from .paths import read_text
 
 _EXPECTED = f"a KVAE-3D VAE ({', '.join(FAMILY)})"
-CONFIG = "kvae_config"  # the config's JSON as bytes, in files of writers that keep tensors alone
+CONFIG = "kvae_config"  # tensor with the config's JSON as bytes, for writers that keep only tensors
 MOST_CONFIG_BYTES = 1 << 16
 MOST_KEYS, MOST_LEVELS = 2000, 8  # the published models have up to 378 and 5
 
@@ -29,12 +29,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def load_kvae(name: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> KVAE:
-    """A KVAE in eval mode, frozen and folded, every tensor read straight to `dtype` and `device`.
+    """Load a KVAE in eval mode, frozen and folded. Each tensor is read straight to `dtype` and `device`.
 
     Args:
-        name: a .safetensors file (its config in the metadata or in the tensor `kvae_config`, else read off the shapes);
-            a folder with model.safetensors or diffusion_pytorch_model.safetensors, and config.json; the name of a
-            published model (KVAE-3D-1.0), or a hub id (owner/name), which are downloaded with huggingface_hub.
+        name: a .safetensors file; a folder with model.safetensors or diffusion_pytorch_model.safetensors, and
+            config.json; the name of a published model (KVAE-3D-1.0); or a hub id (owner/name). The last two are
+            downloaded with huggingface_hub. The config of a file comes from its metadata or its tensor `kvae_config`,
+            otherwise from the shapes.
 
     Raises:
         WeightsError: the file is missing, damaged, or not a KVAE-3D; the message says what it is.
@@ -47,7 +48,7 @@ def load_kvae(name: str | os.PathLike, dtype: torch.dtype = torch.float32, devic
         raise WeightsError(f"{path}: this is {kind}; expected {_EXPECTED}")
     shapes = {key: weights.shapes[found] for key, found in names.items()}
     if len(names) < len(weights.shapes) - (CONFIG in weights.shapes):
-        raise WeightsError(f"{path}: holds the same tensors twice, under official and diffusers keys")
+        raise WeightsError(f"{path}: holds the same tensors twice, with official and with diffusers keys")
     config = _config(path, weights, shapes)
     with torch.device("meta"):
         kvae = KVAE(config)
@@ -60,41 +61,48 @@ def load_kvae(name: str | os.PathLike, dtype: torch.dtype = torch.float32, devic
 
 
 def save_kvae(path: str | os.PathLike, kvae: KVAE, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-    """Write one self-describing file: official keys, the config as JSON in the metadata beside what is given."""
+    """Write one self-describing file: official keys, the config as JSON in the metadata, and the given metadata.
+
+    Raises:
+        WeightsError: the file cannot be written.
+    """
     tensors = {key: tensor.to(dtype) for key, tensor in kvae.state_dict().items()}
     save_weights(path, tensors, {"config": json.dumps(kvae.config.to_dict()), **metadata})
 
 
 def described_state(kvae: KVAE) -> dict[str, Tensor]:
-    """The state dict, and the config as a tensor: for a writer that keeps no metadata of ours. `load_kvae` reads it."""
+    """The state dict with the config as a tensor, for writers that drop our metadata. `load_kvae` reads it."""
     text = json.dumps(kvae.config.to_dict()).encode()
     return {**kvae.state_dict(), CONFIG: torch.tensor(list(text), dtype=torch.uint8)}
 
 
 def official_key(key: str) -> str:
-    """A key of the official or the diffusers layout → the official one (diffusers wraps each GroupNorm once more)."""
+    """The official key for one of the official or diffusers layout; diffusers wraps each GroupNorm once more."""
     if ".norm_layer.norm_layer." in key:
         return key.replace(".norm_layer.norm_layer.", ".norm_layer.")
     return re.sub(r"^(encoder\..*norm(?:1|2|_out))\.norm_layer\.", r"\1.", key)
 
 
 def config_from_shapes(shapes: Shapes) -> KVAEConfig:
-    """The config of a file that carries none. What leaves no trace in the shapes is that of the published models:
-    32 groups in a GroupNorm, and the padding, which is of zeros where compression starts at the second level.
+    """Infer the config of a file that has none.
+
+    The shapes do not show the groups of a GroupNorm and the padding. These are assumed to be those of the published
+    models: 32 groups, and zeros as padding if time compression starts at the second level.
 
     Raises:
-        ValueError: they are not the shapes of a KVAE-3D.
+        ValueError: these are not the shapes of a KVAE-3D.
     """
-    told = _told(shapes)
-    return KVAEConfig(**told, padding="zeros" if told["temporal_start_level"] else "replicate")
+    fields = _fields_from_shapes(shapes)
+    return KVAEConfig(**fields, padding="zeros" if fields["temporal_start_level"] else "replicate")
 
 
-def _told(shapes: Shapes) -> dict:
-    """The fields of a config that the shapes tell: all but `norm_groups` and `padding`. A model of these is no larger
-    than its file.
+def _fields_from_shapes(shapes: Shapes) -> dict:
+    """The fields of a config that follow from the shapes: all but `norm_groups` and `padding`.
+
+    A model with these fields is no larger than its file.
 
     Raises:
-        ValueError: they are not the shapes of a KVAE-3D.
+        ValueError: these are not the shapes of a KVAE-3D.
     """
 
     def side(key: str, dim: int) -> int:
@@ -108,7 +116,7 @@ def _told(shapes: Shapes) -> dict:
         raise ValueError(f"{levels} levels called {', '.join(sorted(found)[:9])}; expected 0, 1, 2 …")
     blocks = sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.conv\.bias", key)) for key in shapes)
     if len(shapes) > MOST_KEYS or levels * blocks > len(shapes):
-        raise ValueError(f"{len(shapes)} tensors, {blocks} blocks in a level; a KVAE-3D has some hundreds and 2")
+        raise ValueError(f"{len(shapes)} tensors, {blocks} blocks in a level; a KVAE-3D has a few hundred and 2")
     timed = [i for i in range(levels) if any(k.startswith(f"encoder.down.{i}.downsample.temporal") for k in shapes)]
     encoder = tuple(side(f"encoder.down.{i}.block.0.conv1.conv.weight", 0) for i in range(levels))
     doubled = levels > 1 and side("encoder.down.0.downsample.linear.weight", 0) == 2 * encoder[0]
@@ -125,13 +133,13 @@ def _told(shapes: Shapes) -> dict:
 
 
 def _config(path: Path, weights: Weights, shapes: Shapes) -> KVAEConfig:
-    """The config that the file or its folder gives, else that of the shapes. It asks for nothing the file has not.
+    """The config from the file or its folder, otherwise from the shapes. It agrees with the shapes.
 
     Raises:
-        WeightsError: it is damaged, or not that of this file.
+        WeightsError: the config is damaged or does not match the tensors.
     """
     try:
-        told = _told(shapes)
+        inferred = _fields_from_shapes(shapes)
         text = weights.metadata.get("config") or _config_tensor(weights) or _config_beside(path)
         if not text:
             return config_from_shapes(shapes)
@@ -142,7 +150,7 @@ def _config(path: Path, weights: Weights, shapes: Shapes) -> KVAEConfig:
         raise
     except (ArithmeticError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise WeightsError(f"{path}: its config is not that of {_EXPECTED} ({error})") from None
-    for name, value in told.items():
+    for name, value in inferred.items():
         if getattr(config, name) != value:
             raise WeightsError(f"{path}: its config says {name} is {getattr(config, name)}, its tensors say {value}")
     return config
@@ -153,24 +161,24 @@ def _config_tensor(weights: Weights) -> str | None:
         return None
     shape = weights.shapes[CONFIG]
     if len(shape) != 1 or shape[0] > MOST_CONFIG_BYTES or weights[CONFIG].dtype != torch.uint8:
-        raise ValueError(f"{CONFIG} is no text")
+        raise ValueError(f"{CONFIG} is not text")
     return bytes(weights[CONFIG].tolist()).decode()
 
 
 def _config_beside(path: Path) -> str | None:
-    """A folder of one model has its config there; a file in a folder of many has not."""
+    """The text of config.json next to the file, if the file's name says that the folder is of one model."""
     beside = path.parent / "config.json"
     return read_text(beside) if path.name in WEIGHTS_FILES and beside.is_file() else None
 
 
 def _sound(path: Path, key: str, tensor: Tensor) -> Tensor:
-    """The tensor, of floats and finite.
+    """The tensor.
 
     Raises:
-        WeightsError: it is not.
+        WeightsError: it is not a float tensor, or not all values are finite.
     """
     if not tensor.is_floating_point():
-        raise WeightsError(f"{path}: {key} is of {tensor.dtype}; expected weights of a float type")
+        raise WeightsError(f"{path}: {key} is {tensor.dtype}; expected a float type")
     if not all_finite(tensor):
         raise WeightsError(f"{path}: {key} holds values that are not finite numbers; download or make it again")
     return tensor
@@ -183,7 +191,7 @@ def _check_shapes(path: Path, expected: dict[str, tuple], found: Shapes) -> None
     if missing or extra:
         raise WeightsError(
             f"{path}: {len(missing)} keys missing {missing[:2]}, {len(extra)} unknown {extra[:2]}; "
-            f"expected the {len(expected)} keys of its kind of KVAE-3D"
+            f"expected the {len(expected)} keys of this kind of KVAE-3D"
         )
     if wrong:
         key = min(wrong)

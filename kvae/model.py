@@ -4,7 +4,7 @@
     z = kvae.encode(video)      # [B, 3, T, H, W] in −1..1  →  [B, 16, t, H/8, W/8],  T = 4(t − 1) + 1
     video = kvae.decode(z)
 
-    for frames in kvae.decode_stream(z):        # one segment at a time: memory does not grow with the length
+    for frames in kvae.decode_stream(z):        # one segment at a time: memory does not grow with the clip's length
         write(frames)
     for posterior in kvae.encode_stream(read_frames()):
         ...
@@ -12,47 +12,35 @@
     # B batch, T frames, t latent frames, H/W pixels, h/w latent rows and columns
     x_B3THW, z_Bcthw
 
-Source of the method: https://github.com/kandinskylab/kvae.
+Source of the model: https://github.com/kandinskylab/kvae.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .coders import Coder, Decoder, Encoder
 from .config import SEGMENT_FRAMES, KVAEConfig
-from .engine.strips import Execution, Memory, Norms, arranged, compute_segment, tail_frames
-from .engine.tiles import Part, Span, Tiling, blended_tiling, exact_tiling
+from .engine.execution import Execution, Recompute, frames_to_recompute
+from .engine.run_segment import in_fastest_format, run_segment
+from .engine.stream_state import GroupNormStats, StreamState
+from .engine.tiles import Part, Span, Tiling, blended_tiling, exact_tiling, shrink_to_tile
 from .frames import padded, padded_frames, pieces_of, regroup, with_last
-from .layers import name_streamed, wide
+from .layers import name_streamed
+from .posterior import Posterior
 from .resample import Resampler
 
 DEFAULT = Execution()
-Progress = Callable[[int], None]  # called with the number of frames done so far; may raise, to cancel
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """Diagonal Gaussian over latents: `mean` and `logvar`, both [B, c, t, h, w], raw."""
-
-    mean: Tensor
-    logvar: Tensor
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw, [B, c, t, h, w]. The log-variance is clamped to −30..20, as in diffusers."""
-        mean = self.mean
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        return mean + noise * (0.5 * self.logvar.clamp(-30, 20)).exp()
+Progress = Callable[[int], None]  # called with the number of frames done so far; it may raise, to cancel the run
 
 
 class KVAE(nn.Module):
-    """A KVAE-3D. Pixels are x/128 − 1 for x in 0..255 (see `kvae.pixels`); latents are raw, in any float dtype."""
+    """A KVAE-3D. Pixels are x/128 − 1 for x in 0..255 (see `kvae.pixels`); latents are raw. Any float dtype works."""
 
     def __init__(self, config: KVAEConfig | None = None):
         super().__init__()
@@ -62,13 +50,13 @@ class KVAE(nn.Module):
         name_streamed(self)
 
     def fold(self) -> KVAE:
-        """Fold the resamplers' weights now rather than in the first run; `load_kvae` has done it."""
+        """Fold the resamplers' weights now rather than in the first run. `load_kvae` does it."""
         self.encoder.fold()
         self.decoder.fold()
         return self
 
     def unfold(self) -> KVAE:
-        """Forget the folded weights: after a change that autograd was not told of, through `.data`."""
+        """Drop the folded weights. Needed after a change that autograd does not see, such as `weight.data.mul_(2)`."""
         for module in self.modules():
             if isinstance(module, Resampler):
                 module.unfold()
@@ -79,18 +67,19 @@ class KVAE(nn.Module):
         frames: Tensor | Iterable[Tensor],
         execution: Execution = DEFAULT,
         progress: Progress | None = None,
-        norms: Norms | None = None,
+        norm_stats: GroupNormStats | None = None,
     ) -> Iterator[Posterior]:
-        """The posterior of each segment in turn.
+        """Yield the posterior of each segment in turn.
 
         Args:
-            frames: [B, 3, T, H, W] in −1..1, any T ≥ 1, H and W; or an iterable of such chunks, cut anywhere in time,
-                of which two segments are held, copied: a reader may fill one buffer again and again. The last frame,
-                row and column are repeated up to 4n + 1 frames and whole latents.
-            norms: for tiles of a picture, see `Norms`; an empty one is filled. Not with gradients.
+            frames: [B, 3, T, H, W] in −1..1, any T ≥ 1, H and W; or an iterable of such chunks, cut anywhere in time.
+                Chunks are copied, so a reader may reuse its buffer; at most two segments are held. The last frame, row
+                and column are repeated up to 4n + 1 frames and full latents.
+            norm_stats: GroupNorm's statistics to record or reuse, for tiles of a picture (see `GroupNormStats`).
+                Ignored with gradients.
 
         Raises:
-            ValueError: the execution or the shape is not one the model takes, or there are no frames.
+            ValueError: the model does not support the execution or the shape, or there are no frames.
         """
         self._check_execution(execution)
         lengths = execution.segment + 1, execution.segment
@@ -98,15 +87,15 @@ class KVAE(nn.Module):
             pieces = pieces_of(_checked(frames, 3, "video"), *lengths)
         else:
             pieces = regroup((_checked(chunk, 3, "video") for chunk in frames), *lengths)
-        return self._encoded(pieces, Memory(norms=norms), execution, progress)
+        return self._encoded(pieces, StreamState(norm_stats=norm_stats), execution, progress)
 
     def _encoded(
-        self, pieces: Iterator[Tensor], memory: Memory, execution: Execution, progress: Progress | None
+        self, pieces: Iterator[Tensor], state: StreamState, execution: Execution, progress: Progress | None
     ) -> Iterator[Posterior]:
         self.encoder.fold()
         done = 0
         for x, last in with_last(pieces):
-            moments = self._compute(self.encoder, x, memory, not done, last, execution)
+            moments = self._compute(self.encoder, x, state, not done, last, execution)
             done += x.shape[2]
             yield Posterior(*moments.chunk(2, dim=1))
             if progress:
@@ -119,28 +108,31 @@ class KVAE(nn.Module):
         z_Bcthw: Tensor,
         execution: Execution = DEFAULT,
         progress: Progress | None = None,
-        norms: Norms | None = None,
+        norm_stats: GroupNormStats | None = None,
     ) -> Iterator[Tensor]:
-        """The frames of each segment in turn, [B, 3, 17 or 16, H, W], for latents [B, c, t, h, w].
+        """Yield the frames of each segment in turn, [B, 3, T, H, W], from latents [B, c, t, h, w].
+
+        T is 17, then 16, with the default execution; the last segment may be shorter.
 
         Args:
-            norms: for tiles of a picture, see `Norms`; an empty one is filled. Not with gradients.
+            norm_stats: GroupNorm's statistics to record or reuse, for tiles of a picture (see `GroupNormStats`).
+                Ignored with gradients.
 
         Raises:
-            ValueError: the execution or the shape is not one the model takes.
+            ValueError: the model does not support the execution or the shape.
         """
         self._check_execution(execution)
-        length = execution.segment // self._cadence
+        length = execution.segment // self._temporal_factor
         pieces = pieces_of(_checked(z_Bcthw, self.config.z_channels, "latent"), length + 1, length)
-        return self._decoded(pieces, Memory(norms=norms), execution, progress)
+        return self._decoded(pieces, StreamState(norm_stats=norm_stats), execution, progress)
 
     def _decoded(
-        self, pieces: Iterator[Tensor], memory: Memory, execution: Execution, progress: Progress | None
+        self, pieces: Iterator[Tensor], state: StreamState, execution: Execution, progress: Progress | None
     ) -> Iterator[Tensor]:
         self.decoder.fold()
         done = 0
         for z, last in with_last(pieces):
-            frames = self._compute(self.decoder, z, memory, not done, last, execution)
+            frames = self._compute(self.decoder, z, state, not done, last, execution)
             done += frames.shape[2]
             yield frames
             del frames  # before the next ones are made
@@ -148,64 +140,77 @@ class KVAE(nn.Module):
                 progress(done)
 
     def posterior(self, x_B3THW: Tensor, execution: Execution = DEFAULT, progress: Progress | None = None) -> Posterior:
-        """[B, 3, T, H, W] in −1..1 → the posterior of the latents, [B, c, t, h, w]; see `encode_stream`."""
+        """Encode a video [B, 3, T, H, W] in −1..1 to the posterior of its latents, [B, c, t, h, w].
+
+        See `encode_stream` for sizes and errors; tiles are not supported.
+        """
         parts = list(self.encode_stream(x_B3THW, execution, progress))
         return Posterior(torch.cat([p.mean for p in parts], 2), torch.cat([p.logvar for p in parts], 2))
 
     def encode(self, x_B3THW: Tensor, execution: Execution = DEFAULT, progress: Progress | None = None) -> Tensor:
-        """The latent of a video: its posterior's mean, [B, c, t, h, w], raw."""
+        """Encode a video [B, 3, T, H, W] in −1..1 to its raw latent [B, c, t, h, w], the mean of the posterior.
+
+        Raises:
+            ValueError: as `encode_stream`.
+        """
         if execution.tiles == (1, 1):
             return torch.cat([posterior.mean for posterior in self.encode_stream(x_B3THW, execution, progress)], dim=2)
         _checked(x_B3THW, 3, "video")
         B, _, T, H, W = x_B3THW.shape
-        side, t = self.config.spatial_factor, (padded_frames(T, self._cadence) - 1) // self._cadence + 1
-        z = self._like.new_zeros(B, self.config.z_channels, t, -(-H // side), -(-W // side))
+        side, t = self.config.spatial_factor, (padded_frames(T, self._temporal_factor) - 1) // self._temporal_factor + 1
+        z = self._weight.new_zeros(B, self.config.z_channels, t, -(-H // side), -(-W // side))
         for part in self.encode_parts(x_B3THW, execution, progress):
             part.put(z)
         return z
 
     def decode(self, z_Bcthw: Tensor, execution: Execution = DEFAULT, progress: Progress | None = None) -> Tensor:
-        """Raw latents [B, c, t, h, w] → video [B, 3, 4(t − 1) + 1, 8h, 8w], about −1..1, not clipped."""
+        """Decode raw latents [B, c, t, h, w] to a video [B, 3, 4(t − 1) + 1, 8h, 8w], about −1..1, not clipped.
+
+        2.0-t4s16 has 16h and 16w.
+
+        Raises:
+            ValueError: as `decode_stream`.
+        """
         if execution.tiles == (1, 1):
             return torch.cat(list(self.decode_stream(z_Bcthw, execution, progress)), dim=2)
         B, _, t, h, w = _checked(z_Bcthw, self.config.z_channels, "latent").shape
         side = self.config.spatial_factor
-        x = self._like.new_zeros(B, 3, self._cadence * (t - 1) + 1, side * h, side * w)
+        x = self._weight.new_zeros(B, 3, self._temporal_factor * (t - 1) + 1, side * h, side * w)
         for part in self.decode_parts(z_Bcthw, execution, progress):
             part.put(x)
         return x
 
     def encode_parts(self, x_B3THW: Tensor, execution: Execution, progress: Progress | None = None) -> Iterator[Part]:
-        """What `encode` puts together, as it comes: the segments of each tile in turn."""
+        """Yield the parts that `encode` assembles: the segments of each tile in turn, as they are computed."""
         _, _, T, H, W = _checked(x_B3THW, 3, "video").shape
         side = self.config.spatial_factor
         tiling = self._tiling(execution, -(-H // side), -(-W // side), decode=False)
-        each, norms = self._each(execution), None
-        report = _over_tiles(progress, len(tiling), T)
-        if shrink := self._shrink(tiling):
-            norms = Norms()
-            chunks = (shrink(frame, side) for frame in x_B3THW.split(1, dim=2))
-            deque(self.encode_stream(chunks, each, norms=norms), maxlen=0)
+        each, stats = self._without_tiles(execution), None
+        report = _progress_over_tiles(progress, len(tiling), T)
+        if self._needs_statistics(tiling):
+            stats = GroupNormStats()
+            chunks = (shrink_to_tile(frame, tiling, side) for frame in x_B3THW.split(1, dim=2))
+            deque(self.encode_stream(chunks, each, norm_stats=stats), maxlen=0)
 
         def latents(rows: Span, columns: Span) -> Iterator[Tensor]:
             (top, bottom), (left, right) = ((lo * side, hi * side) for lo, hi in (rows, columns))
             x = x_B3THW[..., top:bottom, left:right]
-            return (posterior.mean for posterior in self.encode_stream(x, each, report, norms))
+            return (posterior.mean for posterior in self.encode_stream(x, each, report, stats))
 
         return tiling.parts(latents, scale=1)
 
     def decode_parts(self, z_Bcthw: Tensor, execution: Execution, progress: Progress | None = None) -> Iterator[Part]:
-        """What `decode` puts together, as it comes: the segments of each tile in turn."""
+        """Yield the parts that `decode` assembles: the segments of each tile in turn, as they are computed."""
         _, _, t, h, w = _checked(z_Bcthw, self.config.z_channels, "latent").shape
         tiling = self._tiling(execution, h, w, decode=True)
-        each, norms = self._each(execution), None
-        report = _over_tiles(progress, len(tiling), self._cadence * (t - 1) + 1)
-        if shrink := self._shrink(tiling):
-            norms = Norms()
-            deque(self.decode_stream(shrink(z_Bcthw, 1), each, norms=norms), maxlen=0)
+        each, stats = self._without_tiles(execution), None
+        report = _progress_over_tiles(progress, len(tiling), self._temporal_factor * (t - 1) + 1)
+        if self._needs_statistics(tiling):
+            stats = GroupNormStats()
+            deque(self.decode_stream(shrink_to_tile(z_Bcthw, tiling, 1), each, norm_stats=stats), maxlen=0)
 
         def frames(rows: Span, columns: Span) -> Iterator[Tensor]:
-            return self.decode_stream(z_Bcthw[..., slice(*rows), slice(*columns)], each, report, norms)
+            return self.decode_stream(z_Bcthw[..., slice(*rows), slice(*columns)], each, report, stats)
 
         return tiling.parts(frames, scale=self.config.spatial_factor)
 
@@ -214,72 +219,68 @@ class KVAE(nn.Module):
             return exact_tiling(self.config, h, w, execution.tiles, decode)
         return blended_tiling(h, w, execution.tiles, execution.overlap)
 
-    def _each(self, execution: Execution) -> Execution:
-        """How to compute each of the tiles."""
+    def _without_tiles(self, execution: Execution) -> Execution:
+        """The execution for the stream of a single tile."""
         each = replace(execution, tiles=(1, 1), overlap=None)
         self._check_execution(each)
         return each
 
-    def _shrink(self, tiling: Tiling) -> Callable[[Tensor, int], Tensor] | None:
-        """For GroupNorm's statistics: how to make a picture, of so many rows a latent, no larger than a tile."""
-        if self.config.per_position or len(tiling) == 1:
-            return None
-        sides = [axis.outer[-1][1] for axis in (tiling.rows, tiling.columns)]
-        factor = max(n / tile for n, tile in zip(sides, tiling.largest, strict=True))
-        small = [max(1, int(n / factor)) for n in sides]
-
-        def shrink(x: Tensor, side: int) -> Tensor:
-            return F.interpolate(wide(x), (x.shape[2], *(n * side for n in small)), mode="area").to(x.dtype)
-
-        return shrink
+    def _needs_statistics(self, tiling: Tiling) -> bool:
+        """Whether GroupNorm's statistics must be those of a version of the whole picture."""
+        return not self.config.norm_is_per_position and len(tiling) > 1
 
     def _compute(
-        self, coder: Encoder | Decoder, x: Tensor, memory: Memory, first: bool, last: bool, execution: Execution
+        self, coder: Encoder | Decoder, x: Tensor, state: StreamState, first: bool, last: bool, execution: Execution
     ) -> Tensor:
-        """A segment: by the modules themselves where a gradient is wanted, else by strips."""
-        if self._graded(coder, x):
-            return coder(self._whole(coder, x.to(self._like), first), memory.cache)
+        """Compute a segment: by the modules' own `forward` if a gradient is needed, else by strips."""
+        if self._needs_gradient(coder, x):
+            return coder(self._pad(coder, x.to(self._weight), first), state.cache)
         with torch.no_grad():
-            x = self._whole(coder, arranged(x.to(self._like)), first)
-            return compute_segment(coder, x, memory, first, last, execution)
+            x = self._pad(coder, in_fastest_format(x.to(self._weight)), first)
+            return run_segment(coder, x, state, first, last, execution)
 
-    def _whole(self, coder: Encoder | Decoder, x: Tensor, first: bool) -> Tensor:
-        """Pixels repeated up to whole latents: 4n + 1 frames at the start of a stream, 4n later on."""
+    def _pad(self, coder: Encoder | Decoder, x: Tensor, first: bool) -> Tensor:
+        """Repeat pixels up to full latents: 4n + 1 frames at the start of a stream, 4n later. Latents need none."""
         if coder is self.decoder:
             return x
-        frames = padded_frames(x.shape[2] + 1 - first, self._cadence) - 1 + first
+        frames = padded_frames(x.shape[2] + 1 - first, self._temporal_factor) - 1 + first
         return padded(x, frames, self.config.spatial_factor)
 
     @staticmethod
-    def _graded(coder: Coder, x: Tensor) -> bool:
-        """Whether the input, or any weight, wants a gradient."""
-        wanted = x.requires_grad or any(parameter.requires_grad for parameter in coder.parameters())
-        return torch.is_grad_enabled() and wanted
+    def _needs_gradient(coder: Coder, x: Tensor) -> bool:
+        """Whether the input, or any weight, requires a gradient."""
+        required = x.requires_grad or any(parameter.requires_grad for parameter in coder.parameters())
+        return torch.is_grad_enabled() and required
 
     @property
-    def _like(self) -> Tensor:
+    def _weight(self) -> Tensor:
+        """Any weight: of the model's dtype and device."""
         return self.decoder.conv_out.conv.weight
 
     @property
-    def _cadence(self) -> int:
+    def _temporal_factor(self) -> int:
+        """Frames per latent."""
         return self.config.temporal_compress_times
 
     def _check_execution(self, execution: Execution) -> None:
         if execution.tiles != (1, 1):
-            raise ValueError("a stream gives whole pictures, segment by segment: for tiles use encode or decode")
+            raise ValueError("a stream yields whole pictures, segment by segment; use encode or decode for tiles")
         frames = execution.segment
-        if not self.config.per_position and frames != SEGMENT_FRAMES:
+        if not self.config.norm_is_per_position and frames != SEGMENT_FRAMES:
             raise ValueError(
                 f"segments of {frames} frames; this model has GroupNorm over a segment of {SEGMENT_FRAMES} frames"
             )
-        if frames < 1 or frames % self._cadence:
-            raise ValueError(f"segments of {frames} frames; expected a multiple of {self._cadence}")
-        if execution.recompute > 2 and frames < tail_frames(len(self.decoder.full_resolution())):
-            raise ValueError(f"segments of {frames} frames are too short to compute again what they remember")
+        if frames < 1 or frames % self._temporal_factor:
+            raise ValueError(f"segments of {frames} frames; expected a multiple of {self._temporal_factor}")
+        needed = frames_to_recompute(len(self.decoder.full_resolution()))
+        if execution.recompute == Recompute.FULL_RESOLUTION and frames < needed:
+            raise ValueError(
+                f"segments of {frames} frames; recomputing all maps of full resolution needs {needed} or more"
+            )
 
 
-def _over_tiles(progress: Progress | None, tiles: int, frames: int) -> Progress:
-    """For the streams of the tiles in turn: what is done of the whole."""
+def _progress_over_tiles(progress: Progress | None, tiles: int, frames: int) -> Progress:
+    """Progress of the streams of the tiles, one after the other, as progress of the clip."""
     before = 0
 
     def report(done: int) -> None:
@@ -292,6 +293,11 @@ def _over_tiles(progress: Progress | None, tiles: int, frames: int) -> Progress:
 
 
 def _checked(x: Tensor, channels: int, name: str) -> Tensor:
+    """x.
+
+    Raises:
+        ValueError: x is not a float tensor [B, channels, T, H, W] with at least one value.
+    """
     if not x.is_floating_point():
         raise ValueError(f"{name} is {x.dtype}; expected floating-point values")
     if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:

@@ -1,4 +1,4 @@
-"""Files: read only where they are files, written whole or not at all.
+"""Read regular files only, and write files completely or not at all.
 
 with written_whole("result.mp4") as partial:    # a hidden file in the same folder
     make(partial)                                # a failure or a kill in here leaves result.mp4 as it was
@@ -18,21 +18,21 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows, where no one can delete a file that is open
+except ImportError:  # Windows, where nobody can delete a file that is open
     fcntl = None  # type: ignore[assignment]
 
 from .errors import WeightsError
 
 PARTIAL_PREFIX, PARTIAL_SUFFIX = ".kvae-", ".partial"
-MAX_TEXT_BYTES = 64 << 20  # of JSON and other text: an index of ten million pairs in shards is a tenth of that
+MAX_TEXT_BYTES = 64 << 20  # of JSON and other text; an index of ten million pairs in shards needs a tenth of that
 
 _HINTS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
-    errno.EFBIG: "this disk does not take files of that size",
+    errno.EFBIG: "this disk does not support files of that size",
     errno.EACCES: "choose a place that you may use",
     errno.EPERM: "choose a place that you may use",
-    errno.EROFS: "choose a place that can be written",
+    errno.EROFS: "choose a place that is not read-only",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "a part of it is a file; choose a folder",
     errno.EISDIR: "this is a folder; choose a file",
@@ -42,9 +42,9 @@ _HINTS = {
 
 
 def reason(error: OSError | ValueError) -> str:
-    """Why a path cannot be used, in a few words: what the system says, and what to do."""
+    """Why a path cannot be used, in a few words: the system's message, and what to do."""
     if not isinstance(error, OSError):
-        return "not a name that a file can have"  # a NUL, or what the file system's encoding does not hold
+        return "not a name that a file can have"  # a NUL, or a letter that the file system's encoding lacks
     text = error.strerror or str(error) or type(error).__name__
     hint = _HINTS.get(error.errno or 0)
     return f"{text}; {hint}" if hint else text
@@ -52,10 +52,10 @@ def reason(error: OSError | ValueError) -> str:
 
 @contextmanager
 def file_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turn what the system says about a path into one line.
+    """Turn the system's errors about a path into errors of one line.
 
     Raises:
-        WeightsError: an OSError came, or the path is none.
+        WeightsError: an OSError was raised, or the path is not valid.
     """
     try:
         os.fsencode(path)
@@ -67,15 +67,15 @@ def file_errors(path: str | os.PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         named = error.filename if isinstance(error.filename, str | os.PathLike) else path
-        hidden = Path(named).name.startswith(PARTIAL_PREFIX)  # a name that nobody has chosen says nothing
+        hidden = Path(named).name.startswith(PARTIAL_PREFIX)  # a generated name would tell the user nothing
         raise WeightsError(f"{path if hidden else named}: {reason(error)}") from None
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """Refuse what is not a file: opening a named pipe waits for ever, a device may have no end.
+    """Refuse everything but a regular file: opening a named pipe waits for ever, and a device may have no end.
 
     Raises:
-        WeightsError: there is nothing, a folder, a pipe, a socket or a device.
+        WeightsError: the path does not exist, or is a folder, a pipe, a socket or a device.
     """
     with file_errors(path):
         try:
@@ -89,24 +89,24 @@ def check_regular(path: str | os.PathLike) -> None:
 
 
 def read_bytes(path: str | os.PathLike, most: int = MAX_TEXT_BYTES) -> bytes:
-    """The content of a file of at most so many bytes.
+    """Read a file of at most `most` bytes.
 
     Raises:
-        WeightsError: it is larger, not a file, or cannot be read.
+        WeightsError: the file is larger, not a regular file, or cannot be read.
     """
     check_regular(path)
     with file_errors(path), open(path, "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise WeightsError(f"{path}: more than {most >> 20} MiB; nothing of that kind is so large")
+        raise WeightsError(f"{path}: more than {most >> 20} MiB; no such file is that large")
     return data
 
 
 def read_text(path: str | os.PathLike, most: int = MAX_TEXT_BYTES) -> str:
-    """The same as UTF-8 text.
+    """Read a file of at most `most` bytes as UTF-8 text.
 
     Raises:
-        WeightsError: as `read_bytes`; or it is not UTF-8.
+        WeightsError: as `read_bytes`; or the text is not UTF-8.
     """
     try:
         return read_bytes(path, most).decode()
@@ -116,19 +116,20 @@ def read_text(path: str | os.PathLike, most: int = MAX_TEXT_BYTES) -> str:
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A new, empty file to write into (not to replace); at the end it takes the place of `path`, or is deleted.
+    """A new, empty file to write into. At the end it replaces `path`; after a failure it is deleted.
 
-    Its folder is made. It has a name of its own, so that writers of one path never meet, and is locked as long as its
-    writer lives: what a kill leaves of it is deleted by the next process that writes into the folder.
+    The caller writes into the file and must not replace it. Missing folders are made. The file has a unique name, so
+    that several writers of one path do not interfere. It is locked while its writer lives: if the writer is killed, the
+    next process that writes into the folder deletes the file.
 
     Raises:
-        WeightsError: no room, no right to write there, or not a path that can be written.
+        WeightsError: the disk is full, or the path cannot be written.
     """
     path = Path(path)
     with file_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            check_regular(path)  # a device's name would become a file's
+            check_regular(path)  # a file must not replace a device
         _sweep(path.parent)
         partial, descriptor = _new_partial(path.parent)
     try:
@@ -137,7 +138,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
                 yield partial
                 os.fsync(descriptor)
         finally:
-            os.close(descriptor)  # Windows replaces no file that is open
+            os.close(descriptor)  # Windows cannot rename an open file
         with file_errors(path):
             os.replace(partial, path)
     finally:
@@ -146,25 +147,29 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file whole or not at all, and the folder it goes into.
+    """Write a file completely or not at all, and make its folder.
 
     Raises:
-        WeightsError: see `written_whole`.
+        WeightsError: as `written_whole`.
     """
     with written_whole(path) as partial:
         partial.write_bytes(data)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """The same with UTF-8; what no UTF-8 can hold, as in a file name of another encoding, is escaped (\\udce9)."""
+    """Write UTF-8 text completely or not at all. Lone surrogates, as in file names of other encodings, are escaped.
+
+    Raises:
+        WeightsError: as `written_whole`.
+    """
     write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """The hash of a file, in hexadecimal, as the hub and sha256sum give it.
+    """The SHA-256 hash of a file in hexadecimal, as the hub and sha256sum print it.
 
     Raises:
-        WeightsError: it is not a file, or cannot be read.
+        WeightsError: the path is not a regular file, or cannot be read.
     """
     check_regular(path)
     with file_errors(path), open(path, "rb") as file:
@@ -172,7 +177,7 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 
 def _new_partial(folder: Path) -> tuple[Path, int]:
-    """A new file in the folder, open and locked."""
+    """Make a new file in the folder, open and locked."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     while True:
         partial = folder / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
@@ -185,7 +190,7 @@ def _new_partial(folder: Path) -> tuple[Path, int]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether the file is now ours alone; where the file system has no locks, nobody can tell."""
+    """Lock an open file; whether that worked. Always False on a file system without locks."""
     if fcntl is None:
         return True
     try:
@@ -197,7 +202,7 @@ def _lock(descriptor: int) -> bool:
 
 @cache
 def _sweep(folder: Path) -> None:
-    """Delete what killed writers have left in a folder; once for each process, as a folder may hold millions."""
+    """Delete the files of killed writers in a folder; once per process, as a folder may hold millions of files."""
     with suppress(OSError), os.scandir(folder) as entries:
         left = [e.path for e in entries if e.name.startswith(PARTIAL_PREFIX) and e.name.endswith(PARTIAL_SUFFIX)]
         for path in left:
@@ -205,7 +210,7 @@ def _sweep(folder: Path) -> None:
 
 
 def is_held(descriptor: int) -> bool:
-    """Lock a file for as long as it is open; whether another process had done so. Without locks, nobody can tell."""
+    """Lock a file for as long as it is open. True if another process holds the lock; False without file locks."""
     if fcntl is None:
         return False
     try:
@@ -216,7 +221,7 @@ def is_held(descriptor: int) -> bool:
 
 
 def delete_unlocked(path: str) -> None:
-    """Delete a file that no process has locked; say nothing if that cannot be."""
+    """Delete a file that no process has locked; ignore failures."""
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with suppress(OSError):
         descriptor = os.open(path, flags)
@@ -226,4 +231,4 @@ def delete_unlocked(path: str) -> None:
         finally:
             os.close(descriptor)
         if fcntl is None:
-            os.unlink(path)  # refused by Windows while its writer lives
+            os.unlink(path)  # Windows refuses this while the writer lives

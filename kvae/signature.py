@@ -1,8 +1,8 @@
-"""Which weights a model has, as a few numbers: the same after a conversion to bfloat16, or under other names.
+"""Recognise a model's weights by a few of their values, even after a conversion to bfloat16 or to other key names.
 
-The hash of a file tells only whether two files are the same. A signature is of the values: one of each of 64 tensors,
-at places that depend on nothing but the tensors' names and shapes. Weights that were trained apart, or further, differ
-in nearly all of them; rounding moves them by a few thousandths.
+The hash of a file only tells whether two files are the same. A signature holds one value of each of up to 64 tensors,
+at positions that depend only on the tensors' names and shapes. If weights were trained separately, or further, nearly
+all of these values differ; rounding changes each by a few thousandths.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 from torch import Tensor
 
 MOST = 64  # values of a signature
-ROUNDING = 1 / 16  # of a value, that a conversion may change: bfloat16 rounds by 1/512 at most
-AGREEING = 0.9  # the share of values that must be the same
+ROUNDING = 1 / 16  # relative change that a conversion may cause; bfloat16 rounds by at most 1/512
+AGREEING = 0.9  # fraction of the values that must agree
 
 
 def signature(tensors: Mapping[str, Tensor]) -> tuple[float, ...]:
-    """Of the weights of a state dict, by their official names; empty where they have no values (the meta device)."""
+    """The signature of a state dict with official names; empty on the meta device, where there are no values."""
     matrices = [key for key in sorted(tensors) if _is_matrix(tensors[key])]
     if any(tensors[key].is_meta for key in matrices):
         return ()
@@ -29,7 +29,7 @@ def signature(tensors: Mapping[str, Tensor]) -> tuple[float, ...]:
 
 
 def same_weights(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two signatures are of the same weights, rounding aside; nothing is known of an empty one, so it is."""
+    """Whether two signatures are of the same weights, except for rounding. An empty one matches every other."""
     if not one or not other:
         return True
     if len(one) != len(other):
@@ -39,7 +39,7 @@ def same_weights(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def _is_matrix(tensor: Tensor) -> bool:
-    """Norms and biases are left out: they start at 1 and 0 everywhere, and some stay near it."""
+    """False for norms and biases, which start at 1 and 0 in every model; some stay near there."""
     return tensor.ndim >= 2 and tensor.numel() > len(tensor)
 
 

@@ -1,7 +1,7 @@
-"""KVAE-3D as a textbook would have it: the whole clip at once, no caches, no folding, one formula per layer.
+"""KVAE-3D as in a textbook: the whole clip at once, no caches, no folding, one formula per layer.
 
-Written from the published description, apart from the package, for the tests to compare with. Weights come as a
-state dict; `config` is a KVAEConfig. Only for models with RMS norm, which have no segments.
+A reference for tests, written from the published description, independently of the package. Weights come as a state
+dict; `config` is a KVAEConfig. It supports models with RMS norm only, which have no segments.
 """
 
 import torch
@@ -13,7 +13,7 @@ def conv(state, name, x, stride=(1, 1, 1)):
 
 
 def causal(state, name, x, config, stride=1):
-    """Kernel − 1 copies of the first frame before the clip; a border of one where the kernel is 3x3."""
+    """Convolve after kernel − 1 copies of the first frame; a 3x3 kernel also gets a border of one pixel."""
     time, height, _ = state[f"{name}.conv.weight"].shape[2:]
     x = torch.cat([x[:, :, :1]] * (time - 1) + [x], dim=2)
     if height == 3:
@@ -30,7 +30,7 @@ def rms(state, name, x):
 
 
 def spatial_norm(state, name, x, z):
-    """The latent repeated to x's size, except that its first frame is one frame; two 1x1x1 convolutions of it."""
+    """Two 1x1x1 convolutions of the latent, repeated to x's size; the first latent covers one frame only."""
     first = F.interpolate(z[:, :, :1], size=(1, *x.shape[3:]), mode="nearest")
     if z.shape[2] > 1:
         rest = F.interpolate(z[:, :, 1:], size=(x.shape[2] - 1, *x.shape[3:]), mode="nearest")

@@ -1,4 +1,4 @@
-"""Small models of each kind of KVAE-3D, and clips and latents for them, at random."""
+"""Small random models of each kind of KVAE-3D, and random clips and latents for them."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ SMALL = {
 
 
 def small(name: str, **changes: int) -> KVAE:
-    """A small model of that kind, every weight at random and frozen."""
+    """A small model of that kind, frozen, with random weights."""
     kvae = KVAE(replace(SMALL[name], **changes)).eval().requires_grad_(False)
     for key, parameter in kvae.named_parameters():
         if parameter.ndim < 2 or key.endswith("gamma"):

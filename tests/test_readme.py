@@ -54,10 +54,12 @@ def test_the_line_for_the_real_weights_runs_as_it_stands(tmp_path):
 
 def test_the_examples_of_the_family_run(tmp_path):
     text = (ROOT / "docs" / "kvae.md").read_text(encoding="utf-8")
-    plan, first, done, *_, refused = run_python(text, tmp_path).splitlines()
-    assert plan.startswith(re.search(r"# (segments of .*?:)", text)[1])
+    sizes, first, done, second, all_done, plan, refused = run_python(text, tmp_path).splitlines()
+    assert sizes == "torch.Size([1, 16, 6, 8, 8]) torch.Size([1, 3, 20, 60, 64])"
     assert (first, done) == ("torch.Size([1, 3, 17, 64, 64])", "17")
-    assert refused.startswith("the budget is 0.00 GB; the least memory this takes is ")
+    assert (second, all_done) == ("torch.Size([1, 3, 4, 64, 64])", "21")
+    assert plan.startswith(re.search(r"# (16-frame segments.*?;)", text)[1])
+    assert refused.startswith("this clip needs at least ")
 
 
 def test_the_example_of_the_adapters_runs(tmp_path):

@@ -1,1 +1,1 @@
-"""How to compute a KVAE in little memory: feature maps by strips and tiles, and plans of what that takes."""
+"""How to compute a KVAE in little memory: feature maps by strips and tiles, and plans of the memory they need."""

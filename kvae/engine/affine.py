@@ -1,4 +1,4 @@
-"""Norms as scale and shift, to be written straight into what a convolution reads, strip by strip.
+"""Norms as scale and shift, written straight into what a convolution reads, strip by strip.
 
 # B batch, C channels, T frames, t latent frames, H/W and h/w rows and columns, lo:hi rows
 # x_BCTHW, z_Bcthw (the latent that conditions the decoder's norms)
@@ -12,27 +12,29 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
-from ..layers import RMSNorm, SpatialNorm, modulate, wide
-from .rows import Held, Rows, even_strips
+from ..layers import RMSNorm, SpatialNorm, apply_scale_shift, wide
+from .feature_map import FeatureMap, Materialized
+from .strips import even_strips
 
-STATISTICS_BYTES = 32 << 20  # of the float32 copy that GroupNorm's statistics are gathered from
+STATISTICS_BYTES = 32 << 20  # of the float32 copy, made by strips, from which GroupNorm's statistics are gathered
 ScaleShift = tuple[Tensor, Tensor]
 BATCH_NORM_DEVICES = ("cpu", "cuda")  # those with torch.batch_norm_update_stats
 
 
 class Affine:
-    """A norm of `source` as scale and shift: GroupNorm's from its statistics, and the latent's on top.
+    """A norm of `source` as scale and shift: GroupNorm's from its statistics, combined with those of the latent.
 
     Args:
-        strips: bounds of the rows to compute at a time, where the source is not held.
-        first: whether the segment starts the stream, so that its first latent is one frame.
-        known: GroupNorm's scale and shift, where they are not to be those of `source`.
+        strips: bounds of the rows to compute at a time, if the source is not in memory.
+        z_Bcthw: the latent that conditions the norm, in the decoder.
+        first: whether the segment starts the stream, so that its first latent covers one frame.
+        known: GroupNorm's scale and shift, if they are not to be gathered from `source`.
     """
 
     def __init__(
         self,
         norm: nn.Module,
-        source: Rows,
+        source: FeatureMap,
         strips: Iterable[tuple[int, int]],
         z_Bcthw: Tensor | None,
         first: bool,
@@ -40,7 +42,7 @@ class Affine:
     ):
         self.height = source.shape[3]
         self.z, self.first = z_Bcthw, first
-        self.spread: tuple[int, int] | None = None  # of a tail: frames of each latent, and of all of them
+        self.spread: tuple[int, int] | None = None  # of `last_frames`: frames per latent, and how many frames in all
         self.spatial = norm if isinstance(norm, SpatialNorm) else None
         inner = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
         self.rms = isinstance(inner, RMSNorm)
@@ -49,8 +51,8 @@ class Affine:
         else:
             self.scale, self.shift = known or group_affine(inner, source, strips)  # type: ignore[arg-type]
 
-    def tail(self, frames: int, T: int) -> Affine:
-        """The same for the last frames alone, of T."""
+    def last_frames(self, frames: int, T: int) -> Affine:
+        """The same norm for the last of T frames alone."""
         part = copy(self)
         if self.z is not None:
             t, first = self.z.shape[2], int(self.first)
@@ -74,11 +76,11 @@ class Affine:
         shift = shift if self.shift is None else scale * self.shift + shift
         rows = torch.arange(lo, hi, device=z.device) // rate - lo // rate
         scale, shift = (self._spread(s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale * self.scale, shift))
-        for _ in modulate(x_BCTHW, scale, shift, self.first, out=out):
+        for _ in apply_scale_shift(x_BCTHW, scale, shift, self.first, out=out):
             pass
 
     def _spread(self, s_BCthw: Tensor) -> Tensor:
-        """One for each frame of a tail, which may start within those of a latent."""
+        """One value for each of the last frames, the first of which may lie inside a latent's block of frames."""
         if self.spread is None:
             return s_BCthw
         rate, frames = self.spread
@@ -90,36 +92,37 @@ class Affine:
             torch.mul(x_BCTHW, scale.to(x_BCTHW.dtype), out=out)
         elif x_BCTHW.dtype.itemsize > 2 or x_BCTHW.is_cuda:
             torch.addcmul(shift, x_BCTHW, scale, out=out)
-        else:  # rounded once, at the end; a CPU given all of it at once would convert all before it starts
+        else:  # in float32, rounded once at the end; frame by frame, since a CPU would convert the whole input first
             for x, y in zip(x_BCTHW.unbind(2), out.unbind(2), strict=True):
                 x = x.float()
                 y.copy_(torch.addcmul(shift[:, :, 0], x, scale[:, :, 0], out=x))
 
 
-def group_affine(norm: nn.GroupNorm, source: Rows, strips: Iterable[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """GroupNorm over a whole feature map, as scale and shift [B, C, 1, 1, 1] in at least float32."""
+def group_affine(norm: nn.GroupNorm, source: FeatureMap, strips: Iterable[tuple[int, int]]) -> ScaleShift:
+    """GroupNorm over a whole feature map, as scale and shift, [B, C, 1, 1, 1] each in at least float32."""
     B, C, T, H, W = source.shape
     bounds = list(strips)
-    if isinstance(source, Held):
+    if isinstance(source, Materialized):
         copied = source.x.device.type not in BATCH_NORM_DEVICES
         bounds = list(even_strips(H, STATISTICS_BYTES // (B * C * T * W * 4))) if copied else [(0, H)]
     moments = [channel_moments(source(lo, hi)) for lo, hi in bounds]
-    # [strips, B, groups, channels of a group]; a group's variance is that within its parts plus that between them
+    # [strips, B, groups, channels of a group]; a group's variance is the mean of the variances of its parts plus the
+    # variance of their means
     means, variances = (torch.stack(m).unflatten(2, (norm.num_groups, -1)) for m in zip(*moments, strict=True))
-    share = means.new_tensor([(hi - lo) / H for lo, hi in bounds])[:, None, None, None]
-    mean = (share * means).sum(0).mean(-1, keepdim=True)
-    variance = (share * (variances + (means - mean).square())).sum(0).mean(-1, keepdim=True)
+    weight = means.new_tensor([(hi - lo) / H for lo, hi in bounds])[:, None, None, None]
+    mean = (weight * means).sum(0).mean(-1, keepdim=True)
+    variance = (weight * (variances + (means - mean).square())).sum(0).mean(-1, keepdim=True)
     scale = wide(norm.weight).view(norm.num_groups, -1) * (variance + norm.eps).rsqrt()
     shift = wide(norm.bias).view(norm.num_groups, -1) - mean * scale
     return scale.flatten(1)[..., None, None, None], shift.flatten(1)[..., None, None, None]
 
 
 def channel_moments(x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of each clip, [B, C] in at least float32."""
+    """Mean and variance of each channel of each clip, [B, C] each in at least float32."""
     if x_BCTHW.device.type not in BATCH_NORM_DEVICES:
         variance, mean = torch.var_mean(wide(x_BCTHW), dim=(2, 3, 4), correction=0)
         return mean, variance
-    # 3 to 30 times as fast as var_mean on a CPU; running statistics in float32 make it accumulate so
+    # 3 to 30 times as fast as var_mean on a CPU; given float32 running statistics, it also accumulates in float32
     dtype = torch.promote_types(x_BCTHW.dtype, torch.float32)
     unused = torch.zeros(x_BCTHW.shape[1], dtype=dtype, device=x_BCTHW.device)
     moments = [torch.batch_norm_update_stats(clip[None], unused, unused, 0.0) for clip in x_BCTHW]

@@ -1,4 +1,4 @@
-"""3-D convolutions, on a CPU each in the way that takes least time."""
+"""3-D convolutions, each by the fastest way on a CPU."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from . import winograd
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch, "mkldnn_convolution")
 
 
-def recorded() -> bool:
-    """Whether what runs may be wanted for gradients, or as a graph: then PyTorch's own operators are best."""
+def wants_autograd_or_graph() -> bool:
+    """Whether autograd or a graph capture may record the operators. PyTorch's own operators are best then."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def conv3d(x_BiTHW: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int] = (1, 1, 1)) -> Tensor:
-    """What `F.conv3d(x, weight, bias, stride)` gives: [B, i, T, H, W] → [B, o, T', H', W'].
+    """The result of `F.conv3d(x, weight, bias, stride)`: [B, i, T, H, W] → [B, o, T', H', W'].
 
-    With gradients, and in a graph that is being captured, it is that function.
+    With gradients, during graph capture, and on other devices than a CPU, it calls that function.
     """
-    if x_BiTHW.device.type != "cpu" or recorded():
+    if x_BiTHW.device.type != "cpu" or wants_autograd_or_graph():
         return F.conv3d(x_BiTHW, weight, bias, stride)
     sides = [n - k + 1 for n, k in zip(x_BiTHW.shape[2:], weight.shape[2:], strict=True)]
-    if bias is not None and stride == (1, 1, 1) and winograd.pays(weight, *sides):
+    if bias is not None and stride == (1, 1, 1) and winograd.is_faster(weight, *sides):
         return winograd.conv3d(x_BiTHW, weight, bias)
     if ONE_DNN and x_BiTHW.dtype == torch.float32:
-        # PyTorch takes oneDNN for large inputs only; strips of few rows it would copy once for each of the 27 taps,
-        # which takes 15 times as long
+        # PyTorch uses oneDNN for large inputs only. It would copy strips of few rows once for each of the 27 taps,
+        # which is up to 15 times slower
         return torch.mkldnn_convolution(x_BiTHW, weight, bias, (0, 0, 0), stride, (1, 1, 1), 1)
     return F.conv3d(x_BiTHW, weight, bias, stride)
 
 
 class Conv3d(nn.Conv3d):
-    """`nn.Conv3d` without padding, by `conv3d`."""
+    """`nn.Conv3d` without padding, computed by `conv3d`."""
 
     def forward(self, x_BiTHW: Tensor) -> Tensor:
         """[B, i, T, H, W] → [B, o, T', H', W']."""

@@ -1,7 +1,7 @@
-"""Choose how to compute a clip within a memory budget, by adding up beforehand what `kvae.engine.strips` will hold.
+"""Choose how to compute a clip within a memory budget, by adding up beforehand what each execution needs.
 
 plan = plan_decode(kvae, z.shape, budget=6_000_000_000)
-print(plan)                                # segments of 16 frames, strips of 64 MB, …: 5.8 GB
+print(plan)                                # 16-frame segments, 64 MB strips, …; peak 5.80 GB
 video = kvae.decode(z, plan.execution)
 """
 
@@ -15,51 +15,59 @@ from ..coders import Coder
 from ..config import SEGMENT_FRAMES
 from ..frames import padded_frames
 from ..model import KVAE
-from .count import Count
-from .strips import Execution, tail_frames
+from .execution import Execution, Recompute, frames_to_recompute
+from .segment_cost import SegmentCost
 from .tiles import Tiling, blended_tiling, exact_tiling
 
 STRIP_BYTES = (256 << 20, 64 << 20, 16 << 20)
-# Of `Execution.recompute`, decoding and encoding, as benchmarks/executions.py measures it, less what strips cost
+# Relative time of each level of `Recompute`, by (norm, whether it decodes): measured by benchmarks/executions.py, less
+# the cost of the strips
 RECOMPUTE_COST = {
     ("group", True): (1.0, 1.3, 2.1, 3.0),
     ("group", False): (1.0, 1.05, 1.6, 1.9),
     ("rms", True): (1.0, 1.1, 1.3, 1.35),
     ("rms", False): (1.0, 1.01, 1.05, 1.1),
 }
-MOST_TILES = 4  # along an axis
-MOST_BLENDED = 8
-OVERLAP = 8  # latents; see docs/kvae.md for the error that is left
-MARGIN = 1.03  # small tensors that are not counted; measured on small and published widths, see docs/kvae.md
+RECOMPUTE_WORDS = {
+    Recompute.NOTHING: "",
+    Recompute.UPSAMPLED: ", recomputing upsampled feature maps",
+    Recompute.INNER: ", recomputing upsampled and inner feature maps",
+    Recompute.FULL_RESOLUTION: ", recomputing all feature maps of full resolution",
+}
+MOST_TILES = 4  # exact tiles along an axis
+MOST_BLENDED = 8  # blended tiles along the longer axis
+OVERLAP = 8  # latents that blended tiles share; docs/kvae.md has the error that remains
+# For small tensors that are not counted. Counted and measured peaks were compared for small models and for the
+# published widths (tests/kvae/engine/test_plan.py, which fails if a plan is too low)
+MARGIN = 1.03
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An execution, and the most bytes that it is going to hold."""
+    """An execution, and the most bytes that it needs in addition to the weights."""
 
     execution: Execution
     peak: int
 
     def __str__(self) -> str:
-        again = ("", ", upsampled maps again", ", upsampled and inner maps again", ", all of full resolution again")
-        rows, columns = self.execution.tiles
-        blended = (
-            "" if self.execution.overlap is None else f" that blend over {self.execution.overlap} latents (not exact)"
-        )
-        tiled = f"{rows}x{columns} tiles{blended}, " if rows * columns > 1 else ""
+        execution = self.execution
+        rows, columns = execution.tiles
+        blended = "" if execution.overlap is None else f" blended over {execution.overlap} latents (not exact)"
+        tiles = f"{rows}x{columns} tiles{blended}, " if rows * columns > 1 else ""
         return (
-            f"{tiled}segments of {self.execution.segment} frames, strips of {self.execution.strip_bytes >> 20} MB"
-            f"{again[self.execution.recompute]}: {self.peak / 1e9:.2f} GB"
+            f"{tiles}{execution.segment}-frame segments, {execution.strip_bytes >> 20} MB strips"
+            f"{RECOMPUTE_WORDS[execution.recompute]}; peak {self.peak / 1e9:.2f} GB"
         )
 
 
 class BudgetError(ValueError):
-    """Nothing fits the budget; `least` is the plan that comes nearest."""
+    """Nothing fits the budget. `least` is the plan that needs the least memory."""
 
     def __init__(self, budget: int, least: Plan):
+        approximate = "" if least.execution.overlap else ", or turn on approximate tiles if there is such an option"
         super().__init__(
-            f"the budget is {budget / 1e9:.2f} GB; the least memory this takes is {least.peak / 1e9:.2f} GB "
-            "beside the weights: give more, or a smaller picture"
+            f"this clip needs at least {least.peak / 1e9:.2f} GB in addition to the weights, but the budget is "
+            f"{budget / 1e9:.2f} GB; raise the budget, lower the resolution{approximate}"
         )
         self.least = least
 
@@ -67,15 +75,16 @@ class BudgetError(ValueError):
 def plan_decode(
     kvae: KVAE, z_shape: Sequence[int], budget: int | None = None, stream: bool = False, approximate: bool = False
 ) -> Plan:
-    """The fastest way to decode latents of shape [B, c, t, h, w] within `budget` bytes; exact, where one fits.
+    """The fastest way to decode latents of shape [B, c, t, h, w] within `budget` bytes. It is exact if any such fits.
 
     Args:
-        stream: for `decode_stream`, which does not take tiles.
-        approximate: whether blended tiles will do where nothing exact fits.
+        budget: bytes in addition to the weights, the latents and the clip; None: as many as the fastest way needs.
+        stream: plan for `decode_stream`, which supports no tiles.
+        approximate: whether blended tiles are acceptable if nothing exact fits.
 
     Raises:
-        BudgetError: there is none.
-        ValueError: it is not a shape of latents.
+        BudgetError: nothing fits the budget.
+        ValueError: the shape is not that of latents.
     """
     _check_shape(z_shape)
     return _plan(kvae, kvae.decoder, z_shape, 1, budget, stream, approximate)
@@ -84,39 +93,40 @@ def plan_decode(
 def plan_encode(
     kvae: KVAE, x_shape: Sequence[int], budget: int | None = None, stream: bool = False, approximate: bool = False
 ) -> Plan:
-    """The fastest way to encode pixels of shape [B, 3, T, H, W] within `budget` bytes; exact, where one fits.
+    """The fastest way to encode pixels of shape [B, 3, T, H, W] within `budget` bytes. It is exact if any such fits.
 
     Args:
-        stream: for `encode_stream`, which does not take tiles.
-        approximate: whether blended tiles will do where nothing exact fits.
+        budget: bytes in addition to the weights, the latents and the clip; None: as many as the fastest way needs.
+        stream: plan for `encode_stream`, which supports no tiles.
+        approximate: whether blended tiles are acceptable if nothing exact fits.
 
     Raises:
-        BudgetError: there is none.
-        ValueError: it is not a shape of pixels.
+        BudgetError: nothing fits the budget.
+        ValueError: the shape is not that of pixels.
     """
     _check_shape(x_shape)
-    side, cadence = kvae.config.spatial_factor, kvae.config.temporal_compress_times
+    side, temporal_factor = kvae.config.spatial_factor, kvae.config.temporal_compress_times
     B, C, T, H, W = x_shape
-    shape = B, C, padded_frames(T, cadence), side * -(-H // side), side * -(-W // side)
+    shape = B, C, padded_frames(T, temporal_factor), side * -(-H // side), side * -(-W // side)
     return _plan(kvae, kvae.encoder, shape, side, budget, stream, approximate)
 
 
 def _plan(
     kvae: KVAE, coder: Coder, shape: Sequence[int], side: int, budget: int | None, stream: bool, approximate: bool
 ) -> Plan:
-    """For a source [B, C, T, H, W] of so many rows and columns per latent."""
+    """Plan for a source [B, C, T, H, W] with `side` rows and columns per latent."""
     B, _, T, H, W = shape
     decode = coder is kvae.decoder
     h, w = H // side, W // side
 
     def peak(execution: Execution, tiling: Tiling) -> int:
-        count = Count(kvae, coder, execution, B)
+        cost = SegmentCost(kvae, coder, execution, B)
         rows, columns = (n * side for n in tiling.largest)
         length = execution.segment // (kvae.config.temporal_compress_times if decode else 1)
-        kinds, tiled = _lengths(T, length), len(tiling) > 1
-        most = max(count.segment(n, rows, columns, *ends, tiled) for n, ends in kinds)
-        if tiled and not decode and not kvae.config.per_position:  # two segments of the smaller version of the picture
-            most += 2 * count.unit * 3 * (length + 1) * rows * columns
+        tiled = len(tiling) > 1
+        most = max(cost.peak_bytes(n, rows, columns, *ends, tiled) for n, ends in _segment_kinds(T, length))
+        if tiled and not decode and not kvae.config.norm_is_per_position:  # two segments of the shrunk clip
+            most += 2 * cost.batch_bytes * 3 * (length + 1) * rows * columns
         return int(MARGIN * most)
 
     plans = []
@@ -132,11 +142,11 @@ def _plan(
 def _tilings(
     kvae: KVAE, h: int, w: int, decode: bool, stream: bool, overlap: int | None
 ) -> dict[tuple[int, int], Tiling]:
-    """The tiles to choose from, by how many rows and columns of them there are."""
-    if overlap is not None:  # about square ones: nothing is gained by others
+    """The tilings to choose from, by (rows, columns) of tiles."""
+    if overlap is not None:  # nearly square tiles only: others gain nothing
         counts = {(-(-n * h // max(h, w)), -(-n * w // max(h, w))) for n in range(2, MOST_BLENDED + 1)}
         return {count: blended_tiling(h, w, count, overlap) for count in sorted(counts)}
-    most = MOST_TILES if kvae.config.per_position and not stream else 1
+    most = MOST_TILES if kvae.config.norm_is_per_position and not stream else 1
     pairs = product(range(1, most + 1), range(1, most + 1))
     return {count: exact_tiling(kvae.config, h, w, count, decode) for count in pairs}
 
@@ -144,24 +154,30 @@ def _tilings(
 def _executions(
     kvae: KVAE, coder: Coder, tilings: dict[tuple[int, int], Tiling], overlap: int | None
 ) -> list[Execution]:
-    """All there are for these tiles, from the fastest on."""
+    """All executions with these tilings, the fastest first."""
     config, blocks = kvae.config, len(coder.full_resolution())
-    cadence = config.temporal_compress_times
-    segments = (SEGMENT_FRAMES, 2 * cadence, cadence) if config.per_position else (SEGMENT_FRAMES,)
-    choices = product(segments, STRIP_BYTES, range(4))
+    temporal_factor = config.temporal_compress_times
+    segments = (
+        (SEGMENT_FRAMES, 2 * temporal_factor, temporal_factor) if config.norm_is_per_position else (SEGMENT_FRAMES,)
+    )
+    choices = product(segments, STRIP_BYTES, Recompute)
     executions = [Execution(*choice, count, overlap) for choice in choices for count in tilings]
-    reach = tail_frames(len(kvae.decoder.full_resolution()))
+    recomputed_frames = frames_to_recompute(len(kvae.decoder.full_resolution()))
     row = 3 * config.decoder_widths[0] * kvae.decoder.conv_out.conv.weight.element_size() * config.spatial_factor
 
-    def cost(execution: Execution) -> float:
+    def time(execution: Execution) -> float:
         tiling = tilings[execution.tiles]
         rows = execution.strip_bytes / (row * tiling.largest[1] * execution.segment)
-        halo = 1 + 2 * blocks * (execution.recompute > 2)  # those of all blocks, where they are computed at once
-        again = RECOMPUTE_COST[config.norm, coder is kvae.decoder][execution.recompute]
+        full = execution.recompute == Recompute.FULL_RESOLUTION
+        halo = 1 + 2 * blocks * full  # rows beyond a strip: those of all blocks, if they are computed at once
+        recompute = RECOMPUTE_COST[config.norm, coder is kvae.decoder][execution.recompute]
         short = 1 + 0.05 * segments.index(execution.segment)
-        return again * (1 + halo / rows) * short * tiling.work
+        return recompute * (1 + halo / rows) * short * tiling.work
 
-    return sorted((m for m in executions if m.recompute < 3 or m.segment >= reach), key=cost)
+    possible = (
+        each for each in executions if each.recompute < Recompute.FULL_RESOLUTION or each.segment >= recomputed_frames
+    )
+    return sorted(possible, key=time)
 
 
 def _check_shape(shape: Sequence[int]) -> None:
@@ -169,10 +185,10 @@ def _check_shape(shape: Sequence[int]) -> None:
         raise ValueError(f"the shape is {list(shape)}; expected five sides of at least 1: batch, channels, T, H, W")
 
 
-def _lengths(total: int, rest: int) -> list[tuple[int, tuple[bool, bool]]]:
-    """(length, (is the first, is the last)) of the kinds of segment that a clip is cut into."""
-    if total <= rest + 1:
+def _segment_kinds(total: int, length: int) -> list[tuple[int, tuple[bool, bool]]]:
+    """The kinds of segment that a clip is cut into, as (length, (is the first, is the last))."""
+    if total <= length + 1:
         return [(total, (True, True))]
-    more = total - rest - 1
-    kinds = [(rest + 1, (True, False)), (more % rest or rest, (False, True))]
-    return [*kinds, (rest, (False, False))] if more > rest else kinds
+    rest = total - length - 1
+    kinds = [(length + 1, (True, False)), (rest % length or length, (False, True))]
+    return [*kinds, (length, (False, False))] if rest > length else kinds

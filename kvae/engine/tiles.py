@@ -1,9 +1,10 @@
-"""Tiles of a picture: exact ones, where no norm runs over the picture, or ones that are blended where they overlap.
+"""Cut a picture into tiles: exact ones, if no norm runs over the picture, or ones that are blended where they overlap.
 
-An exact tile is computed with all that its values depend on, and that halo is then dropped: 18 latents to decode, 14 to
-encode, with two blocks a level. Blended tiles have a few latents in common, where each counts less towards its edge.
+An exact tile is computed with a halo of all that its values depend on, and the halo is then dropped: 18 latents to
+decode, 14 to encode, with two encoder blocks a level. Blended tiles share a few latents; there, the weight of each tile
+falls towards its edge.
 
-    # lo:hi along one axis, in latents, pixels, or whatever the stage at hand counts in
+    # lo:hi along one axis, in latents unless a comment says otherwise
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from itertools import pairwise, product
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import KVAEConfig
+from ..layers import wide
 
 Span = tuple[int, int]
 
@@ -30,7 +33,7 @@ class Part:
     weights: Tensor | None = None
 
     def put(self, out: Tensor) -> None:
-        """Into the whole result, which must start as zeros where there are weights."""
+        """Write it into the full result, which must start as zeros if there are weights."""
         if self.weights is None:
             out[self.where] = self.x
         else:
@@ -38,8 +41,15 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A tile along an axis: the latents it is computed from; which of its values are kept, and where; their weights."""
+class AxisTile:
+    """A tile along one axis.
+
+    Attributes:
+        outer: the latents that it is computed from.
+        crop: which of the computed values are kept.
+        where: where in the result they belong.
+        weights: of the kept values, if tiles are blended.
+    """
 
     outer: Span
     crop: slice
@@ -49,20 +59,23 @@ class Cut:
 
 @dataclass(frozen=True)
 class Axis:
-    """How latents are cut: what is computed together, and what of that is the result; None where tiles are blended."""
+    """The tiles along one axis: the latents that each is computed from, and the latents that each results in.
+
+    `inner` is None if tiles are blended: then everything that is computed is part of the result.
+    """
 
     outer: list[Span]
     inner: list[Span] | None = None
 
-    def cuts(self, scale: int) -> Iterator[Cut]:
-        """The tiles, for results of `scale` values a latent."""
-        weights = self.weights(scale) if self.inner is None else [None] * len(self.outer)
+    def tiles(self, scale: int) -> Iterator[AxisTile]:
+        """The tiles, for results with `scale` values per latent."""
+        weights = self.blend_weights(scale) if self.inner is None else [None] * len(self.outer)
         for outer, inner, weight in zip(self.outer, self.inner or self.outer, weights, strict=True):
             lo, hi, start = (side * scale for side in (*inner, outer[0]))
-            yield Cut(outer, slice(lo - start, hi - start), slice(lo, hi), weight)
+            yield AxisTile(outer, slice(lo - start, hi - start), slice(lo, hi), weight)
 
-    def weights(self, scale: int) -> list[Tensor]:
-        """What each value of blended tiles counts for: ramps where they overlap, and 1 in all; float32."""
+    def blend_weights(self, scale: int) -> list[Tensor]:
+        """The weight of each value of blended tiles, float32: ramps where tiles overlap, with a sum of 1 everywhere."""
         ramps, total = [], torch.zeros(self.outer[-1][1] * scale)
         for i, (lo, hi) in enumerate(self.outer):
             ramp = torch.ones((hi - lo) * scale)
@@ -81,7 +94,7 @@ class Tiling:
 
     Attributes:
         largest: rows and columns, in latents, of the largest tile.
-        work: what is computed in all, in pictures.
+        work: number of latents that all tiles are computed from, divided by that of the picture.
     """
 
     rows: Axis
@@ -100,8 +113,12 @@ class Tiling:
         return len(self.rows.outer) * len(self.columns.outer)
 
     def parts(self, stream: Callable[[Span, Span], Iterator[Tensor]], scale: int) -> Iterator[Part]:
-        """What `stream` gives of each tile, segment by segment, as parts of a result with `scale` values a latent."""
-        rows, columns = (list(axis.cuts(scale)) for axis in (self.rows, self.columns))
+        """The segments of each tile in turn, as parts of a result with `scale` values per latent.
+
+        Args:
+            stream: computes the segments of the tile with these rows and columns of latents.
+        """
+        rows, columns = (list(axis.tiles(scale)) for axis in (self.rows, self.columns))
         for row, column in product(rows, columns):
             weights = None if row.weights is None or column.weights is None else row.weights[:, None] * column.weights
             start = 0
@@ -113,61 +130,71 @@ class Tiling:
 
 
 def exact_tiling(config: KVAEConfig, h: int, w: int, counts: tuple[int, int], decode: bool) -> Tiling:
-    """Tiles of nearly equal size, counts[0] rows of counts[1] each, with the halo that makes them exact.
+    """counts[0] rows of counts[1] tiles of nearly equal size, each with the halo that makes it exact.
 
     Raises:
         ValueError: GroupNorm runs over the whole picture, so no tile is exact.
     """
-    if counts != (1, 1) and not config.per_position:
-        raise ValueError("tiles cannot be exact where GroupNorm runs over the whole picture; this model has it")
-    needs = needed_to_decode if decode else needed_to_encode
+    if counts != (1, 1) and not config.norm_is_per_position:
+        raise ValueError(
+            "this model has GroupNorm over the whole picture, so tiles cannot be exact; set an overlap to blend them"
+        )
+    needed = needed_to_decode if decode else needed_to_encode
 
     def axis(n: int, count: int) -> Axis:
-        inner = spans(n, count)
-        return Axis([within(needs(config, span), n) for span in inner], inner)
+        inner = even_spans(n, count)
+        return Axis([clipped(needed(config, span), n) for span in inner], inner)
 
     return Tiling(axis(h, counts[0]), axis(w, counts[1]))
 
 
 def blended_tiling(h: int, w: int, counts: tuple[int, int], overlap: int) -> Tiling:
-    """Tiles of equal size, counts[0] rows of counts[1] each, that have at least `overlap` latents in common."""
-    return Tiling(*(Axis(overlapping(n, count, overlap)) for n, count in zip((h, w), counts, strict=True)))
+    """counts[0] rows of counts[1] tiles of equal size, neighbours of which share at least `overlap` latents."""
+    return Tiling(*(Axis(overlapping_spans(n, count, overlap)) for n, count in zip((h, w), counts, strict=True)))
 
 
-def overlapping(n: int, count: int, overlap: int) -> list[Span]:
-    """So many spans of one size that cover 0:n, evenly spread; fewer where they would not get ahead."""
+def shrink_to_tile(x: Tensor, tiling: Tiling, side: int) -> Tensor:
+    """Shrink a clip [B, C, T, H, W], with `side` rows per latent, to the largest tile, for GroupNorm's statistics."""
+    sides = [axis.outer[-1][1] for axis in (tiling.rows, tiling.columns)]
+    factor = max(n / tile for n, tile in zip(sides, tiling.largest, strict=True))
+    small = [max(1, int(n / factor)) for n in sides]
+    return F.interpolate(wide(x), (x.shape[2], *(n * side for n in small)), mode="area").to(x.dtype)
+
+
+def overlapping_spans(n: int, count: int, overlap: int) -> list[Span]:
+    """`count` evenly spaced spans of one size that cover 0:n; fewer if each would not start after the one before."""
     count = max(1, min(count, n - overlap))
     size = -(-(n + (count - 1) * overlap) // count)
     starts = [round(i * (n - size) / max(1, count - 1)) for i in range(count)]
     return [(start, start + size) for start in starts]
 
 
-def within(span: Span, size: int) -> Span:
-    """The part of a span that is in the picture."""
-    return max(0, span[0]), min(size, span[1])
-
-
-def spans(size: int, count: int) -> list[Span]:
-    """So many nearly equal parts; fewer where there is not one latent for each."""
+def even_spans(size: int, count: int) -> list[Span]:
+    """`count` nearly equal parts of 0:size; fewer if there are fewer latents than parts."""
     count = min(size, count)
     return list(pairwise(size * i // count for i in range(count + 1)))
 
 
+def clipped(span: Span, size: int) -> Span:
+    """The part of a span that lies in 0:size."""
+    return max(0, span[0]), min(size, span[1])
+
+
 def needed_to_decode(config: KVAEConfig, latents: Span) -> Span:
-    """The latents that the pixels of these latents depend on."""
+    """The latents that the pixels of these latents depend on; may reach beyond the picture."""
     lo, hi = (side * config.spatial_factor for side in latents)
     lo, hi = lo - 1, hi + 1  # conv_out
     levels = len(config.decoder_widths)
     for level in range(levels):
-        reach = 2 * (config.num_res_blocks + 1)  # of the blocks, two convolutions each
+        reach = 2 * (config.num_res_blocks + 1)  # two convolutions per block
         lo, hi = lo - reach, hi + reach
         if level < levels - 1:
-            lo, hi = (lo - 1) // 2, -(-(hi + 1) // 2)  # one pixel beyond, of the doubled picture
+            lo, hi = (lo - 1) // 2, -(-(hi + 1) // 2)  # the upsampler's window, one pixel beyond the doubled picture
     return lo - 5, hi + 5  # the two blocks in the middle, and conv_in
 
 
 def needed_to_encode(config: KVAEConfig, latents: Span) -> Span:
-    """The latents whose pixels these latents depend on."""
+    """The latents whose pixels these latents depend on; may reach beyond the picture."""
     lo, hi = latents
     lo, hi = lo - 5, hi + 5  # conv_out, and the two blocks in the middle
     levels = len(config.encoder_widths)
@@ -175,6 +202,6 @@ def needed_to_encode(config: KVAEConfig, latents: Span) -> Span:
         reach = 2 * config.num_res_blocks
         lo, hi = lo - reach, hi + reach
         if level < levels - 1:
-            lo, hi = 2 * lo - 1, 2 * hi  # a window of three, centred on the first of each two
+            lo, hi = 2 * lo - 1, 2 * hi  # a window of three pixels, centred on the first of each pair
     lo, hi = lo - 1, hi + 1  # conv_in
     return lo // config.spatial_factor, -(-hi // config.spatial_factor)

@@ -1,4 +1,4 @@
-"""The whole family: exact, however it is cut into segments and strips, in memory that does not grow with the clip."""
+"""All models of the family: exact for any segments, strips and tiles, in memory that does not grow with the clip."""
 
 import copy
 
@@ -7,19 +7,19 @@ import torch
 
 import plain_kvae
 from kvae_comfyui.benchmarks.storages import PeakMemory
-from kvae_comfyui.kvae import FAMILY, KVAE, Execution, Norms
+from kvae_comfyui.kvae import FAMILY, KVAE, Execution, GroupNormStats, Recompute
 from kvae_comfyui.kvae.engine.tiles import needed_to_decode, needed_to_encode
 from small_models import SMALL, assert_same, clip, joined, latent, small
 
 TWO = ["2.0-t4s8", "2.0-t4s16"]
-STRIPS = [Execution(strip_bytes=1, recompute=recompute) for recompute in range(4)]  # two rows at a time
+STRIPS = [Execution(strip_bytes=1, recompute=level) for level in Recompute]  # two rows at a time
 
 
 @pytest.mark.parametrize(
     ("name", "parameters", "keys"),
     [("1.0", 617_982_115, 364), ("2.0-t4s8", 641_040_675, 312), ("2.0-t4s16", 1_738_878_243, 378)],
 )
-def test_the_published_sizes(name, parameters, keys):
+def test_parameters_and_keys_are_as_published(name, parameters, keys):
     with torch.device("meta"):
         kvae = KVAE(FAMILY[name])
     assert sum(p.numel() for p in kvae.parameters()) == parameters
@@ -29,7 +29,7 @@ def test_the_published_sizes(name, parameters, keys):
 
 @pytest.mark.parametrize("name", TWO)
 @pytest.mark.parametrize("frames", [1, 5, 17, 25])
-def test_two_equals_the_whole_clip_at_once(name, frames):
+def test_version_two_equals_the_plain_model_on_the_whole_clip(name, frames):
     kvae = small(name)
     state = kvae.state_dict()
     x, z = clip(kvae, frames), latent(kvae, (frames - 1) // 4 + 1)
@@ -41,43 +41,43 @@ def test_two_equals_the_whole_clip_at_once(name, frames):
 
 @pytest.mark.parametrize("name", TWO)
 @pytest.mark.parametrize("segment", [4, 8, 12])
-def test_two_is_the_same_for_every_segmentation(name, segment):
+def test_version_two_gives_the_same_for_every_segment_length(name, segment):
     kvae = small(name)
     x, z = clip(kvae, 21), latent(kvae, 6)
     assert_same(kvae.encode(x, Execution(segment)), kvae.encode(x))
     assert_same(kvae.decode(z, Execution(segment)), kvae.decode(z))
 
 
-def test_one_is_defined_by_its_segments():
+def test_unsupported_segment_lengths_are_refused():
     with pytest.raises(ValueError, match="segments of 4 frames; this model has GroupNorm over a segment"):
         small("1.0").decode(torch.randn(1, 16, 2, 2, 2), Execution(segment=4))
     with pytest.raises(ValueError, match="segments of 6 frames; expected a multiple of 4"):
         small("2.0-t4s8").decode(torch.randn(1, 16, 2, 2, 2), Execution(segment=6))
-    with pytest.raises(ValueError, match="segments of 4 frames are too short to compute again what they remember"):
-        small("2.0-t4s8").decode(torch.randn(1, 16, 2, 2, 2), Execution(segment=4, recompute=3))
+    with pytest.raises(ValueError, match="recomputing all maps of full resolution needs 10 or more"):
+        small("2.0-t4s8").decode(torch.randn(1, 16, 2, 2, 2), Execution(segment=4, recompute=Recompute.FULL_RESOLUTION))
 
 
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"recompute": 5}, "recompute is 5; expected 0, 1, 2 or 3"),
-        ({"recompute": -1}, "recompute is -1; expected 0, 1, 2 or 3"),
+        ({"recompute": 5}, r"recompute is 5; expected a level of Recompute: NOTHING \(0\), "),
+        ({"recompute": -1}, "recompute is -1; expected a level of Recompute"),
         ({"tiles": (0, 1)}, "expected segment, strip_bytes and tiles of at least 1"),
         ({"tiles": (2, 2, 2)}, "tiles is .2, 2, 2.; expected rows and columns of tiles"),
         ({"overlap": -1}, "overlap is -1; expected 0 or more latents, or None for exact tiles"),
         ({"strip_bytes": 0}, "expected segment, strip_bytes and tiles of at least 1"),
-        ({"strip_bytes": 64e6}, "expected whole numbers"),
+        ({"strip_bytes": 64e6}, "expected integers"),
         ({"segment": 0}, "expected segment, strip_bytes and tiles of at least 1"),
-        ({"segment": "16"}, "expected whole numbers"),
+        ({"segment": "16"}, "expected integers"),
     ],
     ids=str,
 )
-def test_methods_that_no_model_takes_are_refused_as_they_are_made(numbers, message):
+def test_executions_that_no_model_supports_are_refused_when_made(numbers, message):
     with pytest.raises(ValueError, match=message):
         Execution(**numbers)
 
 
-def test_methods_that_a_model_does_not_take_are_refused_before_anything_is_computed():
+def test_executions_that_a_model_does_not_support_are_refused_before_anything_is_computed():
     one, two = small("1.0"), small("2.0-t4s8")
     for kvae, execution in (
         (one, Execution(segment=4)),
@@ -86,7 +86,7 @@ def test_methods_that_a_model_does_not_take_are_refused_before_anything_is_compu
         (two, Execution(segment=6)),
         (two, Execution(segment=6, tiles=(2, 1))),
         (two, Execution(segment=6, tiles=(2, 1), overlap=2)),
-        (two, Execution(segment=4, recompute=3)),
+        (two, Execution(segment=4, recompute=Recompute.FULL_RESOLUTION)),
     ):
         z, x = latent(kvae, 2, 4, 4), clip(kvae, 5, 4, 4)
         for start in (kvae.decode_parts, kvae.decode_stream) if execution.tiles == (1, 1) else (kvae.decode_parts,):
@@ -95,15 +95,15 @@ def test_methods_that_a_model_does_not_take_are_refused_before_anything_is_compu
         with pytest.raises(ValueError, match="segments of|tiles cannot be exact"):
             kvae.encode(x, execution)
     for run in (two.decode_stream, two.encode_stream):
-        with pytest.raises(ValueError, match="a stream gives whole pictures"):
+        with pytest.raises(ValueError, match="a stream yields whole pictures"):
             run(latent(two, 2), Execution(tiles=(2, 1)))
 
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("execution", [Execution(), *STRIPS], ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_strips_equal_the_modules_themselves(name, execution, batch):
-    """The layers' own forward, which training runs through, is the reference; diffusers is elsewhere."""
+def test_strips_equal_the_modules_own_forward(name, execution, batch):
+    """The reference is the layers' own forward, which training uses; other tests compare with diffusers."""
     kvae = small(name)
     x, z = clip(kvae, 21, batch=batch), latent(kvae, 6, batch=batch)
     with torch.enable_grad():
@@ -113,15 +113,15 @@ def test_strips_equal_the_modules_themselves(name, execution, batch):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_what_is_remembered_may_be_computed_again(name):
-    """In three segments, the one in the middle from one past and for another."""
-    kvae, execution = small(name), Execution(strip_bytes=1, recompute=3)
+def test_past_frames_may_be_recomputed(name):
+    """In three segments: the one in the middle recomputes past frames, and leaves frames to recompute."""
+    kvae, execution = small(name), Execution(strip_bytes=1, recompute=Recompute.FULL_RESOLUTION)
     x, z = clip(kvae, 37), latent(kvae, 10)
     assert_same(kvae.encode(x, execution), kvae.encode(x))
     assert_same(kvae.decode(z, execution), kvae.decode(z))
 
 
-def test_with_the_statistics_of_the_whole_picture_tiles_of_one_are_exact():
+def test_tiles_of_version_one_are_exact_with_statistics_of_the_whole_picture():
     kvae = small("1.0")
     z = latent(kvae, 6, rows=28)
     x = clip(kvae, 21, rows=28)
@@ -129,19 +129,19 @@ def test_with_the_statistics_of_the_whole_picture_tiles_of_one_are_exact():
         (kvae.decode_stream, z, needed_to_decode, 8),
         (kvae.encode_stream, x, needed_to_encode, 1),
     ):
-        norms = Norms()
-        whole = joined(stream(source, norms=norms))
+        stats = GroupNormStats()
+        whole = joined(stream(source, norm_stats=stats))
         _, end = needed(kvae.config, (0, 2))
         assert end < 28
         tile = source[:, :, :, : end * (8 // side)]
-        assert_same(joined(stream(tile, norms=norms))[:, :, :, : 2 * side], whole[:, :, :, : 2 * side])
+        assert_same(joined(stream(tile, norm_stats=stats))[:, :, :, : 2 * side], whole[:, :, :, : 2 * side])
         own = joined(stream(tile))[:, :, :, : 2 * side]
         assert (own - whole[:, :, :, : 2 * side]).norm() > 1e-3 * own.norm()
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_any_length_and_size(name):
-    """Padded by hand: the last frame, row and column, up to 4n + 1 frames and whole latents."""
+def test_any_length_and_size_equals_padding_by_hand(name):
+    """By hand: repeat the last frame, row and column, up to 4n + 1 frames and full latents."""
     kvae = small(name)
     side = kvae.config.spatial_factor
     x = torch.rand(1, 3, 19, 2 * side - 3, side + 1) * 2 - 1
@@ -161,7 +161,7 @@ def test_frames_may_come_in_any_chunks(name):
 
 
 @pytest.mark.parametrize("sizes", [[17, 6], [16, 1, 6], [9, 9, 5], [1] * 23], ids=str)
-def test_a_reader_may_fill_one_buffer_again_and_again(sizes):
+def test_a_reader_may_reuse_its_buffer(sizes):
     kvae = small("2.0-t4s8")
     x = clip(kvae, 23, 1, 2)
 
@@ -175,7 +175,7 @@ def test_a_reader_may_fill_one_buffer_again_and_again(sizes):
     assert_same(joined(kvae.encode_stream(read())), kvae.encode(x))
 
 
-def test_what_is_no_clip_is_refused():
+def test_chunks_of_other_sizes_and_integers_are_refused():
     kvae = small("2.0-t4s8")
     x = clip(kvae, 9, 1, 2)
     with pytest.raises(ValueError, match=r"a chunk has shape \[1, 3, 1, 8, 1\]; expected .*, \[1, 3, T, 8, 16\]"):
@@ -187,19 +187,19 @@ def test_what_is_no_clip_is_refused():
             kvae.decode(latent(kvae, 2).to(dtype))
 
 
-def test_values_that_are_not_finite_pass_through_and_spoil_no_more_than_they_reach():
-    """The VAE computes what it is given; who serves it refuses such values."""
+def test_nan_spreads_to_later_frames_only():
+    """The VAE does not check its values; whoever serves it refuses NaN and infinity."""
     kvae = small("2.0-t4s8")
     z = latent(kvae, 10, 1, 1)
     clean = kvae.decode(z)
     z[:, :, 6] = float("nan")
     y = kvae.decode(z)
-    assert torch.equal(y[:, :, :21], clean[:, :, :21])  # causal: the frames before are those of a sound latent
+    assert torch.equal(y[:, :, :21], clean[:, :, :21])  # causal: frames before the NaN do not change
     assert y[:, :, 21:].isnan().all(dim=(0, 1, 3, 4)).any()
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_memory_formats(name):
+def test_any_memory_format_gives_the_same(name):
     kvae = small(name)
     x, z = clip(kvae, 5), latent(kvae, 2)
     expected = kvae.encode(x), kvae.decode(z)
@@ -218,7 +218,7 @@ def test_memory_formats(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_interleaved_streams_give_the_bits_that_each_gives_alone(name):
+def test_interleaved_streams_give_the_same_bits_as_each_stream_alone(name):
     kvae = small(name)
     a, b = latent(kvae, 6, 1, 2), latent(kvae, 6, 2, 1)
     alone = [list(kvae.decode_stream(z)) for z in (a, b)]
@@ -245,14 +245,14 @@ def test_memory_does_not_grow_with_the_clip(name):
     assert peaks(21) == peaks(13)
 
 
-def test_progress_is_told_and_may_cancel():
+def test_progress_is_reported_and_may_cancel_the_run():
     kvae = small("2.0-t4s8")
-    told = []
-    kvae.decode(latent(kvae, 10, 1, 1), progress=told.append)
-    assert told == [17, 33, 37]
-    told.clear()
-    kvae.encode(clip(kvae, 35, 1, 1), progress=told.append)
-    assert told == [17, 33, 35]
+    reported = []
+    kvae.decode(latent(kvae, 10, 1, 1), progress=reported.append)
+    assert reported == [17, 33, 37]
+    reported.clear()
+    kvae.encode(clip(kvae, 35, 1, 1), progress=reported.append)
+    assert reported == [17, 33, 35]
 
     class Cancelled(Exception):
         pass
@@ -265,7 +265,7 @@ def test_progress_is_told_and_may_cancel():
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_half_precision(name):
+def test_other_dtypes_are_close_to_float32(name):
     kvae = small(name)
     z = latent(kvae, 3)
     exact = kvae.decode(z)
@@ -277,7 +277,7 @@ def test_half_precision(name):
 
 @pytest.mark.parametrize("name", ["1.0", "2.0-t4s16"])
 def test_a_segment_can_be_exported_and_compiled(name):
-    """As a pure function of latents and cache; the inductor backend only generates code for what is captured here."""
+    """As a pure function of latents and cache. The capture is tested here; inductor only generates code for it."""
     kvae = small(name)
 
     class Segment(torch.nn.Module):
@@ -299,43 +299,42 @@ def test_a_segment_can_be_exported_and_compiled(name):
 
 
 @pytest.mark.parametrize("name", TWO)
-def test_tiles_of_two_are_exact(name):
-    """And no smaller halo would do: the halo is what is computed to be needed, and all of it is."""
+def test_tiles_of_version_two_are_exact(name):
     kvae = small(name)
     x, z = clip(kvae, 6, 46, 2), latent(kvae, 2, 46, 2)
-    told = []
-    assert_same(kvae.decode(z, Execution(tiles=(2, 2)), told.append), kvae.decode(z))
-    assert told[-1] == 5 and told == sorted(told)
-    x = x[..., :-3, :-1]  # sides that are not whole latents
+    reported = []
+    assert_same(kvae.decode(z, Execution(tiles=(2, 2)), reported.append), kvae.decode(z))
+    assert reported[-1] == 5 and reported == sorted(reported)
+    x = x[..., :-3, :-1]  # sides that are not a multiple of a latent
     assert_same(kvae.encode(x, Execution(tiles=(2, 1))), kvae.encode(x))
-    with pytest.raises(ValueError, match="a stream gives whole pictures"):
+    with pytest.raises(ValueError, match="a stream yields whole pictures"):
         next(kvae.decode_stream(z, Execution(tiles=(2, 1))))
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_blended_tiles_with_all_that_is_needed_in_common_are_exact_but_for_statistics(name):
-    """Where no norm runs over the picture, an overlap of twice the halo leaves nothing to blend but the same."""
+def test_blended_tiles_are_close_and_exact_with_an_overlap_of_twice_the_halo(name):
+    """Exact if no norm runs over the picture: the values that are blended are then the same in both tiles."""
     kvae = small(name)
     x, z = clip(kvae, 6, 46, 2), latent(kvae, 2, 46, 2)
-    told = []
+    reported = []
     for run, source, halo in ((kvae.decode, z, 18), (kvae.encode, x, 14)):
         whole, few, many = run(source), *(run(source, Execution(tiles=(2, 1), overlap=n)) for n in (2, 2 * halo))
         assert 0 < (few - whole).norm() < 0.5 * whole.norm()
-        if kvae.config.per_position:
+        if kvae.config.norm_is_per_position:
             middle = whole.shape[3] // 2
             assert_same(many[:, :, :, middle], whole[:, :, :, middle])
-    kvae.decode(z, Execution(tiles=(2, 1), overlap=4), told.append)
-    assert told[-1] == 5 and told == sorted(told)
+    kvae.decode(z, Execution(tiles=(2, 1), overlap=4), reported.append)
+    assert reported[-1] == 5 and reported == sorted(reported)
 
 
-def test_one_has_no_exact_tiles():
-    with pytest.raises(ValueError, match="tiles cannot be exact where GroupNorm runs over the whole picture"):
+def test_version_one_has_no_exact_tiles():
+    with pytest.raises(ValueError, match="this model has GroupNorm over the whole picture, so tiles cannot be exact"):
         small("1.0").decode(torch.randn(1, 16, 1, 4, 4), Execution(tiles=(2, 1)))
 
 
 @pytest.mark.parametrize("name", TWO)
-def test_halos_are_just_what_is_needed(name):
-    """A gradient says which latents a pixel depends on, and which pixels a latent does."""
+def test_halos_are_all_that_is_needed_and_no_more(name):
+    """A gradient shows on which latents a pixel depends, and on which pixels a latent does."""
     config = SMALL[name]
     kvae = small(name)
     side, middle = config.spatial_factor, 20

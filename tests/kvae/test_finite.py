@@ -1,4 +1,4 @@
-"""One value that is no number is found wherever it is, in every float type."""
+"""A single NaN or infinity is found at any position, in every float type."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.flo
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_one_value_that_is_no_number_is_found(dtype, bad):
+def test_a_single_value_that_is_not_finite_is_found(dtype, bad):
     if dtype == torch.float8_e4m3fn and bad == bad:
         pytest.skip("this type has no infinity")
     for n in (1, 7, 4097):

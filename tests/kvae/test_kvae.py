@@ -1,16 +1,16 @@
-"""KVAE-3D-1.0 is diffusers' model where diffusers is right, and streams without side effects."""
+"""KVAE equals diffusers' models, except for the frames that diffusers drops."""
 
 import pytest
 import torch
 from diffusers import AutoencoderKLKVAEVideo, Kandinsky6SRVAE
 
-from kvae_comfyui.kvae import KVAE, Execution, KVAEConfig, pad_frames, padded_frames
+from kvae_comfyui.kvae import KVAE, Execution, KVAEConfig, Recompute, pad_frames, padded_frames
 from kvae_comfyui.kvae.load import official_key
 from small_models import clip, latent, small
 
 
 def in_diffusers(small_kvae):
-    """Its twin there."""
+    """Diffusers' model with the same weights."""
     theirs = AutoencoderKLKVAEVideo(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1).eval()
     names = {official_key(key): key for key in theirs.state_dict()}
     theirs.load_state_dict({names[key]: tensor for key, tensor in small_kvae.state_dict().items()})
@@ -38,8 +38,8 @@ def test_equals_diffusers(pair, frames):
 
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("frames", [1, 5, 9, 17, 21, 33, 37, 41])
-def test_two_equals_the_vae_of_kandinsky_6(frames, blocks):
-    """diffusers' own reading of 2.0-t4s16, which its super-resolution takes: written apart, with the same keys."""
+def test_version_two_equals_the_vae_of_kandinsky_6(frames, blocks):
+    """Diffusers' implementation of 2.0-t4s16, for its super-resolution: independent of ours, with the same keys."""
     ours = small("2.0-t4s16", num_res_blocks=blocks)
     config = ours.config
     theirs = Kandinsky6SRVAE(
@@ -54,12 +54,12 @@ def test_two_equals_the_vae_of_kandinsky_6(frames, blocks):
         posterior = ours.posterior(x)
         assert relative(torch.cat([posterior.mean, posterior.logvar], 1), moments) <= 2e-6
         z = latent(ours, (frames - 1) // 4 + 1)
-        for execution in (Execution(), Execution(segment=4, recompute=2)):
+        for execution in (Execution(), Execution(segment=4, recompute=Recompute.INNER)):
             assert relative(ours.decode(z, execution), theirs.decode(z).sample) <= 2e-6
 
 
 def test_bfloat16_is_no_further_from_float32_than_diffusers(small_kvae):
-    """In the mean of five models, but for a twentieth: how much of the rounding cancels out is a matter of chance."""
+    """On average over five models, within 5 %: how much of the rounding cancels out is a matter of chance."""
     errors: dict[str, list[float]] = {"encode": [], "their encode": [], "decode": [], "their decode": []}
     for seed in range(5):
         torch.manual_seed(seed)
@@ -79,18 +79,17 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers(small_kvae):
 
 
 @pytest.mark.parametrize("frames", [21, 37])
-def test_keeps_all_frames_where_diffusers_drops_three(pair, frames):
+def test_a_last_segment_of_one_latent_keeps_its_four_frames(pair, frames):
+    """Diffusers drops three of them, so only the segments before are compared with it."""
     ours, theirs = pair
     z = ours.encode(torch.rand(1, 3, frames, 32, 32) * 2 - 1)
     y = ours.decode(z)
     assert y.shape[2] == frames
-    dropped = theirs.decode(z).sample
-    assert dropped.shape[2] == frames - 3, "diffusers has been mended: compare with it at these lengths too"
-    whole = frames - 4  # up to the last segment both agree
-    torch.testing.assert_close(y[:, :, :whole], dropped[:, :, :whole], rtol=1e-4, atol=1e-5)
+    before = frames - 4
+    torch.testing.assert_close(y[:, :, :before], theirs.decode(z).sample[:, :, :before], rtol=1e-4, atol=1e-5)
 
 
-def test_posterior(small_kvae):
+def test_samples_have_the_mean_and_deviation_of_the_posterior(small_kvae):
     x = torch.rand(2, 3, 21, 32, 32) * 2 - 1
     posterior = small_kvae.posterior(x)
     assert posterior.mean.shape == posterior.logvar.shape == (2, 16, 6, 4, 4)
@@ -109,7 +108,7 @@ def test_batch_equals_one_by_one(small_kvae):
     )
 
 
-def test_stream_comes_in_segments(small_kvae):
+def test_a_stream_yields_segments(small_kvae):
     z = torch.randn(1, 16, 10, 4, 4)
     assert [frames.shape[2] for frames in small_kvae.decode_stream(z)] == [17, 16, 4]
     x = torch.rand(1, 3, 37, 32, 32)
@@ -122,7 +121,7 @@ def test_gradients_reach_the_latent(small_kvae):
     assert z.grad.abs().min() > 0
 
 
-def test_wrong_shapes_are_named(small_kvae):
+def test_wrong_shapes_are_refused(small_kvae):
     with pytest.raises(ValueError, match=r"\[1, 4, 2, 4, 4\]; expected \[B, 16, T, H, W\]"):
         small_kvae.decode(torch.randn(1, 4, 2, 4, 4))
     with pytest.raises(ValueError, match=r"video has shape \[3, 5, 32, 32\]; expected \[B, 3, T, H, W\]"):

@@ -1,4 +1,4 @@
-"""Loading is strict, knows both key layouts, and says what a wrong file is."""
+"""Loading is strict, supports both key layouts, and says what a wrong file is."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def same(a, b):
     return all(torch.equal(x, b.state_dict()[key]) for key, x in a.state_dict().items())
 
 
-def test_official_file_by_its_shapes(tmp_path, small_kvae):
+def test_an_official_file_without_a_config_loads(tmp_path, small_kvae):
     save_file(small_kvae.state_dict(), tmp_path / "kvae.safetensors")
     loaded = load_kvae(tmp_path / "kvae.safetensors")
     assert loaded.config == small_kvae.config
@@ -32,13 +32,13 @@ def test_official_file_by_its_shapes(tmp_path, small_kvae):
 
 
 @pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
-def test_published_configs_are_read_off_the_shapes(config):
+def test_published_configs_follow_from_the_shapes(config):
     with torch.device("meta"):
         shapes = {key: tuple(tensor.shape) for key, tensor in KVAE(config).state_dict().items()}
     assert config_from_shapes(shapes) == config
 
 
-def test_official_config():
+def test_an_official_config_is_read():
     """As the official repository's constructor takes it, and huggingface_hub writes it."""
     both = {"ch_mult": [0.125, 1, 2, 4, 8], "num_res_blocks": 2, "z_channels": 64, "temporal_compress_times": 4}
     both |= {"norm_type": "rms_norm", "temporal_compress_start_level": 1, "padding_mode": "zeros"}
@@ -51,7 +51,7 @@ def test_official_config():
         assert KVAEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_diffusers_folder(tmp_path, small_kvae):
+def test_a_diffusers_folder_loads(tmp_path, small_kvae):
     theirs = AutoencoderKLKVAEVideo(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1).eval()
     theirs.save_pretrained(tmp_path)
     ours = load_kvae(tmp_path)
@@ -60,7 +60,7 @@ def test_diffusers_folder(tmp_path, small_kvae):
         torch.testing.assert_close(ours.decode(z), theirs.decode(z).sample, rtol=1e-4, atol=1e-5)
 
 
-def test_self_describing_file_keeps_what_shapes_cannot_tell(tmp_path):
+def test_a_saved_file_keeps_what_shapes_do_not_show(tmp_path):
     kvae = KVAE(KVAEConfig((16, 32), (16, 32), num_res_blocks=1, temporal_compress_times=2, norm_groups=4))
     save_kvae(tmp_path / "tiny.safetensors", kvae, torch.float16, {"recipe": "none"})
     loaded = load_kvae(tmp_path / "tiny.safetensors", torch.bfloat16)
@@ -80,7 +80,7 @@ def test_missing_and_wrong_tensors_are_named(tmp_path, small_kvae):
         load_kvae(tmp_path / "wrong.safetensors")
 
 
-def test_other_files_are_called_by_their_name(tmp_path, small_kvae):
+def test_files_of_other_models_are_recognised(tmp_path, small_kvae):
     hunyuan = AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
     for name, keys, message in (
         ("hunyuan", hunyuan.state_dict(), "a HunyuanVideo VAE; expected a KVAE-3D VAE"),
@@ -93,7 +93,7 @@ def test_other_files_are_called_by_their_name(tmp_path, small_kvae):
             load_kvae(tmp_path / f"{name}.safetensors")
 
 
-def test_damaged_files(tmp_path, small_kvae):
+def test_damaged_and_missing_files_are_refused(tmp_path, small_kvae):
     save_file(small_kvae.state_dict(), tmp_path / "whole.safetensors")
     data = (tmp_path / "whole.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
@@ -159,7 +159,7 @@ TINY_CONFIG = KVAEConfig((16, 32), (16, 32), num_res_blocks=1, temporal_compress
     ],
 )
 def test_a_config_asks_for_no_more_than_its_file_holds(tmp_path, change, words):
-    """And is of the right types: refused in one line before anything is built."""
+    """Wrong values and types are refused in one line, before anything is built."""
     kvae, path = KVAE(TINY_CONFIG), tmp_path / "kvae.safetensors"
     text = change if isinstance(change, str) else json.dumps(TINY_CONFIG.to_dict() | change)
     save_file(kvae.state_dict(), path, {"config": text})
@@ -186,22 +186,22 @@ def test_keys_ask_for_no_more_than_their_file_holds(tmp_path, extra):
         load_kvae(tmp_path / "kvae.safetensors")
 
 
-def test_weights_that_are_no_numbers_are_refused(tmp_path):
+def test_weights_that_are_not_finite_floats_are_refused(tmp_path):
     state = KVAE(TINY_CONFIG).state_dict()
     config = {"config": json.dumps(TINY_CONFIG.to_dict())}
     key = "decoder.mid.block_1.conv1.conv.weight"
     for bad, words in (
         (torch.full_like(state[key], torch.nan), f"{key} holds values that are not finite"),
         (state[key].clone().flatten().index_fill(0, torch.tensor(7), torch.inf).view_as(state[key]), "not finite"),
-        (state[key].to(torch.int8), f"{key} is of torch.int8; expected weights of a float type"),
+        (state[key].to(torch.int8), f"{key} is torch.int8; expected a float type"),
     ):
         save_file(state | {key: bad}, tmp_path / "kvae.safetensors", config)
         with pytest.raises(WeightsError, match=words):
             load_kvae(tmp_path / "kvae.safetensors")
 
 
-def test_a_config_travels_as_a_tensor_where_no_metadata_does(tmp_path):
-    """As ComfyUI's Save VAE writes what it is given: tensors alone."""
+def test_a_config_may_be_a_tensor(tmp_path):
+    """ComfyUI's Save VAE writes tensors only."""
     kvae = KVAE(replace(TINY_CONFIG, padding="zeros"))
     path = tmp_path / "vae.safetensors"
     save_file(described_state(kvae), path, {"prompt": "{}"})
@@ -227,7 +227,7 @@ def test_both_layouts_in_one_file_are_refused(tmp_path, small_kvae):
 
 
 def in_cache(cache: Path, repository: str, files: dict[str, bytes]) -> None:
-    """A hub's cache with one repository in it."""
+    """Put a repository into the cache of a hub."""
     folder = cache / "hub" / f"models--{repository.replace('/', '--')}"
     (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
     (folder / "refs").mkdir()
@@ -250,7 +250,7 @@ for name in sys.argv[1:]:
 
 
 def find(names: list[str], folder: Path, **env: str) -> list[str]:
-    """What a process with the hub's cache in that folder finds for each name, or says of it."""
+    """What a process with the hub's cache in that folder finds for each name, or its error."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     env = clean | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | env
     done = subprocess.run([sys.executable, "-c", FIND, *names], cwd=folder, env=env, capture_output=True, text=True)
@@ -258,7 +258,7 @@ def find(names: list[str], folder: Path, **env: str) -> list[str]:
     return re.findall("^-> (.*)$", done.stdout, re.MULTILINE)
 
 
-def test_the_names_of_published_models_are_those_of_the_hub(tmp_path):
+def test_names_of_published_models_mean_their_repositories(tmp_path):
     pytest.importorskip("huggingface_hub")
     in_cache(tmp_path / "hf", "kandinskylab/KVAE-3D-1.0", {"model.safetensors": b"x", "config.json": b"{}"})
     in_cache(tmp_path / "hf", "kandinskylab/KVAE-3D-2.0-t4s8", {"model.safetensors": b"x"})
@@ -268,10 +268,10 @@ def test_the_names_of_published_models_are_those_of_the_hub(tmp_path):
     name, repository, local = find(["KVAE-3D-1.0", "kandinskylab/KVAE-3D-1.0", mine.name], tmp_path)
     assert name == repository
     assert name.startswith(str(tmp_path / "hf")) and name.endswith("model.safetensors")
-    assert local == os.path.join("KVAE-3D-2.0-t4s8", "model.safetensors")  # what is here wins
+    assert local == os.path.join("KVAE-3D-2.0-t4s8", "model.safetensors")  # a local folder comes first
 
 
-def test_what_cannot_be_found_is_one_line(tmp_path):
+def test_a_failed_search_is_an_error_of_one_line(tmp_path):
     pytest.importorskip("huggingface_hub")
     expected = {
         "KVAE-3D-2.0-t4s8": "kandinskylab/KVAE-3D-2.0-t4s8: no such file or folder, and the hub says",
@@ -289,7 +289,7 @@ def test_what_cannot_be_found_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     "endpoint", ["http://127.0.0.1:9", "http://[::1", "nonsense", "ftp://127.0.0.1", "http://127.0.0.1:99999", " "]
 )
-def test_an_endpoint_where_no_hub_is_is_one_line(tmp_path, endpoint):
+def test_a_bad_endpoint_is_an_error_of_one_line(tmp_path, endpoint):
     pytest.importorskip("huggingface_hub")
     (said,) = find(["someone/else"], tmp_path, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
     assert said.startswith("someone/else: no such file or folder, and ") and "HF_ENDPOINT is" in said
@@ -298,7 +298,7 @@ def test_an_endpoint_where_no_hub_is_is_one_line(tmp_path, endpoint):
 # ---- signatures
 
 
-def test_a_signature_tells_weights_apart_and_survives_conversions(tmp_path, small_kvae):
+def test_a_signature_distinguishes_weights_and_survives_conversions(tmp_path, small_kvae):
     known = signature(small_kvae.state_dict())
     assert len(known) == 64
     theirs = AutoencoderKLKVAEVideo(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1).eval()
@@ -319,10 +319,10 @@ def test_a_signature_tells_weights_apart_and_survives_conversions(tmp_path, smal
     assert not same_weights(known, known[:-1])
     with torch.device("meta"):
         assert signature(KVAE(small_kvae.config).state_dict()) == ()
-    assert same_weights(known, ())  # nothing is known
+    assert same_weights(known, ())  # an empty signature matches every other
 
 
 def diffusers_key(key: str, theirs) -> str:
-    """The key under which diffusers' model has it."""
+    """The key of diffusers' model for an official key."""
     (found,) = (each for each in theirs.state_dict() if official_key(each) == key)
     return found

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, whoever writes and whatever is killed when; what is no file is not opened."""
+"""Files are written completely or not at all, and only regular files are opened."""
 
 import os
 import signal
@@ -54,13 +54,13 @@ def test_a_failure_leaves_the_old_file(tmp_path):
 
 
 @POSIX
-def test_what_a_killed_writer_leaves_is_swept_by_the_next_process_and_a_living_ones_is_not(tmp_path):
+def test_files_of_killed_writers_are_deleted_by_the_next_process_and_those_of_living_writers_are_not(tmp_path):
     killed, living = (python(WRITER, tmp_path / name) for name in ("killed", "living"))
     try:
         assert killed.stdout.readline() == living.stdout.readline() == "open\n"
         killed.send_signal(signal.SIGKILL)
         killed.wait()
-        assert len(names(tmp_path)) == 2  # both hidden, under names that nobody counts as results
+        assert len(names(tmp_path)) == 2  # both hidden, so nobody takes them for results
         assert all(name.startswith(".") for name in names(tmp_path))
         write = "import sys; from kvae_comfyui.kvae.paths import write_bytes; write_bytes(sys.argv[1], b'done')"
         assert python(write, tmp_path / "next").wait() == 0
@@ -73,8 +73,8 @@ def test_what_a_killed_writer_leaves_is_swept_by_the_next_process_and_a_living_o
 
 
 @POSIX
-def test_writers_of_one_path_do_not_meet(tmp_path):
-    """Readers see one writer's file or another's, never a mixture."""
+def test_writers_of_one_path_do_not_interfere(tmp_path):
+    """Readers see the complete file of one writer."""
     path, size = tmp_path / "shared", 200_000
     code = "import sys; from kvae_comfyui.kvae.paths import write_bytes\n"
     code += "for _ in range(150): write_bytes(sys.argv[1], sys.argv[2].encode() * int(sys.argv[3]))"
@@ -88,7 +88,7 @@ def test_writers_of_one_path_do_not_meet(tmp_path):
     assert seen == {(size, 1)} and names(tmp_path) == ["shared"]
 
 
-def test_threads_write_in_one_folder(tmp_path):
+def test_threads_can_write_into_one_folder(tmp_path):
     threads = [threading.Thread(target=write_text, args=(tmp_path / f"{i % 5}", "x")) for i in range(50)]
     for thread in threads:
         thread.start()
@@ -97,14 +97,14 @@ def test_threads_write_in_one_folder(tmp_path):
     assert names(tmp_path) == list("01234")
 
 
-def test_a_weights_file_is_the_one_that_safetensors_writes(tmp_path):
+def test_a_weights_file_has_the_bytes_that_safetensors_writes(tmp_path):
     tensors = {"b": torch.randn(3, 5).T, "a": torch.randn(()), "empty": torch.empty(0, 4)}
     save_weights(tmp_path / "a", tensors, {"key": "täxt"})
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
     assert (tmp_path / "a").read_bytes() == save(whole, {"key": "täxt"})
 
 
-def test_every_type_comes_back_bit_by_bit(tmp_path):
+def test_every_dtype_is_read_back_bit_for_bit(tmp_path):
     kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
     kinds += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
     tensors = {str(kind): (10 * torch.randn(7, 3)).to(kind) for kind in kinds}
@@ -114,7 +114,7 @@ def test_every_type_comes_back_bit_by_bit(tmp_path):
         assert found[key].dtype == tensor.dtype and torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8))
 
 
-def test_what_the_format_does_not_hold_is_refused_before_anything_is_written(tmp_path):
+def test_an_unsupported_dtype_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(WeightsError, match="could not be written"):
         save_weights(tmp_path / "a", {"a": torch.zeros(2, dtype=torch.complex64)}, {})
     assert not names(tmp_path)
@@ -130,7 +130,7 @@ def test_what_the_format_does_not_hold_is_refused_before_anything_is_written(tmp
         ("loop/a", "something else has that name"),
     ],
 )
-def test_a_path_that_cannot_be_written_is_one_line(tmp_path, name, words):
+def test_a_path_that_cannot_be_written_is_an_error_of_one_line(tmp_path, name, words):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -159,14 +159,14 @@ def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
     assert names(tmp_path) == ["pipe"] and not (tmp_path / "pipe").is_file()
 
 
-def test_a_file_that_is_too_large_or_no_text_is_refused(tmp_path):
+def test_a_file_that_is_too_large_or_not_text_is_refused(tmp_path):
     (tmp_path / "a").write_bytes(b"\xff" * 11)
-    with pytest.raises(WeightsError, match="so large"):
+    with pytest.raises(WeightsError, match="that large"):
         read_bytes(tmp_path / "a", 10)
     with pytest.raises(WeightsError, match="not UTF-8"):
         read_text(tmp_path / "a")
 
 
-def test_a_name_of_another_encoding_can_be_written_in_json(tmp_path):
+def test_a_name_in_another_encoding_can_be_written_as_json(tmp_path):
     write_text(tmp_path / "a.json", '{"video": "caf\udce9.mp4"}')
     assert (tmp_path / "a.json").read_text() == '{"video": "caf\\udce9.mp4"}'

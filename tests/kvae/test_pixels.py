@@ -1,4 +1,4 @@
-"""Each VAE's pixel convention, and what mixing them costs."""
+"""The pixel convention of each VAE, and conversion between them."""
 
 import torch
 
@@ -19,12 +19,12 @@ def test_every_value_survives_in_both_conventions():
         assert torch.equal(to_uint8(to_unit(ALL, half_range), half_range), ALL)
 
 
-def test_ends_of_the_range():
+def test_the_ends_of_the_range_are_as_published():
     assert to_unit(ALL, KVAE_HALF_RANGE)[[0, 128, 255]].tolist() == [-1, 0, 127 / 128]
     assert to_unit(ALL, HUNYUAN_HALF_RANGE)[[0, 255]].tolist() == [-1, 1]
 
 
-def test_conversion_between_the_two():
+def test_conversion_keeps_the_colours():
     h, k = to_unit(ALL, HUNYUAN_HALF_RANGE), to_unit(ALL, KVAE_HALF_RANGE)
     torch.testing.assert_close(kvae_from_hunyuan(h), k)
     torch.testing.assert_close(hunyuan_from_kvae(k), h)

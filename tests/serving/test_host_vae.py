@@ -10,7 +10,7 @@ from kvae_comfyui.adapters import HybridVAE, LatentAdapter, latent_space
 from kvae_comfyui.adapters.hybrid import from_kvae_pixels
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.benchmarks.storages import PeakMemory
-from kvae_comfyui.kvae import BudgetError, Norms, WeightsError, load_kvae, plan_decode
+from kvae_comfyui.kvae import BudgetError, GroupNormStats, WeightsError, load_kvae, plan_decode
 from kvae_comfyui.kvae.engine.tiles import blended_tiling
 from kvae_comfyui.serving import host_vae
 from kvae_comfyui.serving.host_vae import HostVAE, to_image
@@ -209,10 +209,10 @@ def test_a_tile_is_decoded_by_itself_and_through_the_whole_clip(small_kvae):
         x = host.decode_tiled(z, tile_x=5, tile_y=4, overlap=2, tile_t=2, overlap_t=1)
         assert seen == [(2, 6), (3, 6), (5, 6), (6, 6)]
         assert x.shape == (1, 3, 21, 32, 64)
-        norms = Norms()
-        list(small_kvae.decode_stream(F.interpolate(z, (6, 2, 5), mode="area"), norms=norms))
+        norms = GroupNormStats()
+        list(small_kvae.decode_stream(F.interpolate(z, (6, 2, 5), mode="area"), norm_stats=norms))
         for tile in (slice(0, 5), slice(3, 8)):
-            parts = list(small_kvae.decode_stream(z[..., tile], norms=norms))
+            parts = list(small_kvae.decode_stream(z[..., tile], norm_stats=norms))
             expected = from_kvae_pixels(torch.cat(parts, dim=2))
             alone = slice(0, 24) if tile.start == 0 else slice(40, 64)  # where the other tile does not reach
             torch.testing.assert_close(x[..., alone], expected[..., alone.start - 8 * tile.start :][..., :24])
@@ -235,7 +235,7 @@ def test_tiles_cover_the_picture_and_their_weights_add_up_to_one():
     for n, tile, overlap in ((8, 5, 2), (7, 3, 1), (30, 16, 4), (3, 8, 2), (33, 32, 8)):
         axis = blended_tiling(n, n, (tile_count(n, tile, overlap), 1), overlap).rows
         total = torch.zeros(2 * n)
-        for (lo, hi), weights in zip(axis.outer, axis.weights(2), strict=True):
+        for (lo, hi), weights in zip(axis.outer, axis.blend_weights(2), strict=True):
             assert hi - lo <= min(n, tile)
             assert weights.min() > 0
             total[2 * lo : 2 * hi] += weights

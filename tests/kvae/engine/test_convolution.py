@@ -1,4 +1,4 @@
-"""The fast convolutions give what PyTorch's gives, whatever the sides, and wide models use Winograd's."""
+"""The fast convolutions equal PyTorch's for all sizes, and wide models use Winograd's."""
 
 import copy
 
@@ -14,7 +14,7 @@ from kvae_comfyui.kvae.engine.convolution import conv3d
 
 @pytest.mark.parametrize("sides", [(1, 2, 2), (3, 5, 4), (2, 9, 7), (4, 1, 1)], ids=str)
 @pytest.mark.parametrize("chunk", [1, 24 << 20], ids=["tile by tile", "at once"])
-def test_equals_the_convolution(sides, chunk, monkeypatch):
+def test_winograd_equals_the_convolution(sides, chunk, monkeypatch):
     monkeypatch.setattr(winograd, "CHUNK_BYTES", chunk)
     T, H, W = sides
     x, weight, bias = torch.randn(2, 5, T + 2, H + 2, W + 2), torch.randn(7, 5, 3, 3, 3), torch.randn(7)
@@ -30,8 +30,8 @@ def test_equals_the_convolution(sides, chunk, monkeypatch):
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 2, 2), (3, 1, 1), (1, 1, 1)], ids=str)
 @pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 1, 1)], ids=str)
-def test_every_way_on_a_cpu_gives_the_same(kernel, stride):
-    """Of pictures of few rows and of slices too, which PyTorch and oneDNN treat in ways of their own."""
+def test_conv3d_equals_pytorchs(kernel, stride):
+    """Also for pictures of few rows and for slices, which PyTorch and oneDNN treat differently."""
     weight, bias = torch.randn(9, 6, *kernel), torch.randn(9)
     whole = torch.randn(1, 6, 7, 40, 30)
     for x in (
@@ -54,7 +54,7 @@ def wide():
     return KVAE(config).eval().requires_grad_(False).fold()
 
 
-def test_a_wide_model_uses_it_and_stays_exact(wide, monkeypatch):
+def test_a_wide_model_uses_winograd_and_stays_exact(wide, monkeypatch):
     z = torch.randn(1, 16, 3, 4, 4)
     x = torch.rand(1, 3, 9, 32, 32) * 2 - 1
     calls = []
@@ -62,12 +62,12 @@ def test_a_wide_model_uses_it_and_stays_exact(wide, monkeypatch):
     monkeypatch.setattr(winograd, "conv3d", lambda *args: calls.append(1) or conv3d(*args))
     fast = wide.decode(z), wide.encode(x)
     assert len(calls) > 10
-    monkeypatch.setattr(winograd, "pays", lambda *args: False)
+    monkeypatch.setattr(winograd, "is_faster", lambda *args: False)
     for ours, direct in zip(fast, (wide.decode(z), wide.encode(x)), strict=True):
         assert ((ours - direct).norm() / direct.norm()).item() < 1e-5
 
 
-def test_double_stays_double(wide):
+def test_float64_is_computed_in_float64(wide):
     x, weight, bias = (
         t.double() for t in (torch.randn(1, 128, 5, 34, 34), torch.randn(128, 128, 3, 3, 3), torch.randn(128))
     )
@@ -83,7 +83,7 @@ def test_double_stays_double(wide):
     assert ((double.decode(z) - by_modules).norm() / by_modules.norm()).item() < 1e-12
 
 
-def test_its_memory_is_planned(wide):
+def test_the_workspace_of_winograd_is_planned(wide):
     for source, plan, stream in (
         (torch.randn(1, 16, 3, 8, 8), plan_decode, wide.decode_stream),
         (torch.rand(1, 3, 9, 64, 64), plan_encode, wide.encode_stream),
@@ -92,6 +92,5 @@ def test_its_memory_is_planned(wide):
         with torch.no_grad(), PeakMemory() as memory:
             for _ in stream(source, found.execution):
                 pass
-        assert (
-            memory.peak <= found.peak <= 1.25 * memory.peak
-        )  # of small pictures, whose maps are no larger than a chunk
+        # 25 %, since the maps of such small pictures are no larger than a chunk
+        assert memory.peak <= found.peak <= 1.25 * memory.peak

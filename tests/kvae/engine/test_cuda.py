@@ -1,11 +1,11 @@
-"""Where there is a GPU: float32 is as exact there as on a CPU, once cuDNN is told not to round it to TF32."""
+"""On a GPU, float32 is as exact as on a CPU if cuDNN may not round it to TF32."""
 
 import copy
 
 import pytest
 import torch
 
-from kvae_comfyui.kvae import Execution
+from kvae_comfyui.kvae import Execution, Recompute
 from small_models import SMALL, assert_same, clip, latent, small
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
@@ -13,12 +13,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize(
-    "execution", [Execution(), Execution(strip_bytes=1 << 14, recompute=2)], ids=["whole", "by strips"]
+    "execution", [Execution(), Execution(strip_bytes=1 << 14, recompute=Recompute.INNER)], ids=["whole", "by strips"]
 )
 def test_float32_without_tf32_equals_the_cpu(name, execution):
     kvae = small(name)
     x, z = clip(kvae, 21), latent(kvae, 6)
-    there = copy.deepcopy(kvae).cuda()
+    on_gpu = copy.deepcopy(kvae).cuda()
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-        assert_same(there.encode(x.cuda(), execution).cpu(), kvae.encode(x))
-        assert_same(there.decode(z.cuda(), execution).cpu(), kvae.decode(z))
+        assert_same(on_gpu.encode(x.cuda(), execution).cpu(), kvae.encode(x))
+        assert_same(on_gpu.decode(z.cuda(), execution).cpu(), kvae.decode(z))

@@ -1,4 +1,4 @@
-"""Folded weights are those of the published ones, whatever was done to these; gradients reach all that want them."""
+"""Folded weights follow every change of the published ones, and gradients reach all weights that require them."""
 
 import copy
 
@@ -16,14 +16,14 @@ def test_folded_weights_follow_the_published_ones(name):
     before = kvae.decode(z)
     state = {key: 1.1 * tensor for key, tensor in kvae.state_dict().items()}
     assert not any("folded" in key for key in state)
-    kvae.load_state_dict(state)  # forgets what was folded
+    kvae.load_state_dict(state)  # drops the folded weights
     changed = kvae.decode(z)
     assert not torch.allclose(before, changed, rtol=1e-2)
     assert_same(kvae.fold().decode(z), changed)
 
 
 def trained(kvae):
-    """Three steps of an optimiser, then frozen again."""
+    """Take three steps of an optimiser, then freeze the weights again."""
     kvae.requires_grad_(True)
     optimiser = torch.optim.AdamW(kvae.parameters(), lr=0.01)
     for _ in range(3):
@@ -73,7 +73,7 @@ def to_and_fro(kvae):
 )
 @pytest.mark.parametrize("name", SMALL)
 def test_a_change_of_the_weights_is_noticed(name, change):
-    """Against a model that has just been made of the same weights."""
+    """The reference is a new model with the same weights."""
     kvae = small(name)
     z, x = latent(kvae, 3, 1, 2), clip(kvae, 9, 1, 2)
     before = kvae.decode(z), kvae.encode(x)
@@ -99,7 +99,7 @@ def test_frozen_weights_are_folded_once(monkeypatch):
 
 
 def test_weights_made_in_inference_mode_can_be_folded_and_loaded():
-    """As hosts do; autograd counts no versions there."""
+    """As hosts do. Autograd counts no versions in inference mode."""
     with torch.inference_mode():
         kvae = small("2.0-t4s8")
         z = latent(kvae, 3, 1, 2)
@@ -111,7 +111,7 @@ def test_weights_made_in_inference_mode_can_be_folded_and_loaded():
         assert not torch.allclose(kvae.decode(z), before, rtol=1e-2)
 
 
-def test_a_copy_stands_alone():
+def test_a_copy_is_independent():
     kvae = small("2.0-t4s8")
     z = latent(kvae, 3, 1, 2)
     other = copy.deepcopy(kvae)
@@ -122,7 +122,7 @@ def test_a_copy_stands_alone():
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_gradients_with_and_without_checkpointing(name):
+def test_checkpointing_gives_the_same_gradients_in_less_memory(name):
     kvae = small(name).requires_grad_(True)
     z = latent(kvae, 6, 1, 1)
 
@@ -155,7 +155,7 @@ def test_gradients_with_and_without_checkpointing(name):
     "part", ["mid.block_1.conv2", "conv_in", "conv_out", "{resampler}.linear", "{resampler}.spatial_conv"]
 )
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
-def test_gradients_reach_whatever_weights_want_them(name, side, part):
+def test_gradients_reach_the_weights_that_require_them(name, side, part):
     kvae = small(name)
     coder = getattr(kvae, side)
     part = part.format(resampler="down.0.downsample" if side == "encoder" else "up.1.upsample")
@@ -173,7 +173,7 @@ def test_gradients_reach_whatever_weights_want_them(name, side, part):
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
-def test_gradients_reach_the_input_of_frozen_weights(side):
+def test_gradients_reach_the_input_of_a_frozen_model(side):
     kvae = small("2.0-t4s16")
     source = (clip(kvae, 21, 1, 1) if side == "encoder" else latent(kvae, 6, 1, 1)).requires_grad_()
     (kvae.encode(source) if side == "encoder" else kvae.decode(source)).square().sum().backward()

@@ -1,11 +1,10 @@
-"""Every way to compute gives the modules' own result: ways, models and clips drawn at random.
+"""Every execution gives the modules' own result: executions, models and clips are drawn at random.
 
-    # more than the minute's worth of every day, and one of them again:
-    KVAE_FUZZ_TRIALS=2000 python -m pytest tests/kvae/engine/test_fuzz.py
-    python -m pytest "tests/kvae/engine/test_fuzz.py::test_every_way_gives_the_modules_own_result[1234]"
+    KVAE_FUZZ_TRIALS=2000 python -m pytest tests/kvae/engine/test_fuzz.py       # more trials
+    python -m pytest "tests/kvae/engine/test_fuzz.py::test_every_execution_gives_the_modules_own_result[1234]"  # one
 
-A trial is known by its number, and is the same whatever others run. The reference is the modules' own `forward` in
-float64, segment by segment, on a clip that is padded here by hand; test_kvae.py compares that with diffusers.
+The number of a trial determines it, whatever other trials run. The reference is the modules' own `forward` in float64,
+segment by segment, on a clip that is padded here by hand; test_kvae.py compares `forward` with diffusers.
 """
 
 import os
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 from kvae_comfyui.kvae import KVAE, SEGMENT_FRAMES, Execution, KVAEConfig, Posterior
-from kvae_comfyui.kvae.engine.strips import tail_frames
+from kvae_comfyui.kvae.engine.execution import frames_to_recompute
 
 TRIALS = int(os.environ.get("KVAE_FUZZ_TRIALS", "240"))
 TWO = {"norm": "rms", "downsample_version": 2}
@@ -35,12 +34,12 @@ MODELS = {
 }
 OFTEN = [name for name in MODELS for _ in range(1 if "," in name else 4)] + ["2.0-t4s16"] * 4
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.0}  # relative, from the float64 reference
-AS_THE_MODULES = 1.5  # or so many times as far from it as the modules themselves in that dtype
+AS_THE_MODULES = 1.5  # else at most this many times the error of the modules themselves in that dtype
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is drawn."""
+    """The random choices of one trial."""
 
     model: str
     blocks: int
@@ -50,7 +49,7 @@ class Trial:
     shape: tuple[int, ...]  # of the clip: batch, frames, rows and columns of pixels
     dtype: torch.dtype
     memory_format: torch.memory_format
-    chunks: tuple[int, ...]  # of the frames to encode, where they come as a stream
+    chunks: tuple[int, ...]  # lengths of the chunks in which a stream of frames to encode comes
 
 
 def drawn(number: int) -> Trial:
@@ -58,15 +57,15 @@ def drawn(number: int) -> Trial:
     name, blocks, decode = rng.choice(OFTEN), rng.choice((1, 2)), rng.random() < 0.5
     kvae = model(name, blocks, torch.float64)
     cadence, side = kvae.config.temporal_compress_times, kvae.config.spatial_factor
-    segment = rng.choice((1, 1, 2, 3, 4)) * cadence if kvae.config.per_position else SEGMENT_FRAMES
-    most = 3 if segment >= tail_frames(len(kvae.decoder.full_resolution())) else 2
+    segment = rng.choice((1, 1, 2, 3, 4)) * cadence if kvae.config.norm_is_per_position else SEGMENT_FRAMES
+    most = 3 if segment >= frames_to_recompute(len(kvae.decoder.full_resolution())) else 2
     tiles = (1, 1)
-    if kvae.config.per_position and rng.random() < 0.2:
+    if kvae.config.norm_is_per_position and rng.random() < 0.2:
         tiles = rng.choice(((2, 1), (1, 2), (2, 2), (3, 1)))
     execution = Execution(segment, rng.choice((1, 1 << 12, 1 << 15, 64 << 20)), rng.randint(0, most), tiles)
     batch, frames = rng.choice((1, 1, 2)), rng.randint(1, 41)
     rows, columns = rng.randint(1, 3), rng.randint(1, 3)
-    if tiles != (1, 1):  # of a picture that is larger than the halo on one side
+    if tiles != (1, 1):  # the picture is larger than the halo on one side
         rows, columns = rng.choice(((30, 1), (1, 30), (2, 3)))
         batch, frames = 1, min(frames, 5)
     short = (0, 0) if decode else (rng.randrange(side), rng.randrange(side))
@@ -85,7 +84,7 @@ def drawn(number: int) -> Trial:
 
 @cache
 def model(name: str, blocks: int, dtype: torch.dtype) -> KVAE:
-    """Every weight at random and frozen; the same ones, rounded, in every dtype."""
+    """A frozen model of random weights, which are exact, and so the same, in every dtype."""
     if dtype != torch.float64:
         rounded = KVAE(model(name, blocks, torch.float64).config)
         rounded.load_state_dict(model(name, blocks, torch.float64).state_dict())
@@ -100,7 +99,7 @@ def model(name: str, blocks: int, dtype: torch.dtype) -> KVAE:
 
 
 def source_of(trial: Trial, kvae: KVAE) -> torch.Tensor:
-    """The latent or the clip, in values that every dtype holds."""
+    """The latent or the clip, of values that are exact in every dtype."""
     batch, frames, height, width = trial.shape
     if not trial.decode:
         x = torch.rand(batch, 3, frames, height, width) * 2 - 1
@@ -111,7 +110,7 @@ def source_of(trial: Trial, kvae: KVAE) -> torch.Tensor:
 
 
 def by_the_modules(trial: Trial, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Their own `forward`, in segments of 16 frames after the first one."""
+    """The modules' own `forward`, in segments of 17, 16, 16 … frames."""
     kvae = model(trial.model, trial.blocks, dtype)
     cadence, side = kvae.config.temporal_compress_times, kvae.config.spatial_factor
     length, coder = SEGMENT_FRAMES // cadence, kvae.decoder
@@ -127,7 +126,7 @@ def by_the_modules(trial: Trial, source: torch.Tensor, dtype: torch.dtype) -> to
     return torch.cat([coder(piece, memory) for piece in pieces], dim=2)
 
 
-def by_the_method(trial: Trial, source: torch.Tensor) -> torch.Tensor:
+def by_the_execution(trial: Trial, source: torch.Tensor) -> torch.Tensor:
     """All of the moments, or the frames."""
     kvae = model(trial.model, trial.blocks, trial.dtype)
     x = source.to(trial.dtype)
@@ -156,7 +155,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("number", range(TRIALS))
-def test_every_way_gives_the_modules_own_result(number):
+def test_every_execution_gives_the_modules_own_result(number):
     trial = drawn(number)
     torch.manual_seed(number)
     kvae = model(trial.model, trial.blocks, torch.float64)
@@ -165,7 +164,7 @@ def test_every_way_gives_the_modules_own_result(number):
         expected = by_the_modules(trial, source, torch.float64)
         if trial.execution.tiles != (1, 1) and not trial.decode:
             expected = expected[:, : kvae.config.z_channels]
-        y = by_the_method(trial, source)
+        y = by_the_execution(trial, source)
         assert y.dtype == trial.dtype and y.shape == expected.shape, trial
         error, allowed = relative(y, expected), TOLERANCE[trial.dtype]
         if error > allowed:

@@ -1,4 +1,4 @@
-"""What a plan says a clip will hold is what it holds, and what does not fit is refused before it starts."""
+"""Plans predict the memory in use, and what does not fit a budget is refused before it starts."""
 
 import contextlib
 import os
@@ -30,8 +30,8 @@ def kvae(request):
 
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])
-def test_the_prediction_is_what_is_counted(kvae, direction):
-    """On the meta device, where pictures cost no arithmetic: three segments of 160x288."""
+def test_plans_are_close_to_the_counted_peak(kvae, direction):
+    """On the meta device, which does no arithmetic: three segments of 160x288."""
     if direction == "decode":
         sides = 160 // kvae.config.spatial_factor, 288 // kvae.config.spatial_factor
         z = torch.empty(1, kvae.config.z_channels, 11, *sides, dtype=torch.bfloat16, device="meta")
@@ -57,7 +57,7 @@ def test_the_prediction_is_what_is_counted(kvae, direction):
 
 
 def frontier(plan, kvae, shape, **way):
-    """Every plan that some budget gets, from the fastest to the one that takes least."""
+    """Every plan that some budget gets, from the fastest to the one that needs least memory."""
     found = [plan(kvae, shape, **way)]
     with contextlib.suppress(BudgetError):
         while True:
@@ -68,12 +68,12 @@ def frontier(plan, kvae, shape, **way):
 @pytest.mark.parametrize(
     ("dtype", "size"),
     [(torch.bfloat16, (5, 192, 128)), (torch.float32, (19, 43, 59))],
-    ids=["bf16", "float32, filled up"],
+    ids=["bf16", "float32, padded"],
 )
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 @pytest.mark.parametrize("name", FAMILY)
-def test_no_plan_that_a_budget_gets_understates(name, direction, dtype, size):
-    """Of the published widths: one size is a multiple of everything, of the other frames, rows and columns are not."""
+def test_no_plan_is_below_the_counted_peak(name, direction, dtype, size):
+    """With the published widths. The sides of one clip are multiples of a latent's, the sides of the other are not."""
     with torch.device("meta"):
         kvae = KVAE(FAMILY[name]).to(dtype).requires_grad_(False).fold()
     side, channels = kvae.config.spatial_factor, kvae.config.z_channels
@@ -91,14 +91,14 @@ def test_no_plan_that_a_budget_gets_understates(name, direction, dtype, size):
 
 
 @pytest.mark.parametrize("approximate", [False, True])
-def test_absurd_sizes_are_refused_as_fast_as_others(kvae, approximate):
+def test_absurd_sizes_are_refused_quickly(kvae, approximate):
     for plan, sides in (
         (plan_decode, (4, 1 << 40, 8)),
         (plan_encode, (5, 64, 1 << 40)),
         (plan_decode, (10**9, 1 << 40, 1 << 40)),
         (plan_encode, (10**9, 1 << 40, 1 << 40)),
     ):
-        with pytest.raises(BudgetError, match="the budget is 1.00 GB"):
+        with pytest.raises(BudgetError, match="but the budget is 1.00 GB"):
             plan(kvae, (1, 16, *sides), 10**9, approximate=approximate)
     assert plan_decode(kvae, (1, 16, 10**9, 8, 8)) == plan_decode(kvae, (1, 16, 13, 8, 8))
     for shape in ((1, 16, 0, 8, 8), (1, 16, 4, -8, 8), (16, 4, 8, 8)):
@@ -107,8 +107,8 @@ def test_absurd_sizes_are_refused_as_fast_as_others(kvae, approximate):
                 plan(kvae, shape)
 
 
-def test_tiles_are_planned_too():
-    """What a stream cannot do: the plan is for the clip as a whole, whose frames it does not count."""
+def test_exact_tiles_are_planned_if_no_stream_fits():
+    """The decoded clip, which a plan does not count, is subtracted."""
     with torch.device("meta"):
         kvae = KVAE(MODELS["2.0"]).to(torch.bfloat16).requires_grad_(False).fold()
         z = torch.empty(1, 16, 11, 90, 80, dtype=torch.bfloat16)
@@ -123,7 +123,7 @@ def test_tiles_are_planned_too():
 
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])
-def test_blended_tiles_are_planned_only_where_they_will_do_and_nothing_exact_fits(kvae, direction):
+def test_blended_tiles_are_planned_only_if_allowed_and_nothing_exact_fits(kvae, direction):
     if direction == "decode":
         sides = 480 // kvae.config.spatial_factor, 848 // kvae.config.spatial_factor
         z = torch.empty(1, kvae.config.z_channels, 2, *sides, dtype=torch.bfloat16, device="meta")
@@ -139,7 +139,7 @@ def test_blended_tiles_are_planned_only_where_they_will_do_and_nothing_exact_fit
     with PeakMemory() as memory:
         y = run(x, found.execution)
     assert memory.peak - y.nbytes <= found.peak <= least.peak * 2 // 3
-    # where nothing is filled up or converted, as here, no segment of the clip is copied; the plan cannot know
+    # nothing is padded or converted here, so no segment of the clip is copied; the plan cannot know that
     assert found.peak <= 1.25 * (memory.peak - y.nbytes)
 
 
@@ -153,7 +153,7 @@ if sys.argv[1] == "decode":
 else:
     x, plan, stream = torch.rand(1, 3, 17, 192, 192), plan_encode, kvae.encode_stream
 with torch.no_grad():
-    list(stream(x[..., : x.shape[3] // 3, : x.shape[4] // 3]))  # what is loaded once is not part of a plan
+    list(stream(x[..., : x.shape[3] // 3, : x.shape[4] // 3]))  # code and kernels that load once are not part of a plan
     most = plan(kvae, x.shape, stream=True)
     found = plan(kvae, x.shape, int(float(sys.argv[2]) * most.peak), stream=True)
     taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -162,7 +162,7 @@ with torch.no_grad():
     list(stream(x, found.execution))
     try:
         list(stream(x, most.execution) if found != most else [torch.empty(2 * most.peak, dtype=torch.uint8)])
-    except (RuntimeError, MemoryError):  # of PyTorch, or of oneDNN, in words of its own
+    except (RuntimeError, MemoryError):  # from PyTorch or oneDNN
         print("more fails")
 """
 
@@ -171,8 +171,8 @@ with torch.no_grad():
 @pytest.mark.parametrize("part", ["1", "0.4"])
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 def test_a_plan_holds_under_a_hard_limit(direction, part):
-    """In a process to which the system gives what was planned, and no more."""
-    # each block of memory goes back to the system when it is freed, so that the limit is one of what is in use
+    """In a process that gets 15 % more than the plan from the system."""
+    # freed memory goes back to the system at once, so that the limit applies to the memory in use
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-c", HARD_LIMIT, direction, part]
     env = os.environ | malloc | {"OMP_NUM_THREADS": "1"}
@@ -181,7 +181,7 @@ def test_a_plan_holds_under_a_hard_limit(direction, part):
     assert done.stdout == "more fails\n"
 
 
-def test_a_plan_says_what_it_does(kvae):
-    assert str(plan_decode(kvae, (1, 16, 5, 8, 8))).startswith("segments of 16 frames, strips of 256 MB: 0.0")
-    with pytest.raises(BudgetError, match=r"the budget is 0.00 GB; the least memory this takes is \d+.\d\d GB"):
+def test_plans_and_refusals_describe_themselves(kvae):
+    assert str(plan_decode(kvae, (1, 16, 5, 8, 8))).startswith("16-frame segments, 256 MB strips; peak 0.0")
+    with pytest.raises(BudgetError, match=r"this clip needs at least \d+\.\d\d GB .*, but the budget is 0.00 GB"):
         plan_decode(kvae, (1, 16, 5, 90, 160), budget=1)

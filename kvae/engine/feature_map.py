@@ -1,0 +1,51 @@
+"""Feature maps that are read by rows: held in memory here, or computed on demand (`.lazy_maps`).
+
+# B batch, C channels, T frames, H/W rows and columns, lo:hi rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+ReadRows = Callable[[int, int], Tensor]  # (lo, hi) → [B, C, T, hi − lo, W]
+
+
+class FeatureMap(Protocol):
+    """A feature map that is read by rows."""
+
+    shape: torch.Size  # [B, C, T, H, W]
+    row_bytes: int  # memory in use while one row is computed
+
+    def __call__(self, lo: int, hi: int) -> Tensor:
+        """[B, C, T, hi − lo, W]."""
+
+    def last_frames(self, frames: int) -> FeatureMap:
+        """The last frames alone, for the next segment to read."""
+
+
+class Materialized:
+    """A feature map in memory.
+
+    Args:
+        copied_frames: the most frames that `last_frames` is asked for, if they shall outlive the map; they are then
+            copied. None: they are views of the map.
+    """
+
+    def __init__(self, x_BCTHW: Tensor, copied_frames: int | None = None):
+        self.x, self.shape, self.row_bytes, self.copied_frames = x_BCTHW, x_BCTHW.shape, 0, copied_frames
+        self._copy: Tensor | None = None
+
+    def __call__(self, lo: int, hi: int) -> Tensor:
+        return self.x[:, :, :, lo:hi]
+
+    def last_frames(self, frames: int) -> Materialized:
+        """The last frames alone, as views of the map, or of one copy that all calls share."""
+        if self.copied_frames is None:
+            return Materialized(self.x[:, :, -frames:])
+        if self._copy is None:
+            self._copy = self.x[:, :, -self.copied_frames :].clone()
+        return Materialized(self._copy[:, :, -frames:])
