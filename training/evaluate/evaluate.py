@@ -31,18 +31,17 @@ from ...kvae.paths import write_text
 from ..adapters.closed_form import fit_both_ways
 from ..data.dataset import Pairs, open_pairs, spread
 from ..data.manifests import read_manifest, read_spaces, same_vae
-from ..data.pairs import Pair
 from ..errors import UserError
 from ..options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option, write_config
 from ..runtime.places import check_apart
-from ..vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae, made_with
+from ..vaes import VideoVAE, load_hunyuan_vae, load_kvae_for_training, made_with
+from .latents import Map, check_channels, latent_metrics
 from .originals import check_originals, original_frames
 from .pictures import contact_sheet
 from .report import REPORT, write_report
+from .tables import plain_text
 
-Map = Callable[[Tensor], Tensor]
 SHEET_CLIPS = 3
-WORST_CLIPS = 5
 WAYS = {"KVAE": "H→K", "Hunyuan": "K→H"}  # each VAE, and the adapter before its decoder
 OUTPUTS = (*REPORT, "evaluate.json", "evaluation.json", "evaluation.txt", "contact_sheet.png", "worst_clips.png")
 COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "Hunyuan through K→H"]
@@ -73,32 +72,23 @@ def run(config: EvaluateConfig) -> int:
     h, k = (each.name for each in read_spaces(config.latent_root))
     h2k = load_adapter(config.adapter_h2k, (h, k), config.device)
     k2h = load_adapter(config.adapter_k2h, (k, h), config.device)
-    _check_channels(pairs.name(0), pairs[0], h2k)
+    check_channels(pairs.name(0), pairs[0], h2k)
     chosen = spread(len(pairs), config.num_pixel_samples) if config.videos_root else []
     check_originals(pairs, chosen, config.videos_root)
     vaes = _vaes(config, (h2k, k2h)) if chosen else None
     affine = AffineBaseline(pairs, config)
-    result: dict[str, Any] = {"latent": latent_figures(pairs, h2k, k2h, affine)}
+    result: dict[str, Any] = {"latent": latent_metrics(pairs, h2k, k2h, affine)}
     if vaes:
-        result["pixel"] = pixel_figures(pairs, chosen, Decoding(*vaes, h2k, k2h, affine), config)
+        result["pixel"] = pixel_metrics(pairs, chosen, Decoding(*vaes, h2k, k2h, affine), config)
     sheets = {"Contact sheet": out / "contact_sheet.png", "The clips that lose most": out / "worst_clips.png"}
     write_report(out, adapters, result, log_file, sheets if config.videos_root else {})
     write_config(out / "evaluate.json", "evaluate", config)
     write_text(out / "evaluation.json", json_text(result, indent=2) + "\n")
-    text = table(result)
+    text = plain_text(result)
     write_text(out / "evaluation.txt", text)
     print(text, end="")
     print(f"→ {out}")
     return 0
-
-
-def _check_channels(name: str, pair: Pair, h2k: LatentAdapter) -> None:
-    h, k = h2k.source, h2k.target
-    if (len(pair.z_h), len(pair.z_k)) != (h.channels, k.channels):
-        raise UserError(
-            f"{name}: {len(pair.z_h)} and {len(pair.z_k)} channels; expected {h.channels} ({h.name}) and {k.channels} "
-            f"({k.name})"
-        )
 
 
 class AffineBaseline:
@@ -131,56 +121,6 @@ def _maps(pairs: Pairs, device: str) -> dict[str, Map]:
         raise UserError(f"no affine baseline: {error}, or give --train-latent-root") from None
 
 
-@torch.inference_mode()
-def latent_figures(
-    pairs: Pairs, h2k: LatentAdapter, k2h: LatentAdapter, affine: Callable[[int, str], Map] | None
-) -> dict[str, Any]:
-    """Squared errors, each also as a share of its target's variance (around each channel's mean).
-
-    Returns:
-        figures: means over the pairs, by direction.
-        worst: by direction, the clips whose error is the largest.
-        channels: mean and deviation of every channel of z_h and z_k, and each adapter's error in them as a share.
-    """
-    device = next(h2k.parameters()).device
-    errors: dict[str, list[float]] = {}
-    moments = {name: [torch.zeros(()).double()] * 2 for name in ("z_h", "z_k")}
-    by_channel = {name: torch.zeros(()).double() for name in ("H→K", "K→H")}
-    for i in range(len(pairs)):
-        _check_channels(pairs.name(i), pairs[i], h2k)
-        z_h, z_k = pairs.batch([i], device)
-        k_hat, h_hat = h2k(z_h), k2h(z_k)
-        found = {"H→K": (k_hat, z_k), "K→H": (h_hat, z_h), "H→K→H": (k2h(k_hat), z_h), "K→H→K": (h2k(h_hat), z_k)}
-        if affine:
-            found["H→K affine"] = affine(i, "h2k")(z_h), z_k
-            found["K→H affine"] = affine(i, "k2h")(z_k), z_h
-        for name, (z, target) in found.items():
-            errors.setdefault(name, []).append((z - target).square().mean().item())
-        for name in by_channel:
-            z, target = found[name]
-            by_channel[name] = by_channel[name] + (z - target).cpu().double().square().mean((0, 2, 3, 4))
-        for name, z in (("z_h", z_h), ("z_k", z_k)):
-            first, second = moments[name]
-            z = z.cpu().double()  # there, as Apple's GPUs have no float64
-            moments[name] = [first + z.mean((0, 2, 3, 4)), second + z.square().mean((0, 2, 3, 4))]
-    count = len(pairs)
-    mean = {name: first / count for name, (first, _) in moments.items()}
-    variance = {name: second / count - mean[name].square() for name, (_, second) in moments.items()}
-    figures, channels, worst = {}, {}, {}
-    for name, each in errors.items():
-        total = max(1e-12, variance["z_k" if name.removesuffix(" affine").endswith("K") else "z_h"].mean().item())
-        figures[name] = {"mse": sum(each) / count, "share": sum(each) / count / total}
-        if name in by_channel:
-            order = sorted(range(count), key=lambda i: -each[i])[:WORST_CLIPS]
-            worst[name] = [{"clip": pairs.name(i), "mse": each[i], "share": each[i] / total} for i in order]
-    for space in moments:
-        channels[f"{space} mean"] = mean[space].tolist()
-        channels[f"{space} std"] = variance[space].clamp(min=0).sqrt().tolist()
-    for name, space in (("H→K", "z_k"), ("K→H", "z_h")):
-        channels[f"{name} share"] = (by_channel[name] / count / variance[space].clamp(min=1e-12)).tolist()
-    return {"pairs": count, "figures": figures, "worst": worst, "channels": channels}
-
-
 @dataclass(frozen=True)
 class Decoding:
     """Every way from a clip's latents to pixels that is judged."""
@@ -208,7 +148,7 @@ class Decoding:
 
 
 @torch.inference_mode()
-def pixel_figures(pairs: Pairs, chosen: list[int], decoding: Decoding, config: EvaluateConfig) -> dict:
+def pixel_metrics(pairs: Pairs, chosen: list[int], decoding: Decoding, config: EvaluateConfig) -> dict:
     """PSNR, SSIM, flicker of every path, means over clips, and the clips on which a decode loses most by an adapter.
 
     The contact sheets, of some clips and of those, are drawn on the way.
@@ -260,7 +200,7 @@ def flicker(y_3THW: Tensor, x_3THW: Tensor) -> float:
 def _vaes(config: EvaluateConfig, adapters: tuple[LatentAdapter, LatentAdapter]) -> tuple[VideoVAE, VideoVAE]:
     """Both VAEs. Pixels decoded by others than the pairs and the adapters were made with would mean nothing."""
     hunyuan = load_hunyuan_vae(config.hunyuan_vae, config.device)
-    kvae = load_kandinsky_vae(config.kvae, config.device)
+    kvae = load_kvae_for_training(config.kvae, config.device)
     manifest = read_manifest(config.latent_root)
     for key, vae in (("hunyuan_vae", hunyuan), ("kvae", kvae)):
         if manifest and not same_vae(manifest[key], made_with(vae)):
@@ -271,22 +211,3 @@ def _vaes(config: EvaluateConfig, adapters: tuple[LatentAdapter, LatentAdapter])
         for adapter in adapters:
             adapter.check_fits(vae.space.name, vae.signature)
     return hunyuan, kvae
-
-
-def table(result: dict) -> str:
-    """The figures as text."""
-    latent = result["latent"]
-    lines = [f"Latents, {latent['pairs']} pairs", f"  {'':<20}{'MSE':>10}{'of variance':>14}"]
-    for name, row in latent["figures"].items():
-        lines.append(f"  {name:<20}{row['mse']:>10.4f}{row['share']:>13.2%} ")
-    if "pixel" in result:
-        pixel = result["pixel"]
-        lines += [
-            "",
-            f"Pixels, {pixel['clips']} clips (source: against what the source VAE decodes from the same latent)",
-            f"  {'':<20}{'PSNR':>10}{'SSIM':>9}{'flicker':>9}{'PSNR source':>13}",
-        ]
-        for name, row in pixel["figures"].items():
-            source = f"{row['psnr_source']:>13.2f}" if "psnr_source" in row else f"{'':>13}"
-            lines.append(f"  {name:<20}{row['psnr']:>10.2f}{row['ssim']:>9.4f}{row['flicker']:>9.2f}{source}".rstrip())
-    return "\n".join(lines) + "\n"
