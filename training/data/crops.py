@@ -46,13 +46,13 @@ def random_crop(grid: tuple[int, int, int], radius: int, rng: np.random.Generato
     return Crop((read[0], read[1], read[2]), (counted[0], counted[1], counted[2]))
 
 
-def whole(grid: tuple[int, int, int]) -> Crop:
+def whole_clip(grid: tuple[int, int, int]) -> Crop:
     """All of a clip, for networks that must see it at once."""
     t, h, w = (slice(0, n) for n in grid)
     return Crop((t, h, w), (t, h, w))
 
 
-def weights(crops: list[Crop]) -> Tensor:
+def crop_weights(crops: list[Crop]) -> Tensor:
     """float32 [B, 1, t, h, w]: what each position read counts for, 0 in halos, sum 1 over each crop."""
     t, h, w = (part.stop - part.start for part in crops[0].read)
     out = torch.zeros(len(crops), 1, t, h, w)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .crops import Slices, crop_shape, random_crop, weights, whole
+from .crops import Slices, crop_shape, crop_weights, random_crop, whole_clip
 from .manifests import extractions
 from .pairs import Pair, Shape, clip_name, find_pairs, holds_pairs, read_header, read_pair
 from .shards import INDEX, Shards
@@ -213,10 +213,10 @@ class Pairs:
         chosen, latents = [], []
         for i in indices:
             grid = self.shape(i)[2:]
-            chosen.append(whole(grid) if radius is None else random_crop(grid, radius, _rng(seed, epoch, i)))
+            chosen.append(whole_clip(grid) if radius is None else random_crop(grid, radius, _rng(seed, epoch, i)))
             latents.append(self.store.crop(int(self.numbers[i]), chosen[-1].read))
         z_h, z_k = (torch.stack(parts).to(device).float() for parts in zip(*latents, strict=True))
-        return z_h, z_k, weights(chosen).to(device)
+        return z_h, z_k, crop_weights(chosen).to(device)
 
     def batch(self, indices: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """z_h and z_k of these pairs, whole, float32 [B, c, t, h, w], on the device. All of one shape."""

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 
@@ -71,6 +71,20 @@ class Processes:
         if self.count == 1:
             return tensor
         return self._accelerator.reduce(tensor.to(self.device), "sum").to(tensor.device)
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter], numbers: Tensor) -> Tensor:
+        """Sum the gradients of these parameters over the processes, and a float32 vector, which is returned.
+
+        All of them travel in one message, which suits small models. A parameter without a gradient counts as zero.
+        """
+        if self.count == 1:
+            return numbers
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        total = self.add(torch.cat([*(gradient.flatten() for gradient in gradients), numbers]))
+        *parts, numbers = total.split([*(p.numel() for p in parameters), len(numbers)])
+        for p, part in zip(parameters, parts, strict=True):
+            p.grad = part.view_as(p).clone()
+        return numbers
 
     def from_first(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite these float32 tensors with those of the first process, in one message."""
