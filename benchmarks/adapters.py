@@ -38,12 +38,12 @@ from kvae_comfyui.benchmarks.tables import publish
 from kvae_comfyui.training.adapters import train
 from kvae_comfyui.training.adapters.closed_form import fit_both_ways
 from kvae_comfyui.training.adapters.recipe import DEFAULT, PUBLISHED, Recipe
-from kvae_comfyui.training.adapters.train import DIRECTIONS
 from kvae_comfyui.training.data import extract
 from kvae_comfyui.training.data.dataset import Pairs, open_pairs, spread
+from kvae_comfyui.training.directions import DIRECTIONS
 from kvae_comfyui.training.evaluate.evaluate import flicker, psnr
 from kvae_comfyui.training.evaluate.originals import original_frames
-from kvae_comfyui.training.vaes import TINY_ADAPTERS, VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.vaes import TINY_ADAPTERS, VideoVAE, load_hunyuan_vae, load_kvae_for_training
 
 # B batch, c channels, t latent frames, h/w latent rows and columns; T frames, H/W pixels
 # z_Bcthw raw latents, y_B3THW decoded pixels in 0..255
@@ -172,7 +172,7 @@ class Bench:
     """Both VAEs, the validation pairs, and what every row is compared with: decoded once."""
 
     def __init__(self, work: Path, videos_root: str, clips: int):
-        hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kandinsky_vae("tiny", "cpu")
+        hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kvae_for_training("tiny", "cpu")
         self.target: dict[str, VideoVAE] = {"h2k": kvae, "k2h": hunyuan}
         self.pairs = open_pairs(work / "val")
         self.clips = spread(len(self.pairs), clips)
@@ -188,7 +188,7 @@ class Bench:
         """Source and target latents of pair i, [1, c, t, h, w]."""
         z_h, z_k = self.pairs.batch([i], torch.device("cpu"))
         z_h, z_k = z_h[:, :, :LATENTS], z_k[:, :, :LATENTS]
-        return (z_h, z_k) if direction == "h2k" else (z_k, z_h)
+        return DIRECTIONS[direction].ordered(z_h, z_k)
 
     def decode(self, direction: str, z_Bcthw: Tensor) -> Tensor:
         """[3, T, H, W] in 0..255 by the target VAE."""
@@ -291,7 +291,7 @@ def share(direction: str, networks: list[Network], pairs: Pairs, latents: int = 
     errors, targets = [], []
     for i in range(len(pairs)):
         z_h, z_k = (z[:, :, :latents] for z in pairs.batch([i], torch.device("cpu")))
-        z, target = (z_h, z_k) if direction == "h2k" else (z_k, z_h)
+        z, target = DIRECTIONS[direction].ordered(z_h, z_k)
         errors += [(network(z) - target).square().mean().item() for network in networks]
         targets.append(target)
     return statistics.mean(errors) / torch.cat(targets).var((0, 2, 3, 4)).mean().item()

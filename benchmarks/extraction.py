@@ -33,7 +33,7 @@ from kvae_comfyui.training.data import extract
 from kvae_comfyui.training.data.pairs import SUFFIX, Pair, Source, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.data.videos import cut, find_videos, read_clip
 from kvae_comfyui.training.errors import UserError
-from kvae_comfyui.training.vaes import HunyuanVAE, KandinskyVAE, VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.vaes import KVAE3D, HunyuanVAE, VideoVAE, load_hunyuan_vae, load_kvae_for_training
 
 
 def main() -> None:
@@ -66,9 +66,9 @@ def main() -> None:
             batch_size=options.batch_size,
             device=options.device,
         )
-        ours = load_hunyuan_vae(config.hunyuan_vae, config.device), load_kandinsky_vae(config.kvae, config.device)
+        ours = load_hunyuan_vae(config.hunyuan_vae, config.device), load_kvae_for_training(config.kvae, config.device)
         plain = plain_hunyuan(ours[0]), plain_kvae(ours[1])
-        loaded: Any = {"load_hunyuan_vae": lambda *_: ours[0], "load_kandinsky_vae": lambda *_: ours[1]}
+        loaded: Any = {"load_hunyuan_vae": lambda *_: ours[0], "load_kvae_for_training": lambda *_: ours[1]}
         seconds: dict[str, list[float]] = {"one at a time": [], "extract": []}
         for n in range(options.rounds):
             for name in seconds:
@@ -94,15 +94,15 @@ def plain_hunyuan(hunyuan: HunyuanVAE) -> HunyuanVAE:
     return HunyuanVAE(vae.to(hunyuan.vae.device).eval(), hunyuan.source, hunyuan.digest)
 
 
-def plain_kvae(kvae: KandinskyVAE) -> KandinskyVAE:
+def plain_kvae(kvae: KVAE3D) -> KVAE3D:
     """The same weights in diffusers' own module, where it has one."""
     return DiffusersKVAE(kvae) if kvae.kvae.config == KVAEConfig() else kvae
 
 
-class DiffusersKVAE(KandinskyVAE):
+class DiffusersKVAE(KVAE3D):
     """KVAE-3D-1.0 as diffusers runs it."""
 
-    def __init__(self, kvae: KandinskyVAE):
+    def __init__(self, kvae: KVAE3D):
         super().__init__(kvae.kvae, kvae.source, kvae.digest)
         state = kvae.kvae.unfold().state_dict()
         kvae.kvae.fold()

@@ -23,10 +23,10 @@ from torch import Tensor
 from kvae_comfyui.benchmarks.adapters import SIDE, Bench, Row, paired, share, train_rows
 from kvae_comfyui.benchmarks.tables import publish
 from kvae_comfyui.training.adapters.recipe import DEFAULT, Errors, Networks, with_change
-from kvae_comfyui.training.adapters.train import DIRECTIONS
 from kvae_comfyui.training.data import extract
 from kvae_comfyui.training.data.dataset import open_pairs
 from kvae_comfyui.training.data.videos import find_videos
+from kvae_comfyui.training.directions import DIRECTIONS
 
 # z_h HunyuanVideo's latents, z_k KVAE's, [B, c, t, h, w]
 

@@ -18,7 +18,7 @@ KVAE, ADAPTERS = "kvae", "latent_adapters"
 TINY = "tiny KVAE (included)"
 MOST_NAME = 200  # bytes of a name, so that a number and an ending fit into the 255 of file systems
 PACK = Path(__file__).parents[1]
-ASSETS = PACK / "training" / "assets"
+ASSETS = PACK / "training" / "tiny" / "assets"
 
 ADDRESS = f"https://huggingface.co/{HUB['KVAE-3D-1.0']}/resolve/main/{FILE_NAMES[0]}"
 ADAPTER_NAMES = (

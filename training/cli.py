@@ -25,7 +25,7 @@ COMMANDS = {  # of each: the module, its function, a summary
     "evaluate": ("evaluate.evaluate", "run", "adapters measured in latents and in pixels"),
     "reconstruct": ("evaluate.reconstruct", "run", "one video through one VAE"),
     "demo": ("demo", "run", "all of the above on small models and real clips"),
-    "tiny": ("tiny", "run", "train a member of the embedded small pair"),
+    "tiny": ("tiny.train", "run", "train a member of the embedded small pair"),
     "fetch": ("fetch", "run", "download a KVAE or an adapter"),
 }
 

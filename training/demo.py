@@ -26,12 +26,13 @@ from .data import extract
 from .data.dataset import open_pairs, spread, video_of
 from .data.pairs import clip_name, find_pairs, read_header
 from .data.videos import Clip, find_videos, times_of
+from .directions import DIRECTIONS
 from .errors import UserError
 from .evaluate import evaluate
 from .evaluate.originals import original_frames
 from .evaluate.pictures import side_by_side
 from .options import DEVICE, option, write_config
-from .vaes import TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
+from .vaes import TINY_ADAPTERS, load_hunyuan_vae, load_kvae_for_training
 
 MAX_CLIPS = 40  # what two CPU cores encode in a minute or two
 H2K, K2H = "demo_hunyuan_to_kvae.safetensors", "demo_kvae_to_hunyuan.safetensors"  # of the tiny VAEs alone
@@ -95,7 +96,7 @@ def run(config: DemoConfig) -> int:
     )
     evaluate.run(settings)
     _say(5, "the same of the embedded adapters, trained on more clips, some of bikes.mp4 among them")
-    h2k, k2h = (str(TINY_ADAPTERS[direction]) for direction in train.DIRECTIONS)
+    h2k, k2h = (str(TINY_ADAPTERS[direction]) for direction in DIRECTIONS)
     evaluate.run(replace(settings, adapter_h2k=h2k, adapter_k2h=k2h, output_root=str(out / "embedded")))
     _say(6, "side-by-side videos")
     made = side_by_sides(settings, out)
@@ -142,7 +143,7 @@ def _hold_out(latents: Path, train_root: Path, val_root: Path) -> None:
 def side_by_sides(config: evaluate.EvaluateConfig, out: Path, count: int = 3) -> list[Path]:
     """mp4s of the first pairs of `count` videos: the original and the four decodes."""
     pairs = open_pairs(config.latent_root)
-    hunyuan, kvae = load_hunyuan_vae("tiny", config.device), load_kandinsky_vae("tiny", config.device)
+    hunyuan, kvae = load_hunyuan_vae("tiny", config.device), load_kvae_for_training("tiny", config.device)
     h2k = load_adapter(config.adapter_h2k, device=config.device)
     k2h = load_adapter(config.adapter_k2h, device=config.device)
     made = []

@@ -37,7 +37,7 @@ from kvae_comfyui.training.evaluate.originals import original_frames
 from kvae_comfyui.training.runtime.checkpoint import open_state
 from kvae_comfyui.training.runtime.interrupts import BetweenSteps
 from kvae_comfyui.training.runtime.log import read_log
-from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae, load_kvae_for_training
 
 SECONDS = 60  # what hangs is broken off then
 SHAPE = (16, 3, 6, 8)
@@ -55,7 +55,7 @@ def job(tmp_path_factory) -> Path:
         source = replace(SOURCE, video=f"v_Wave_g{i:02d}_c01.mp4")
         pair = Pair(*(torch.randn(SHAPE, generator=generator).half() for _ in "hk"), source)
         write_pair(folder / "latents" / (source.video.removesuffix(".mp4") + SUFFIX), pair)
-    vaes = {"hunyuan_vae": load_hunyuan_vae("tiny", "cpu"), "kvae": load_kandinsky_vae("tiny", "cpu")}
+    vaes = {"hunyuan_vae": load_hunyuan_vae("tiny", "cpu"), "kvae": load_kvae_for_training("tiny", "cpu")}
     manifest = {"command": "extract", "settings": {}}
     manifest |= {key: {"space": vae.space.name, "sha256": vae.digest} for key, vae in vaes.items()}
     (folder / "latents" / "manifest.json").write_text(json.dumps(manifest))
@@ -795,7 +795,7 @@ FOREIGN = {  # of each kind of file: its path, and what reads all of it
     "index": ("shards/index.json", lambda d: every_pair(d / "shards")),
     "manifest": ("latents/manifest.json", lambda d: read_spaces(d / "latents")),
     "adapter": ("h2k.safetensors", lambda d: load_adapter(d / "h2k.safetensors").about()),
-    "kvae": ("kvae.safetensors", lambda d: load_kandinsky_vae(str(d / "kvae.safetensors"), "cpu")),
+    "kvae": ("kvae.safetensors", lambda d: load_kvae_for_training(str(d / "kvae.safetensors"), "cpu")),
     "hunyuan": ("hunyuan.safetensors", lambda d: load_hunyuan_vae(str(d / "hunyuan.safetensors"), "cpu")),
     "state": ("a/h.resume.safetensors", lambda d: open_state(d / "a" / "h.resume.safetensors", NoSettings())),
     "log": ("a/train.jsonl", lambda d: read_log(d / "a" / "train.jsonl")),

@@ -318,7 +318,7 @@ def test_refusals_of_pairs(job, tmp_path, capsys):
 
 
 def test_refusals_of_models(job, tmp_path, capsys):
-    tiny = ROOT / "training" / "assets"
+    tiny = ROOT / "training" / "tiny" / "assets"
     extract = ["extract", "--videos-root", str(job / "videos"), "--output-root", str(tmp_path / "out"), *SIZE]
     kvae, hunyuan = str(tiny / "tiny_kvae.safetensors"), str(tiny / "tiny_hunyuan.safetensors")
     assert "this is a KVAE-3D; expected a HunyuanVideo VAE" in refusal([*extract, "--hunyuan-vae", kvae], capsys)

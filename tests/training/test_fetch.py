@@ -20,7 +20,7 @@ from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.fetch import name_of, source_of
 
 pytest.importorskip("huggingface_hub")
-TINY = ROOT / "training" / "assets" / "tiny_kvae.safetensors"
+TINY = ROOT / "training" / "tiny" / "assets" / "tiny_kvae.safetensors"
 
 
 class Hub(ThreadingHTTPServer):

@@ -17,7 +17,7 @@ from kvae_comfyui.training.adapters.ridge import Ridge
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.videos import Clip, find_videos, read_clip
 from kvae_comfyui.training.evaluate.evaluate import psnr
-from kvae_comfyui.training.vaes import ASSETS, TINY, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.vaes import ASSETS, TINY, load_hunyuan_vae, load_kvae_for_training
 
 
 @pytest.mark.parametrize("name", ["kvae", "hunyuan"])
@@ -39,14 +39,14 @@ def test_better_than_as_many_principal_components(name):
     assert metrics["val_psnr"] > metrics["pca_psnr"]
 
 
-@pytest.mark.parametrize("load", [load_kandinsky_vae, load_hunyuan_vae])
+@pytest.mark.parametrize("load", [load_kvae_for_training, load_hunyuan_vae])
 def test_reconstruction_of_unseen_clips(load):
     """One in six of the validation clips; the figure in the file is over all of them."""
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
     vae = load("tiny", "cpu")
     clips = [read_clip(Clip(video, 17, 0), 128, 128) for video in videos]
     figures = [psnr(vae.decode(vae.encode(clip[None]))[0], clip.float()) for clip in clips]
-    with safe_open(TINY["kvae" if load is load_kandinsky_vae else "hunyuan"], "pt") as file:
+    with safe_open(TINY["kvae" if load is load_kvae_for_training else "hunyuan"], "pt") as file:
         expected = json.loads(file.metadata()["metrics"])["val_psnr"]
     assert sum(figures) / len(figures) == pytest.approx(expected, abs=0.5)
 
@@ -54,7 +54,7 @@ def test_reconstruction_of_unseen_clips(load):
 def test_the_two_spaces_differ():
     """No 1x1x1 affine map takes one into the other, not even one fitted on the very clips it is judged on."""
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
-    hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kandinsky_vae("tiny", "cpu")
+    hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kvae_for_training("tiny", "cpu")
     fits = Ridge(16, 16, 1), Ridge(16, 16, 1)
     pairs = []
     for video in videos:
@@ -73,7 +73,7 @@ def test_the_two_spaces_differ():
 def test_the_embedded_adapters_fit_the_embedded_pair():
     """On unseen clips as well as their files say, and both ways together."""
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
-    hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kandinsky_vae("tiny", "cpu")
+    hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kvae_for_training("tiny", "cpu")
     adapters = [load_adapter(ASSETS / f"tiny_{way}.safetensors") for way in ("hunyuan_to_kvae", "kvae_to_hunyuan")]
     errors = torch.zeros(2)
     for video in videos:

@@ -18,7 +18,7 @@ from ..data.videos import MIN_FRAMES, Clip, read_clip, times_of
 from ..errors import UserError
 from ..options import DEVICE, HUNYUAN_HELP, KVAE_HELP, MOST_FRAMES, MOST_SIDE, check_values, option, write_config
 from ..runtime.places import check_apart, check_target
-from ..vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+from ..vaes import VideoVAE, load_hunyuan_vae, load_kvae_for_training
 from .evaluate import flicker, psnr
 from .pictures import side_by_side
 
@@ -40,8 +40,11 @@ def run(config: ReconstructConfig) -> int:
     """Encode and decode; returns 0."""
     out = Path(config.output)
     _check(config, out)
-    load, name = (load_kandinsky_vae, config.kvae) if config.vae == "kvae" else (load_hunyuan_vae, config.hunyuan_vae)
-    vae = load(name, config.device)
+    vae: VideoVAE
+    if config.vae == "kvae":
+        vae = load_kvae_for_training(config.kvae, config.device)
+    else:
+        vae = load_hunyuan_vae(config.hunyuan_vae, config.device)
     if config.height % vae.space.space or config.width % vae.space.space:
         raise UserError(f"{config.height}x{config.width}: expected multiples of {vae.space.space} ({vae.space.name})")
     clip = Clip(Path(config.video_path), config.num_frames, 0)

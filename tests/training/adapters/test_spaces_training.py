@@ -12,7 +12,7 @@ from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae import KVAE, KVAEConfig, save_kvae
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
-from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kvae_for_training
 
 KVAES = {
     "kvae_3d_1.0": KVAEConfig((32,) * 4, (32,) * 4, num_res_blocks=1),
@@ -58,7 +58,7 @@ def test_extract_train_evaluate(tmp_path, h, k):
     channels, side = {"hunyuan_video": (16, 8), "hunyuan_video_1.5": (32, 16)}[h]
     pair = read_pair(find_pairs(latents)[0])
     assert pair.z_h.shape == (channels, 3, 64 // side, 96 // side)
-    assert pair.z_k.shape == (load_kandinsky_vae(vaes[3], "cpu").space.channels, *pair.z_h.shape[1:])
+    assert pair.z_k.shape == (load_kvae_for_training(vaes[3], "cpu").space.channels, *pair.z_h.shape[1:])
 
     more = tmp_path / "more"  # latents of noise: two small clips are too few to fit maps of up to 1,729 weights
     for i in range(2):
