@@ -126,7 +126,7 @@ def weights_file(name: str, which: str, subfolder: str = "") -> Path:
     if which == "hunyuan" and not path.exists():  # .comfyignore leaves it out, as the nodes do not need it
         raise WeightsError(
             f"{path.name} is not part of the ComfyUI package. It is in this project's repository, in "
-            f"training/tiny/assets: copy it to {path.parent}, or give --hunyuan-vae other weights"
+            f"training/tiny/assets; copy it to {path.parent}. All commands but demo accept other weights: --hunyuan-vae"
         )
     return path
 

@@ -54,7 +54,7 @@ def test_a_new_folder_crops_and_an_old_one_goes_on_as_it_was_begun(wide, capsys)
     (path,) = find_pairs(wide / "pairs")
     assert read_pair(path).source.fit == CROP
     assert extract(wide, "--fit", "stretch") == 2
-    assert "made with another settings" in capsys.readouterr().err
+    assert "made with other settings" in capsys.readouterr().err
 
     assert extract(wide, "--fit", "stretch", out="old") == 0
     manifest = json.loads((wide / "old" / "manifest.json").read_text())

@@ -1,13 +1,13 @@
-"""Adapters measured: in latents, in pixels, beside the affine map and the pixel path.
+"""Measure adapters in latents and in pixels, and compare them with the affine map and the pixel path.
 
     python -m training evaluate --latent-root val_latents --videos-root UCF101 \\
         --adapter-h2k h2k.safetensors --adapter-k2h k2h.safetensors --hunyuan-vae DIR --kvae DIR
 
-Latents: mean squared error both ways and over both cycles, also as a share of the target's variance.
-Pixels: PSNR and SSIM against the original of both VAEs alone and of both crossed decodes; PSNR of a crossed decode
-against what the source VAE itself decodes from the latent; flicker. Beside each adapter stand an affine 3x3x3 map
-fitted in closed form (on --train-latent-root, else on the other half of these pairs) and the pixel path: decode with
-one VAE, encode with the other.
+Latents: mean squared error of both directions and both cycles, also relative to the variance of the target.
+Pixels: PSNR and SSIM against the original, for both VAEs alone and for both decodes through an adapter; PSNR of these
+against what the source VAE decodes from the same latent; flicker.
+Each adapter is compared with an affine 3x3x3 map fitted in closed form (on --train-latent-root, else on the other half
+of these pairs) and with the pixel path: decode with one VAE, encode with the other.
 Writes evaluation.txt, evaluation.json, evaluate.json, contact_sheet.png, worst_clips.png and the report (see
 `training.evaluate.report`).
 """
@@ -31,6 +31,7 @@ from ...kvae.paths import write_text
 from ..adapters.closed_form import fit_both_ways
 from ..data.dataset import Pairs, open_pairs, spread
 from ..data.manifests import read_manifest, read_spaces, same_vae
+from ..directions import DIRECTIONS
 from ..errors import UserError
 from ..options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option, write_config
 from ..runtime.places import check_apart
@@ -42,7 +43,6 @@ from .report import REPORT, write_report
 from .tables import plain_text
 
 SHEET_CLIPS = 3
-WAYS = {"KVAE": "H→K", "Hunyuan": "K→H"}  # each VAE, and the adapter before its decoder
 OUTPUTS = (*REPORT, "evaluate.json", "evaluation.json", "evaluation.txt", "contact_sheet.png", "worst_clips.png")
 COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "Hunyuan through K→H"]
 
@@ -50,15 +50,15 @@ COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "H
 @dataclass
 class EvaluateConfig:
     latent_root: str = option(..., "folder of pairs to evaluate on, from extract or pack")
-    videos_root: str = option("", "the videos they came from; without it there are no pixel figures")
+    videos_root: str = option("", "folder of the videos the pairs were made of; without it, pixels are not measured")
     adapter_h2k: str = option("hunyuan_to_kvae.safetensors", "Hunyuan → KVAE adapter")
     adapter_k2h: str = option("kvae_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
     hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
     kvae: str = option("tiny", KVAE_HELP)
-    train_latent_root: str = option("", "pairs to fit the affine maps on; without it, the other half of these pairs")
+    train_latent_root: str = option("", "pairs to fit the affine maps to; without it, the other half of these pairs")
     output_root: str = option("evaluation", "folder for the table, the JSON and the pictures", writes="folder")
-    max_samples: int = option(2000, "pairs for the latent figures", least=1)
-    num_pixel_samples: int = option(128, "pairs for the pixel figures", least=1)
+    max_samples: int = option(2000, "largest number of pairs to measure in latents", least=1)
+    num_pixel_samples: int = option(128, "largest number of pairs to measure in pixels", least=1)
     device: str = option(DEVICE, "device of VAEs and adapters")
 
 
@@ -92,9 +92,9 @@ def run(config: EvaluateConfig) -> int:
 
 
 class AffineBaseline:
-    """Closed-form affine 3x3x3 maps that have not seen the pair they are applied to.
+    """Closed-form affine 3x3x3 maps, never applied to pairs they were fitted to.
 
-    Fitted on the training pairs where they are given; else in two halves, each pair using the other half's fit.
+    They are fitted to the training pairs, if given; else to each half of the pairs, and applied to the other half.
     """
 
     def __init__(self, pairs: Pairs, config: EvaluateConfig):
@@ -123,7 +123,7 @@ def _maps(pairs: Pairs, device: str) -> dict[str, Map]:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Every way from a clip's latents to pixels that is judged."""
+    """All ways from a clip's latents to pixels that are measured."""
 
     hunyuan: VideoVAE
     kvae: VideoVAE
@@ -132,7 +132,7 @@ class Decoding:
     affine: Callable[[int, str], Map]
 
     def decodes(self, i: int, z_h: Tensor, z_k: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of pair i: what each way decodes, [1, 3, T, H, W] in 0..255, and what the source VAE decodes itself."""
+        """For pair i: what each way decodes, [1, 3, T, H, W] in 0..255, and what the source VAE decodes."""
         hunyuan, kvae = self.hunyuan, self.kvae
         y_h, y_k = hunyuan.decode(z_h), kvae.decode(z_k)
         return {
@@ -149,9 +149,12 @@ class Decoding:
 
 @torch.inference_mode()
 def pixel_metrics(pairs: Pairs, chosen: list[int], decoding: Decoding, config: EvaluateConfig) -> dict:
-    """PSNR, SSIM, flicker of every path, means over clips, and the clips on which a decode loses most by an adapter.
+    """Measure PSNR, SSIM and flicker of every decode, averaged over clips, and find the clips that lose most.
 
-    The contact sheets, of some clips and of those, are drawn on the way.
+    Two contact sheets are written on the way: of some clips, and of the clips that lose most by an adapter.
+
+    Returns:
+        clips: their number; figures: the means, by decode; worst: the clips that lose most PSNR by an adapter.
     """
     rows: dict[str, list[dict[str, float]]] = {}
     sheet, sheet_at = [], set(spread(len(chosen), SHEET_CLIPS))
@@ -165,7 +168,8 @@ def pixel_metrics(pairs: Pairs, chosen: list[int], decoding: Decoding, config: E
         videos = [original, *(decodes[name][0][0, :, : original.shape[1]].cpu().round().byte() for name in columns)]
         if n in sheet_at:
             sheet.append(videos)
-        lost = max(rows[name][-1]["psnr"] - rows[f"{name}({way})"][-1]["psnr"] for name, way in WAYS.items())
+        psnrs = {name: each[-1]["psnr"] for name, each in rows.items()}
+        lost = max(psnrs[each.decoder] - psnrs[f"{each.decoder}({each.arrow})"] for each in DIRECTIONS.values())
         worst = sorted([*worst, (lost, pairs.name(i), videos)], key=lambda each: -each[0])[:SHEET_CLIPS]
     out = Path(config.output_root)
     contact_sheet(out / "contact_sheet.png", COLUMNS, sheet)
@@ -198,7 +202,12 @@ def flicker(y_3THW: Tensor, x_3THW: Tensor) -> float:
 
 
 def _vaes(config: EvaluateConfig, adapters: tuple[LatentAdapter, LatentAdapter]) -> tuple[VideoVAE, VideoVAE]:
-    """Both VAEs. Pixels decoded by others than the pairs and the adapters were made with would mean nothing."""
+    """Load both VAEs; refuse VAEs other than those that made the pairs and the adapters.
+
+    Raises:
+        UserError: the pairs were made with other VAEs.
+        WeightsError: the adapters were made for other VAEs.
+    """
     hunyuan = load_hunyuan_vae(config.hunyuan_vae, config.device)
     kvae = load_kvae_for_training(config.kvae, config.device)
     manifest = read_manifest(config.latent_root)

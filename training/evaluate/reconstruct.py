@@ -1,8 +1,8 @@
-"""One video through one VAE: PSNR, and original and reconstruction side by side.
+"""Encode and decode one video with one VAE: PSNR, and original and reconstruction side by side.
 
-python -m training reconstruct --video-path clip.mp4 --vae kvae --kvae DIR
+    python -m training reconstruct --video-path clip.mp4 --vae kvae --kvae DIR
 
-The middle of the video, in the proportions of --height and --width; each frame is shown as long as it was.
+The picture is cropped to the proportions of --height and --width. Frames keep their times.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .pictures import side_by_side
 @dataclass
 class ReconstructConfig:
     video_path: str = option(..., "the video")
-    vae: str = option("kvae", "which VAE", choices=("kvae", "hunyuan"))
+    vae: str = option("kvae", "the VAE to use", choices=("kvae", "hunyuan"))
     hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
     kvae: str = option("tiny", KVAE_HELP)
     output: str = option("reconstruction.mp4", "side-by-side video to write", writes="file")
-    num_frames: int = option(33, "frames to take, from the start", least=MIN_FRAMES, most=MOST_FRAMES)
+    num_frames: int = option(33, "number of frames, from the start", least=MIN_FRAMES, most=MOST_FRAMES)
     height: int = option(240, "pixels, a multiple of 8 or 16, as the VAE needs", least=16, most=MOST_SIDE)
     width: int = option(320, "pixels, a multiple of 8 or 16, as the VAE needs", least=16, most=MOST_SIDE)
     device: str = option(DEVICE, "device of the VAE")
@@ -68,5 +68,5 @@ def _check(config: ReconstructConfig, out: Path) -> None:
     if out.suffix != ".mp4":
         raise UserError(f"--output is {out}; expected a name that ends in .mp4")
     settings = out.with_suffix(".json")
-    check_target("beside --output,", settings)
+    check_target("next to --output,", settings)
     check_apart({"--output": out, "the file of its settings": settings}, [Path(config.video_path)])

@@ -1,6 +1,7 @@
-"""Run by test_processes in several processes: trains, and writes each process' weights beside the adapters.
+"""Run by test_processes in several processes: trains, and writes each process' weights next to the adapters.
 
-Each draws other random numbers, as processes on machines that are not alike may: they are to train as one all the same.
+Each process draws other random numbers, as processes on machines that are not alike may. They must train as one all
+the same.
 """
 
 import os
@@ -8,21 +9,19 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from kvae_comfyui.training.adapters import train
+from at_step import after_steps
 from kvae_comfyui.training.cli import main
 
 RANK = int(os.environ["RANK"])
-draw, train_on = torch.manual_seed, train._train
-
-
-def and_write(state, job):
-    train_on(state, job)
-    torch.save(state.tensors(), job.folder / f"rank{RANK}.pt")
-
-
+draw = torch.manual_seed
+optimisers = set()
 torch.manual_seed = lambda seed: draw(seed + RANK)
-train._train = and_write
-sys.exit(main(sys.argv[1:]))
+with after_steps(lambda _, optimiser: optimisers.add(optimiser)):
+    code = main(sys.argv[1:])
+weights = [p.detach() for optimiser in optimisers for group in optimiser.param_groups for p in group["params"]]
+torch.save(weights, Path(sys.argv[sys.argv.index("--out-h2k") + 1]).parent / f"rank{RANK}.pt")
+sys.exit(code)
