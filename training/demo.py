@@ -58,33 +58,51 @@ def run(config: DemoConfig) -> int:
     found = find_videos(videos)
     write_config(settings_file, "demo", config)
     _say(1, f"{len(found)} videos → latent pairs through both tiny VAEs")
-    extract.run(
-        extract.ExtractConfig(
-            videos_root=str(videos),
-            output_root=str(out / "latents"),
-            clips_per_video=config.clips_per_video,
-            max_clips=MAX_CLIPS,
-            height=128,
-            width=160,
-            device=config.device,
-        )
-    )
+    extract.run(_extract_config(config, videos, out / "latents"))
     train_root, val_root = out / "pairs" / "train", out / "pairs" / "held_out"
     _hold_out(out / "latents", train_root, val_root)
     _say(2, f"{len(find_pairs(train_root))} clips to train on, {len(find_pairs(val_root))} held out")
     _say(3, "both adapters")
-    train.run(
-        train.TrainConfig(
-            latent_root=str(train_root),
-            val_latent_root=str(val_root),
-            out_h2k=str(out / H2K),
-            out_k2h=str(out / K2H),
-            epochs=config.epochs,
-            device=config.device,
-        )
-    )
+    train.run(_train_config(config, train_root, val_root, out))
     _say(4, "evaluation")
-    settings = evaluate.EvaluateConfig(
+    settings = _evaluate_config(config, videos, train_root, val_root, out)
+    evaluate.run(settings)
+    _say(5, "evaluation of the embedded adapters, which were trained on more clips, some of them from bikes.mp4")
+    h2k, k2h = (str(TINY_ADAPTERS[direction]) for direction in DIRECTIONS)
+    evaluate.run(replace(settings, adapter_h2k=h2k, adapter_k2h=k2h, output_root=str(out / "embedded")))
+    _say(6, "side-by-side videos")
+    made = side_by_sides(settings, out)
+    print(_closing(out, made, time.time() - start))
+    return 0
+
+
+def _extract_config(config: DemoConfig, videos: Path, out: Path) -> extract.ExtractConfig:
+    return extract.ExtractConfig(
+        videos_root=str(videos),
+        output_root=str(out),
+        clips_per_video=config.clips_per_video,
+        max_clips=MAX_CLIPS,
+        height=128,
+        width=160,
+        device=config.device,
+    )
+
+
+def _train_config(config: DemoConfig, train_root: Path, val_root: Path, out: Path) -> train.TrainConfig:
+    return train.TrainConfig(
+        latent_root=str(train_root),
+        val_latent_root=str(val_root),
+        out_h2k=str(out / H2K),
+        out_k2h=str(out / K2H),
+        epochs=config.epochs,
+        device=config.device,
+    )
+
+
+def _evaluate_config(
+    config: DemoConfig, videos: Path, train_root: Path, val_root: Path, out: Path
+) -> evaluate.EvaluateConfig:
+    return evaluate.EvaluateConfig(
         latent_root=str(val_root),
         videos_root=str(videos),
         train_latent_root=str(train_root),
@@ -94,14 +112,6 @@ def run(config: DemoConfig) -> int:
         num_pixel_samples=6,
         device=config.device,
     )
-    evaluate.run(settings)
-    _say(5, "evaluation of the embedded adapters, which were trained on more clips, some of them from bikes.mp4")
-    h2k, k2h = (str(TINY_ADAPTERS[direction]) for direction in DIRECTIONS)
-    evaluate.run(replace(settings, adapter_h2k=h2k, adapter_k2h=k2h, output_root=str(out / "embedded")))
-    _say(6, "side-by-side videos")
-    made = side_by_sides(settings, out)
-    print(_closing(out, made, time.time() - start))
-    return 0
 
 
 def _say(number: int, what: str) -> None:

@@ -9,19 +9,25 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from at_step import after_steps
 from kvae_comfyui.training.cli import main
 
 RANK = int(os.environ["RANK"])
 draw = torch.manual_seed
-optimisers = set()
+last: dict[Optimizer, list[torch.Tensor]] = {}  # weights after the last step, by optimiser in order
+
+
+def keep(optimiser: Optimizer, *_: object) -> None:
+    last[optimiser] = [p.detach().clone() for group in optimiser.param_groups for p in group["params"]]
+
+
 torch.manual_seed = lambda seed: draw(seed + RANK)
-with after_steps(lambda _, optimiser: optimisers.add(optimiser)):
-    code = main(sys.argv[1:])
-weights = [p.detach() for optimiser in optimisers for group in optimiser.param_groups for p in group["params"]]
+register_optimizer_step_post_hook(keep)
+code = main(sys.argv[1:])
+weights = [tensor for each in last.values() for tensor in each]
 torch.save(weights, Path(sys.argv[sys.argv.index("--out-h2k") + 1]).parent / f"rank{RANK}.pt")
 sys.exit(code)
