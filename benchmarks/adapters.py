@@ -38,9 +38,9 @@ from kvae_comfyui.benchmarks.judge import (
 )
 from kvae_comfyui.benchmarks.tables import head, publish
 from kvae_comfyui.training.adapters.recipe import DEFAULT, Recipe
-from kvae_comfyui.training.adapters.train import DIRECTIONS
 from kvae_comfyui.training.data import extract
 from kvae_comfyui.training.data.dataset import open_pairs
+from kvae_comfyui.training.directions import DIRECTIONS
 
 NOISES = (0.03, 0.1)  # deviation of white noise in the latents, divided by each channel's own
 NAMES = {"h2k": ("H→K", "Hunyuan", "KVAE"), "k2h": ("K→H", "KVAE", "Hunyuan")}  # direction, source, target

@@ -15,8 +15,8 @@ from kvae_comfyui.adapters.networks import Network
 from kvae_comfyui.training.adapters import train
 from kvae_comfyui.training.adapters.closed_form import fit_both_ways
 from kvae_comfyui.training.adapters.recipe import DEFAULT, PUBLISHED, Recipe
-from kvae_comfyui.training.adapters.train import DIRECTIONS
 from kvae_comfyui.training.data.dataset import open_pairs
+from kvae_comfyui.training.directions import DIRECTIONS
 from kvae_comfyui.training.vaes import TINY_ADAPTERS
 
 Training = tuple[dict[str, Any], Recipe]  # options of `python -m training train` that are not its defaults; the recipe

@@ -34,7 +34,7 @@ from kvae_comfyui.training.data import extract
 from kvae_comfyui.training.data.pairs import SUFFIX, Pair, Source, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.data.videos import cut, find_videos, read_clip
 from kvae_comfyui.training.errors import UserError
-from kvae_comfyui.training.vaes import HunyuanVAE, KandinskyVAE, VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.vaes import KVAE3D, HunyuanVAE, VideoVAE, load_hunyuan_vae, load_kvae_for_training
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"one at a time": [], "extract": []}
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(options)
-        ours = load_hunyuan_vae(config.hunyuan_vae, config.device), load_kandinsky_vae(config.kvae, config.device)
+        ours = load_hunyuan_vae(config.hunyuan_vae, config.device), load_kvae_for_training(config.kvae, config.device)
         sides = {
             "one at a time": partial(one_at_a_time, config, plain_hunyuan(ours[0]), plain_kvae(ours[1])),
             "extract": partial(extract_with, config, *ours),
@@ -98,7 +98,7 @@ def config_of(options: argparse.Namespace) -> extract.ExtractConfig:
 
 def extract_with(config: extract.ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> None:
     """Run `extract` with VAEs that are already loaded."""
-    loaded: dict[str, Any] = {"load_hunyuan_vae": lambda *_: hunyuan, "load_kandinsky_vae": lambda *_: kvae}
+    loaded: dict[str, Any] = {"load_hunyuan_vae": lambda *_: hunyuan, "load_kvae_for_training": lambda *_: kvae}
     with contextlib.redirect_stdout(io.StringIO()), patch.multiple(extract, **loaded):
         extract.run(config)
 
@@ -110,15 +110,15 @@ def plain_hunyuan(hunyuan: HunyuanVAE) -> HunyuanVAE:
     return HunyuanVAE(vae.to(hunyuan.vae.device).eval(), hunyuan.source, hunyuan.digest)
 
 
-def plain_kvae(kvae: KandinskyVAE) -> KandinskyVAE:
+def plain_kvae(kvae: KVAE3D) -> KVAE3D:
     """The same weights in diffusers' own module, if it has one."""
     return DiffusersKVAE(kvae) if kvae.kvae.config == KVAEConfig() else kvae
 
 
-class DiffusersKVAE(KandinskyVAE):
+class DiffusersKVAE(KVAE3D):
     """KVAE-3D-1.0 as diffusers runs it."""
 
-    def __init__(self, kvae: KandinskyVAE):
+    def __init__(self, kvae: KVAE3D):
         super().__init__(kvae.kvae, kvae.source, kvae.digest)
         state = kvae.kvae.unfold().state_dict()
         kvae.kvae.fold()

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kvae_comfyui.adapters.networks import Network
 from kvae_comfyui.training.adapters.recipe import Errors, Networks, Recipe, latent_error, latent_errors, with_change
-from kvae_comfyui.training.adapters.train import DIRECTIONS
-from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.directions import DIRECTIONS
+from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kvae_for_training
 
 DECODED = (2, 3, 6, 6)  # clips, latent frames, rows and columns that a step decodes
 JACOBIANS = 16  # draws of DECODED crops that M is averaged over
@@ -40,7 +40,7 @@ def ingredients() -> dict[str, tuple[dict[str, Any], Recipe]]:
         "+ change in time": ({}, replace(PLAIN, loss=partial(with_change, axes={2: 1.0}))),
         "+ change in space": ({}, replace(PLAIN, loss=partial(with_change, axes={3: 0.5, 4: 0.5}))),
         "+ decodes, K→H": ({}, replace(PLAIN, loss=WithDecodes(0.1, ("k2h",)))),
-        "+ decodes, from step 260 on": ({}, replace(PLAIN, loss=WithDecodes(0.05, DIRECTIONS, after=260))),
+        "+ decodes, from step 260 on": ({}, replace(PLAIN, loss=WithDecodes(0.05, tuple(DIRECTIONS), after=260))),
         "by the decoders' Jacobians": ({}, replace(PLAIN, loss=ByJacobians())),
     }
 
@@ -118,7 +118,7 @@ class WithDecodes:
 
 def load_decoders() -> dict[str, Callable[[Tensor], Tensor]]:
     """The frozen decoder of each direction's targets, from the tiny VAEs: raw latents → pixels in −1..1."""
-    kvae, hunyuan = load_kandinsky_vae("tiny", "cpu").kvae, load_hunyuan_vae("tiny", "cpu").vae
+    kvae, hunyuan = load_kvae_for_training("tiny", "cpu").kvae, load_hunyuan_vae("tiny", "cpu").vae
     return {"h2k": kvae.decode, "k2h": lambda z: hunyuan.decode(z).sample}
 
 

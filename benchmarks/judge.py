@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from kvae_comfyui.adapters.networks import Network
 from kvae_comfyui.serving.metrics import psnr, temporal_error
-from kvae_comfyui.training.adapters.train import DIRECTIONS
 from kvae_comfyui.training.data.dataset import Pairs, open_pairs, spread
+from kvae_comfyui.training.directions import DIRECTIONS
 from kvae_comfyui.training.evaluate.originals import original_frames
-from kvae_comfyui.training.vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.vaes import VideoVAE, load_hunyuan_vae, load_kvae_for_training
 
-REVERSE = dict(zip(DIRECTIONS, reversed(DIRECTIONS), strict=True))
+REVERSE = {name: direction.opposite for name, direction in DIRECTIONS.items()}
 LATENTS = 5  # latent frames of a clip that are judged
 FRAMES = 4 * LATENTS - 3
 SIDE = 128  # pixels of a clip, high and wide
@@ -39,7 +39,7 @@ class Judge:
     """
 
     def __init__(self, work: Path, videos_root: str, clips: int):
-        hunyuan, self.kvae = load_hunyuan_vae("tiny", "cpu"), load_kandinsky_vae("tiny", "cpu")
+        hunyuan, self.kvae = load_hunyuan_vae("tiny", "cpu"), load_kvae_for_training("tiny", "cpu")
         self.target: dict[str, VideoVAE] = {"h2k": self.kvae, "k2h": hunyuan}
         self.pairs = open_pairs(work / "val")
         self.clips = spread(len(self.pairs), clips)
@@ -55,7 +55,7 @@ class Judge:
         """Source and target latents of pair i, [1, c, t, h, w]."""
         z_h, z_k = self.pairs.batch([i], torch.device("cpu"))
         z_h, z_k = z_h[:, :, :LATENTS], z_k[:, :, :LATENTS]
-        return (z_h, z_k) if direction == "h2k" else (z_k, z_h)
+        return DIRECTIONS[direction].ordered(z_h, z_k)
 
     def decode(self, direction: str, z_Bcthw: Tensor) -> Tensor:
         """Decode with the target VAE: [3, T, H, W] in 0..255."""
@@ -102,7 +102,7 @@ def nmse(direction: str, networks: list[Network], pairs: Pairs, latents: int = L
     errors, targets = [], []
     for i in range(len(pairs)):
         z_h, z_k = (z[:, :, :latents] for z in pairs.batch([i], torch.device("cpu")))
-        z, target = (z_h, z_k) if direction == "h2k" else (z_k, z_h)
+        z, target = DIRECTIONS[direction].ordered(z_h, z_k)
         errors += [(network(z) - target).square().mean().item() for network in networks]
         targets.append(target)
     return statistics.mean(errors) / torch.cat(targets).var((0, 2, 3, 4)).mean().item()

@@ -24,10 +24,10 @@ from kvae_comfyui.benchmarks.entries import BenchEntry, Training, train_entries
 from kvae_comfyui.benchmarks.judge import FRAMES, SIDE, Judge, mean_and_difference, nmse
 from kvae_comfyui.benchmarks.tables import head, publish
 from kvae_comfyui.training.adapters.recipe import DEFAULT, Errors, Networks, with_change
-from kvae_comfyui.training.adapters.train import DIRECTIONS
 from kvae_comfyui.training.data import extract
 from kvae_comfyui.training.data.dataset import open_pairs
 from kvae_comfyui.training.data.videos import find_videos
+from kvae_comfyui.training.directions import DIRECTIONS
 
 # z_h HunyuanVideo's latents, z_k KVAE's, [B, c, t, h, w]
 

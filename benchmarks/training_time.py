@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from kvae_comfyui.training.adapters import train
 from kvae_comfyui.training.adapters.closed_form import fit_both_ways
 from kvae_comfyui.training.data.dataset import Pairs, open_pairs
+from kvae_comfyui.training.directions import DIRECTIONS
 from kvae_comfyui.training.runtime.log import read_log
 
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def main() -> None:
 
     log = log_of_training(**roots, **PUBLISHED, epochs=options.epochs)
     published, _ = epoch_seconds(log)
-    theirs = {name: min(row[f"val_{name}"] for row in log if f"val_{name}" in row) for name in train.DIRECTIONS}
+    theirs = {name: min(row[f"val_{name}"] for row in log if f"val_{name}" in row) for name in DIRECTIONS}
     print(f"published recipe, {options.epochs} epochs: {published:.1f} s, {shown(theirs)}", flush=True)
     reached = all(ours[name] <= theirs[name] for name in ours)
     print(f"ratio 1/{published / closed_form:.0f}" if reached else "the closed form has not reached that error")
@@ -64,7 +65,7 @@ def main() -> None:
 def log_of_training(**options: Any) -> list[dict]:
     """Train into a folder that is then deleted, and return the rows of train.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
-        files = {f"out_{name}": str(Path(folder, f"{name}.safetensors")) for name in train.DIRECTIONS}
+        files = {f"out_{name}": str(Path(folder, f"{name}.safetensors")) for name in DIRECTIONS}
         with contextlib.redirect_stdout(io.StringIO()):
             train.run(train.TrainConfig(**options | files | {"device": "cpu"}))
         return read_log(Path(folder, "train.jsonl"))
@@ -82,7 +83,7 @@ def error(network: torch.nn.Module, direction: str, val: Pairs) -> float:
     errors = []
     for i in range(len(val)):
         z_h, z_k = val.batch([i], CPU)
-        source, target = (z_h, z_k) if direction == "h2k" else (z_k, z_h)
+        source, target = DIRECTIONS[direction].ordered(z_h, z_k)
         errors.append(F.mse_loss(network(source), target).item())
     return sum(errors) / len(errors)
 

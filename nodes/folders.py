@@ -18,7 +18,7 @@ KVAE, ADAPTERS = "kvae", "latent_adapters"
 TINY = "tiny KVAE (included)"
 MOST_NAME = 200  # bytes of a name: with a number and an ending it stays within the 255 of file systems
 PACK = Path(__file__).parents[1]
-ASSETS = PACK / "training" / "assets"
+ASSETS = PACK / "training" / "tiny" / "assets"
 
 ADDRESS = hub_address("KVAE-3D-1.0")
 ADAPTER_NAMES = "{} (to decode) and {} (to encode)".format(*PUBLISHED_FILES)

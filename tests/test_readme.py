@@ -45,7 +45,7 @@ def test_the_line_for_the_real_weights_runs_as_it_stands(tmp_path):
     snapshot.mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("0" * 40)
-    shutil.copyfile(ROOT / "training/assets/tiny_kvae.safetensors", snapshot / WEIGHTS_FILES[0])
+    shutil.copyfile(ROOT / "training/tiny/assets/tiny_kvae.safetensors", snapshot / WEIGHTS_FILES[0])
     line = line if torch.cuda.is_available() else line.replace('"cuda"', '"cpu"')
     text, replaced = re.subn(r"\nkvae = load_kvae\(.*\)", f"\nkvae = {line}", README)
     assert replaced == 1

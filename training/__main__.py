@@ -1,4 +1,4 @@
-"""`python -m training COMMAND …`, from a checkout, with no install."""
+"""`python -m training COMMAND …` in a checkout, without installation."""
 
 import sys
 

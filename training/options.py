@@ -1,4 +1,4 @@
-"""Commands are dataclasses: a field is an option; its metadata say what helps, what is allowed and what is written."""
+"""Options of commands, declared as fields of dataclasses: help text, allowed values, and what is written to."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..kvae.paths import reason, write_text
 from .errors import UserError
 from .runtime.places import check_folder, check_target, shareable
 
-# of options that several commands have
+# shared by several commands
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HUNYUAN_HELP = "VAE of HunyuanVideo or HunyuanVideo 1.5: folder, .safetensors file, hub id, or tiny"
 KVAE_HELP = "KVAE-3D of any kind: folder, .safetensors file, hub id, or tiny"
 MOST_SEED = 2**32 - 1
-MOST_SIDE = 8192  # pixels; H.264 has 16384, and two stand side by side
-MOST_FRAMES = 10_000  # of one clip, which is held in memory
-MOST = 2**31 - 1  # of any other whole number
+MOST_SIDE = 8192  # pixels; H.264 allows 16384, and two pictures stand side by side
+MOST_FRAMES = 10_000  # of a clip, which is held in memory
+MOST = 2**31 - 1  # of any other integer
 
 
 def option(
@@ -39,9 +39,9 @@ def option(
     """A field of a command's config. A default of `...` makes the option required.
 
     Args:
-        least, most: bounds of a number that may be reached.
-        above, below: bounds of a number that may not.
-        writes: "folder" or "file", of a path that the command writes to: whether it can is tried before the work.
+        least, most: bounds of a number, included.
+        above, below: bounds of a number, excluded.
+        writes: "folder" or "file" for a path that the command writes to; whether it can is checked before the work.
     """
     metadata: dict[str, Any] = {"help": help, "choices": choices, "writes": writes}
     metadata |= {"least": least, "most": most, "above": above, "below": below}
@@ -49,23 +49,23 @@ def option(
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are."""
+    """A parser that raises UserError, so that its errors are one line like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} -h` lists what there is")
+        raise UserError(f"{message}; `{self.prog} -h` lists the options")
 
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
-    """An option `--like-this` for each field `like_this`."""
+    """Add an option `--field-name` for each field `field_name`."""
     for each in fields(config):
         parser.add_argument(_flag(each), dest=each.name, **_settings(each))
 
 
 def check_options(config: Any) -> None:
-    """Refuse, before any work, values out of their range and places that cannot be written.
+    """Refuse values out of their range and paths that cannot be written, before any work.
 
     Raises:
-        UserError: names the option, what it is and what was expected.
+        UserError: names the option, its value and what was expected.
     """
     check_values(config)
     for each in fields(config):
@@ -75,10 +75,10 @@ def check_options(config: Any) -> None:
 
 
 def check_values(config: Any) -> None:
-    """The values alone.
+    """Refuse values out of their range.
 
     Raises:
-        UserError: as `check_options`.
+        UserError: names the option, its value and what was expected.
     """
     for each in fields(config):
         value, flag = getattr(config, each.name), _flag(each)
@@ -95,7 +95,7 @@ def _check_number(flag: str, value: float, bounds: Any) -> None:
     if most is None and isinstance(value, int):
         most = MOST
     parts = [("at least", least), ("at most", most), ("above", above), ("below", below)]
-    # what is no number is outside of every range
+    # NaN is outside of every range
     fits = (
         math.isfinite(value)
         and (least is None or value >= least)
@@ -130,13 +130,13 @@ def _settings(each: Field) -> dict[str, Any]:
 
 def _whole_number(text: str) -> int:
     if len(text) > 30:
-        raise argparse.ArgumentTypeError(f"{text[:20]}… is no number that anything here takes")
+        raise argparse.ArgumentTypeError(f"{text[:20]}… is too large a number for any option")
     return int(text)
 
 
-_whole_number.__name__ = "int"  # argparse names it where a value is refused
+_whole_number.__name__ = "int"  # argparse shows this name when it refuses a value
 
 
 def write_config(path: Path, command: str, config: Any) -> None:
-    """The settings of a result, beside the result."""
+    """Write the settings of a command next to its result."""
     write_text(path, json_text({"command": command, **shareable(config)}, indent=2) + "\n")

@@ -12,7 +12,7 @@ from kvae_comfyui.kvae import KVAE, WeightsError, load_kvae, save_kvae
 from kvae_comfyui.kvae.load import described_state
 from kvae_comfyui.kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
 from kvae_comfyui.serving.host_vae import HostVAE
-from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae, load_kvae_for_training
 
 H, K = latent_space("hunyuan_video"), latent_space("kvae_3d_1.0")
 
@@ -99,7 +99,7 @@ def tiny():
 
 
 def test_the_embedded_adapters_know_the_embedded_vaes(tiny):
-    vaes = load_hunyuan_vae("tiny", "cpu"), load_kandinsky_vae("tiny", "cpu")
+    vaes = load_hunyuan_vae("tiny", "cpu"), load_kvae_for_training("tiny", "cpu")
     expected = {vae.space.name: VAEWeights(vae.digest, vae.signature) for vae in vaes}
     assert tiny["h2k"].weights == tiny["k2h"].weights == expected
 

@@ -12,8 +12,8 @@ from kvae_comfyui.benchmarks import adapters, judge
 from kvae_comfyui.benchmarks.entries import BenchEntry
 from kvae_comfyui.benchmarks.ingredients import PLAIN
 from kvae_comfyui.benchmarks.tables import head, publish
-from kvae_comfyui.training.adapters.train import DIRECTIONS
 from kvae_comfyui.training.data.pairs import SUFFIX, Pair, Source, write_pair
+from kvae_comfyui.training.directions import DIRECTIONS
 
 BENCHES = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if "ArgumentParser" in path.read_text("utf-8")]
 

@@ -23,7 +23,7 @@ from kvae_comfyui.kvae import load_kvae
 from .server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "training" / "assets" / "tiny_kvae.safetensors"
+TINY = ROOT / "training" / "tiny" / "assets" / "tiny_kvae.safetensors"
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import pytest
 
 from conftest import ROOT, make_videos
 from kvae_comfyui.training.cli import main
+from kvae_comfyui.training.vaes import TINY
 
 
 def command(*argv, env=None, **kwargs):
@@ -46,7 +47,7 @@ def test_a_console_that_knows_ascii_alone_prints_any_name(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="pipes there break otherwise")
 def test_output_that_nobody_reads_is_one_line(tmp_path):
     """As of `python -m training fetch … | head`."""
-    shutil.copyfile(ROOT / "training" / "assets" / "tiny_kvae.safetensors", tmp_path / "KVAE-3D-1.0.safetensors")
+    shutil.copyfile(TINY["kvae"], tmp_path / "KVAE-3D-1.0.safetensors")
     read, write = os.pipe()
     os.close(read)
     code, err = command("fetch", "--model", "KVAE-3D-1.0", "--output", tmp_path, stdout=write)

@@ -16,16 +16,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from at_step import after_steps, at_step, ctrl_c
 from conftest import ROOT, make_videos, shared
 from kvae_comfyui.adapters.files import load_adapter
-from kvae_comfyui.kvae import KVAE, KVAEConfig, load_kvae, save_kvae
-from kvae_comfyui.training.adapters import train as training
-from kvae_comfyui.training.adapters.recipe import PUBLISHED
+from kvae_comfyui.kvae import KVAE, load_kvae, save_kvae
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.evaluate.originals import original_frames
 from kvae_comfyui.training.evaluate.report import write_report
 from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae
+from small_models import SMALL
 
 SIZE = ["--num-frames", "9", "--height", "48", "--width", "64", "--device", "cpu"]
 
@@ -103,7 +103,7 @@ def test_extract_adds_mirror_images(tmp_path, capsys):
 
 def test_extract_refuses_to_mix_settings(job, capsys):
     assert main(["extract", *roots(job), *SIZE, "--sampling", "uniform"]) == 2
-    assert "holds pairs made with another settings" in capsys.readouterr().err
+    assert "holds pairs made with other settings" in capsys.readouterr().err
 
 
 def test_extract_skips_broken_clips_and_says_so(tmp_path, capsys):
@@ -150,32 +150,24 @@ def test_train_leaves_adapters_that_describe_themselves(job):
     ]
 
 
-def test_published_recipe(job, capsys, monkeypatch):
-    options, real = train_options(job, "published"), training._train
-    monkeypatch.setattr(training, "_train", lambda state, run: (recipes.append(run.recipe), real(state, run)))
-    recipes = []
-    assert main(["train", *options, "--network", "published", "--epochs", "2", "--lr", "1e-4"]) == 0
+def test_published_recipe(job, capsys):
+    """AdamW alone, at one rate from the first step to the last."""
+    rates, options = [], train_options(job, "published")
+    with after_steps(lambda _, adamw: rates.append([group["lr"] for group in adamw.param_groups])):
+        assert main(["train", *options, "--network", "published", "--epochs", "2", "--lr", "1e-4"]) == 0
+    assert rates == [[1e-4]] * 8
     out = capsys.readouterr().out
     assert "Epoch 2/2 - H→K MSE: " in out and " | K→H MSE: " in out
     assert sum(p.numel() for p in load_adapter(job / "published" / "h2k.safetensors").parameters()) == 2368
-    assert recipes == [PUBLISHED]
 
 
 @pytest.mark.parametrize("step", [3, 5])  # the last step of an epoch, and one within the next
-def test_interrupted_training_ends_where_an_uninterrupted_one_does(job, monkeypatch, step):
+def test_interrupted_training_ends_where_an_uninterrupted_one_does(job, step):
     options = ["--epochs", "4", "--seed", "3"]
     assert main(["train", *train_options(job, f"whole{step}"), *options]) == 0
-    real = training._step
-
-    def interrupted(state, *args):
-        if state.step == step:
-            signal.raise_signal(signal.SIGINT)  # Ctrl-C in the midst of a step
-        return real(state, *args)
-
-    monkeypatch.setattr(training, "_step", interrupted)
-    assert main(["train", *train_options(job, f"parts{step}"), *options]) == 130
+    with at_step(step, ctrl_c):  # which is noticed in the step after it
+        assert main(["train", *train_options(job, f"parts{step}"), *options]) == 130
     assert not (job / f"parts{step}" / "h2k.safetensors").exists()
-    monkeypatch.setattr(training, "_step", real)
     assert main(["train", *train_options(job, f"parts{step}"), *options]) == 0
     for name in ("h2k.safetensors", "k2h.safetensors"):
         whole, parts = load_adapter(job / f"whole{step}" / name), load_adapter(job / f"parts{step}" / name)
@@ -183,10 +175,9 @@ def test_interrupted_training_ends_where_an_uninterrupted_one_does(job, monkeypa
     assert not list((job / f"parts{step}").glob("*resume*"))
 
 
-def test_resuming_with_other_settings_is_refused(job, monkeypatch, capsys):
-    real = training._step
-    monkeypatch.setattr(training, "_step", lambda *args: (signal.raise_signal(signal.SIGINT), real(*args)))
-    assert main(["train", *train_options(job, "other"), "--lr", "1e-3"]) == 130
+def test_resuming_with_other_settings_is_refused(job, capsys):
+    with at_step(1, ctrl_c):
+        assert main(["train", *train_options(job, "other"), "--lr", "1e-3"]) == 130
     assert main(["train", *train_options(job, "other"), "--lr", "1e-4"]) == 2
     assert "an unfinished run had lr = 0.001, now 0.0001" in capsys.readouterr().err
 
@@ -295,7 +286,9 @@ def test_refusals_of_folders(job, tmp_path, capsys):
     assert "no such folder" in refusal(["extract", "--videos-root", str(tmp_path / "absent"), *out], capsys)
     assert "no videos in it" in refusal(["extract", "--videos-root", str(empty), *out], capsys)
     assert "multiple of 8" in refusal(["extract", *roots(job), "--height", "50"], capsys)
-    assert "--device moon: not to be had here" in refusal(["extract", *roots(job), "--device", "moon"], capsys)
+    assert "--device moon is not available on this machine" in refusal(
+        ["extract", *roots(job), "--device", "moon"], capsys
+    )
     for command in ("train", "evaluate"):
         assert "no such folder" in refusal([command, "--latent-root", str(tmp_path / "absent")], capsys)
         assert "no .safetensors.zst files" in refusal([command, "--latent-root", str(empty)], capsys)
@@ -317,8 +310,26 @@ def test_refusals_of_pairs(job, tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
+def test_commands_say_where_the_tiny_hunyuan_vae_is(job, tmp_path, capsys, monkeypatch):
+    """As in the ComfyUI package, which does not have it."""
+    monkeypatch.setitem(TINY, "hunyuan", tmp_path / "tiny_hunyuan.safetensors")
+    video = str(job / "videos" / "Wave" / "v_Wave_g01_c01.mp4")
+    videos, out = ["--videos-root", str(job / "videos")], str(tmp_path / "out")
+    for argv in (
+        ["extract", *videos, "--output-root", out, *SIZE],
+        ["evaluate", *evaluate_options(job), "--output-root", out],
+        ["reconstruct", "--video-path", video, "--vae", "hunyuan", "--output", f"{out}.mp4", *SIZE],
+        ["demo", "--videos", str(job / "videos"), "--output-root", out, "--device", "cpu"],
+    ):
+        line = refusal(argv, capsys)
+        assert "tiny_hunyuan.safetensors is not part of the ComfyUI package" in line, argv
+        assert "repository, in training/tiny/assets" in line and "--hunyuan-vae" in line
+    assert not list(tmp_path.iterdir())
+    assert main(["reconstruct", "--video-path", video, "--output", f"{out}.mp4", *SIZE]) == 0  # by the tiny KVAE
+
+
 def test_refusals_of_models(job, tmp_path, capsys):
-    tiny = ROOT / "training" / "assets"
+    tiny = ROOT / "training" / "tiny" / "assets"
     extract = ["extract", "--videos-root", str(job / "videos"), "--output-root", str(tmp_path / "out"), *SIZE]
     kvae, hunyuan = str(tiny / "tiny_kvae.safetensors"), str(tiny / "tiny_hunyuan.safetensors")
     assert "this is a KVAE-3D; expected a HunyuanVideo VAE" in refusal([*extract, "--hunyuan-vae", kvae], capsys)
@@ -328,7 +339,7 @@ def test_refusals_of_models(job, tmp_path, capsys):
     i, j = swapped.index("--adapter-h2k") + 1, swapped.index("--adapter-k2h") + 1
     swapped[i], swapped[j] = swapped[j], swapped[i]
     assert "the two files are swapped" in refusal(["evaluate", *swapped], capsys)
-    other = KVAE(KVAEConfig((32,) * 4, (32,) * 4, num_res_blocks=1))
+    other = KVAE(SMALL["1.0"])
     save_file(other.state_dict(), tmp_path / "other.safetensors")
     options = [*evaluate_options(job), "--kvae", str(tmp_path / "other.safetensors")]
     assert "made with another kvae" in refusal(["evaluate", *options], capsys)

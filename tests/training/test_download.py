@@ -15,7 +15,7 @@ from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.fetch import download
 
 pytest.importorskip("huggingface_hub")
-KVAE = (ROOT / "training" / "assets" / "tiny_kvae.safetensors").read_bytes()
+KVAE = (ROOT / "training" / "tiny" / "assets" / "tiny_kvae.safetensors").read_bytes()
 LARGE = save({"decoder.mid.block_1.norm1.conv_y.weight": torch.arange(7_000_000.0)})
 OTHER = save({"x": torch.randn(8)})
 

@@ -1,52 +1,36 @@
 """The embedded pair: its files, its quality, and that its training runs, resumes and repeats."""
 
 import json
-import signal
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from at_step import at_step, ctrl_c
 from conftest import make_videos, shared
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae.files import Weights
-from kvae_comfyui.serving.metrics import psnr
-from kvae_comfyui.training import tiny
 from kvae_comfyui.training.adapters.muon import orthogonalise
 from kvae_comfyui.training.adapters.ridge import Ridge
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.videos import Clip, find_videos, read_clip
-from kvae_comfyui.training.vaes import ASSETS, TINY, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.evaluate.evaluate import psnr
+from kvae_comfyui.training.tiny import data
+from kvae_comfyui.training.tiny import train as training
+from kvae_comfyui.training.tiny.components import pca_psnr, pixel_blocks
+from kvae_comfyui.training.tiny.model import build, posterior_of, skeleton
+from kvae_comfyui.training.vaes import ASSETS, TINY, load_hunyuan_vae, load_kvae_for_training
 
 
-@pytest.mark.parametrize("name", ["kvae", "hunyuan"])
-def test_files_are_small_and_say_how_they_were_made(name):
-    assert TINY[name].stat().st_size <= 8_000_000
-    with safe_open(TINY[name], "pt") as file:
-        metadata = file.metadata()
-        assert all(file.get_tensor(key).dtype == torch.float16 for key in file.keys())  # noqa: SIM118
-    recipe, metrics = json.loads(metadata["recipe"]), json.loads(metadata["metrics"])
-    assert recipe["model"] == name and recipe["stages"]
-    assert 0.3 <= metrics["val_std"] <= 3
-
-
-@pytest.mark.parametrize("name", ["kvae", "hunyuan"])
-def test_better_than_as_many_principal_components(name):
-    """Of 4x8x8 blocks, on the same clips: a VAE below such a codec is under-trained."""
-    with safe_open(TINY[name], "pt") as file:
-        metrics = json.loads(file.metadata()["metrics"])
-    assert metrics["val_psnr"] > metrics["pca_psnr"]
-
-
-@pytest.mark.parametrize("load", [load_kandinsky_vae, load_hunyuan_vae])
+@pytest.mark.parametrize("load", [load_kvae_for_training, load_hunyuan_vae])
 def test_reconstruction_of_unseen_clips(load):
     """One in six of the validation clips; the figure in the file is over all of them."""
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
     vae = load("tiny", "cpu")
     clips = [read_clip(Clip(video, 17, 0), 128, 128) for video in videos]
     figures = [psnr(vae.decode(vae.encode(clip[None]))[0], clip.float()) for clip in clips]
-    with safe_open(TINY["kvae" if load is load_kandinsky_vae else "hunyuan"], "pt") as file:
+    with safe_open(TINY["kvae" if load is load_kvae_for_training else "hunyuan"], "pt") as file:
         expected = json.loads(file.metadata()["metrics"])["val_psnr"]
     assert sum(figures) / len(figures) == pytest.approx(expected, abs=0.5)
 
@@ -54,7 +38,7 @@ def test_reconstruction_of_unseen_clips(load):
 def test_the_two_spaces_differ():
     """No 1x1x1 affine map takes one into the other, not even one fitted on the very clips it is judged on."""
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
-    hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kandinsky_vae("tiny", "cpu")
+    hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kvae_for_training("tiny", "cpu")
     fits = Ridge(16, 16, 1), Ridge(16, 16, 1)
     pairs = []
     for video in videos:
@@ -73,7 +57,7 @@ def test_the_two_spaces_differ():
 def test_the_embedded_adapters_fit_the_embedded_pair():
     """On unseen clips as well as their files say, and both ways together."""
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
-    hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kandinsky_vae("tiny", "cpu")
+    hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kvae_for_training("tiny", "cpu")
     adapters = [load_adapter(ASSETS / f"tiny_{way}.safetensors") for way in ("hunyuan_to_kvae", "kvae_to_hunyuan")]
     errors = torch.zeros(2)
     for video in videos:
@@ -91,24 +75,16 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path, model, monkeypat
     videos = tmp_path / "videos"
     for path in make_videos(videos, 9, frames=20, height=48, width=48):
         path.rename(path.with_name(path.name.replace("_g09", "_g10")))  # g01 to g07 validate, g08 and g10 train
-    monkeypatch.setattr(tiny, "SIDE", 32)
-    monkeypatch.setattr(tiny, "FRAMES", 5)
-    monkeypatch.setattr(tiny, "PCA_SAMPLE", tiny.Stage(1, 32, 20, False))
+    monkeypatch.setattr(data, "SIDE", 32)
+    monkeypatch.setattr(data, "FRAMES", 5)
+    monkeypatch.setattr(training, "PCA_SAMPLE", data.Stage(1, 32, 20, False))
     options = ["--model", model, "--videos-root", str(videos), "--stages", "4x16x2s,2x32x1", "--device", "cpu"]
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     assert main(["tiny", *options, "--output", str(whole)]) == 0
 
-    step = tiny.Trainer.train_step
-
-    def interrupted(self, *args):
-        if self.step == 4:
-            signal.raise_signal(signal.SIGINT)  # Ctrl-C in the midst of a step
-        return step(self, *args)
-
-    monkeypatch.setattr(tiny, "SAVE_STEPS", 3)
-    monkeypatch.setattr(tiny.Trainer, "train_step", interrupted)
-    assert main(["tiny", *options, "--output", str(parts)]) == 130
-    monkeypatch.setattr(tiny.Trainer, "train_step", step)
+    monkeypatch.setattr(training, "SAVE_STEPS", 3)
+    with at_step(5, ctrl_c):
+        assert main(["tiny", *options, "--output", str(parts)]) == 130
     state = tmp_path / "parts.resume.safetensors"
     good = state.read_bytes()
     tensors, metadata = load_file(state), Weights(state).metadata
@@ -129,22 +105,22 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path, model, monkeypat
 
 
 def test_the_skeleton_is_left_again():
-    kvae = tiny.build(tiny.TinyConfig(videos_root="", output="", model="kvae"))
+    kvae = build("kvae")
     torch.nn.init.normal_(kvae.decoder.mid.block_1.conv2.conv.weight)
     z = torch.randn(1, 16, 1, 2, 2)
     before = kvae.decode(z)
-    with tiny.skeleton():
+    with skeleton():
         assert not torch.allclose(kvae.decode(z), before)
     assert torch.equal(kvae.decode(z), before)
 
 
 def test_a_new_model_is_its_own_skeleton():
     for model in ("kvae", "hunyuan"):
-        vae = tiny.build(tiny.TinyConfig(videos_root="", output="", model=model)).eval()
+        vae = build(model).eval()
         x = torch.rand(1, 3, 5, 32, 32)
-        whole = tiny.posterior_of(vae, x).mean  # with gradients, as in training
-        with tiny.skeleton():
-            torch.testing.assert_close(tiny.posterior_of(vae, x).mean, whole)
+        whole = posterior_of(vae, x).mean  # with gradients, as in training
+        with skeleton():
+            torch.testing.assert_close(posterior_of(vae, x).mean, whole)
 
 
 def test_orthogonalised_updates():
@@ -156,9 +132,9 @@ def test_orthogonalised_updates():
 def test_principal_components_of_blocks():
     """A codec of all components is exact; one of none codes the mean."""
     clips = [torch.randint(0, 256, (3, 9, 16, 16), dtype=torch.uint8) for _ in range(60)]
-    assert tiny.pca_psnr(clips, clips[:3], count=700) > tiny.pca_psnr(clips, clips[:3], count=16) + 5
+    assert pca_psnr(clips, clips[:3], count=700) > pca_psnr(clips, clips[:3], count=16) + 5
     x = torch.randn(1, 3, 5, 16, 24)
-    y = tiny.blocks(x)
+    y = pixel_blocks(x)
     assert y.shape == (1, 2, 2, 3, 768)
     assert torch.equal(y[0, 1, 1, 2].view(3, 4, 8, 8), x[0, :, 1:5, 8:16, 16:24])
     assert (y[0, 0, 0, 0].view(3, 4, 8, 8) == x[0, :, :1, :8, :8]).all()

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 from safetensors.torch import save_file
 
 from kvae_comfyui.kvae import WeightsError
-from kvae_comfyui.training.vaes import TINY, load_hunyuan_vae, load_kandinsky_vae
+from kvae_comfyui.training.vaes import TINY, load_hunyuan_vae, load_kvae_for_training
 
 
 @pytest.fixture
@@ -94,10 +94,10 @@ def test_nothing_is_downloaded_unless_it_is_a_hub_id(tmp_path, monkeypatch):
 def test_an_unreachable_hub_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="nobody/nothing: no such file or folder, and the hub says"):
-        load_kandinsky_vae("nobody/nothing", "cpu")
+        load_kvae_for_training("nobody/nothing", "cpu")
 
 
-@pytest.mark.parametrize("load", [load_hunyuan_vae, load_kandinsky_vae])
+@pytest.mark.parametrize("load", [load_hunyuan_vae, load_kvae_for_training])
 def test_pixels_in_and_out(load):
     vae = load("tiny", "cpu")
     frames = torch.randint(0, 256, (1, 3, 6, 32, 40), dtype=torch.uint8)

@@ -12,7 +12,7 @@ from kvae_comfyui.serving.fit import CROP, STRETCH
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import find_pairs, read_pair
 from kvae_comfyui.training.data.videos import Clip, read_clip, times_of
-from kvae_comfyui.training.vaes import load_kandinsky_vae
+from kvae_comfyui.training.vaes import load_kvae_for_training
 from made_videos import make, picture
 
 SIZE = ["--num-frames", "9", "--height", "32", "--width", "48", "--device", "cpu"]
@@ -36,7 +36,7 @@ def extract(folder: Path, *options: str, out: str = "pairs") -> int:
 
 def latent(folder: Path, fit: str) -> torch.Tensor:
     frames = read_clip(Clip(folder / "videos" / "a.mp4", 9, 0), 32, 48, fit)
-    return load_kandinsky_vae("tiny", "cpu").encode(frames[None])[0].half().cpu()
+    return load_kvae_for_training("tiny", "cpu").encode(frames[None])[0].half().cpu()
 
 
 @pytest.mark.parametrize("fit", [CROP, STRETCH])
@@ -54,7 +54,7 @@ def test_a_new_folder_crops_and_an_old_one_goes_on_as_it_was_begun(wide, capsys)
     (path,) = find_pairs(wide / "pairs")
     assert read_pair(path).source.fit == CROP
     assert extract(wide, "--fit", "stretch") == 2
-    assert "made with another settings" in capsys.readouterr().err
+    assert "made with other settings" in capsys.readouterr().err
 
     assert extract(wide, "--fit", "stretch", out="old") == 0
     manifest = json.loads((wide / "old" / "manifest.json").read_text())

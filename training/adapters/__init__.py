@@ -1,1 +1,1 @@
-"""Adapters trained on latent pairs: the closed form, the recipe, the training."""
+"""Training of adapters on latent pairs: the closed form, the recipe, the training loop."""

@@ -1,4 +1,4 @@
-"""Affine maps in closed form, both ways: what training starts from, and what every adapter is compared with."""
+"""Closed-form affine maps in both directions: the start of training, and the baseline of every adapter."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ FIT_PAIRS = 4096  # 44 million positions at 240x320, for maps of 433 unknowns a 
 
 
 def fit_both_ways(pairs: Pairs, device: str, kernel: int = 3, processes: Processes | None = None) -> dict[str, Ridge]:
-    """The fits "h2k" and "k2h", with the statistics they gather, of at most FIT_PAIRS of the pairs, evenly spread.
+    """Fit both directions, "h2k" and "k2h", to at most FIT_PAIRS of the pairs, evenly spread.
 
     Args:
-        processes: that share the pairs; each gets the fits of all of them.
+        kernel: of the affine maps, 1 or 3.
+        processes: share the pairs; each process gets the fits of all pairs.
+
+    Returns:
+        The fits, with the statistics they gathered, by direction.
 
     Raises:
-        UserError: a pair has other channels than the first.
+        UserError: a pair has other channels than the first pair.
     """
     rank, count = (processes.rank, processes.count) if processes else (0, 1)
     some = pairs.spread(FIT_PAIRS)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-RMS = 0.2  # of an update, in units of lr: AdamW's usual one (https://arxiv.org/abs/2502.16982)
+RMS = 0.2  # of an update, in units of lr, as AdamW's usually is (https://arxiv.org/abs/2502.16982)
 
 
 def orthogonalise(g_MN: Tensor) -> Tensor:
-    """[M, N] → about the nearest matrix whose singular values are all 1: five Newton-Schulz steps."""
+    """[M, N] → approximately the nearest matrix whose singular values are all 1, by five Newton-Schulz steps."""
     wide = g_MN.shape[0] <= g_MN.shape[1]
     x = (g_MN if wide else g_MN.T) / (g_MN.norm() + 1e-7)
     for _ in range(5):
@@ -22,7 +22,7 @@ def orthogonalise(g_MN: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For weights of two or more dimensions, taken as matrices [out, everything else], like torch.optim.Muon's."""
+    """Muon for weights of two or more dimensions, as matrices [out, all else]; torch.optim.Muon accepts two only."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})

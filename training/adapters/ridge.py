@@ -5,7 +5,7 @@
         ridge.add(z_source, z_target)
     affine = ridge.solve()
 
-Only sums are kept (433 x 433 numbers for 16 channels and 3x3x3), so the number of pairs does not matter.
+Only sums are kept (433 x 433 numbers for 16 channels and 3x3x3), so memory does not grow with the pairs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ...adapters.networks import Affine
 
-RIDGE = 1e-4  # penalty as a share of each feature's variance; keeps near-copies of a neighbour from cancelling
+RIDGE = 1e-4  # penalty relative to each feature's variance; keeps weights of near-equal neighbours from cancelling
 
 
 class Ridge:
-    """Running sums of a ridge regression from each target value on its causal neighbourhood in the source."""
+    """Running sums of a ridge regression of each target value on its causal neighbourhood in the source."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int):
         self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
@@ -35,11 +35,11 @@ class Ridge:
         self.sum_xy = torch.zeros(features, out_channels, dtype=torch.float64)
 
     def add(self, source_Bcthw: Tensor, target_Bcthw: Tensor) -> None:
-        """Take in paired latents, [B, c, t, h, w] and [B, c', t, h, w]."""
+        """Add paired latents, [B, c, t, h, w] and [B, c', t, h, w]."""
         x = self._neighbourhoods(source_Bcthw.float())
         y = target_Bcthw.float().movedim(1, -1).flatten(0, -2)
-        # float32 products of one clip, float64 sums over clips: as good as float64 throughout, and much faster; float64
-        # on the CPU only, as Apple's GPUs have none
+        # float32 products within a clip, float64 sums over clips: as good as float64 throughout, and much faster. The
+        # float64 sums are on the CPU, since Apple's GPUs have no float64
         self.count += len(x)
         self.sum_x += x.sum(0).cpu().double()
         self.sum_y += y.sum(0).cpu().double()
@@ -48,10 +48,10 @@ class Ridge:
         self.sum_xy += (x.T @ y).cpu().double()
 
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Take in what other processes have summed.
+        """Add the sums of the other processes.
 
         Args:
-            total: gives the sum of a float64 vector over all of them.
+            total: returns the sum of a float64 vector over all processes.
         """
         sums = [self.sum_x, self.sum_y, self.sum_yy, self.sum_xx, self.sum_xy]
         mine = [torch.tensor([self.count], dtype=torch.float64), *(each.flatten() for each in sums)]
@@ -61,7 +61,7 @@ class Ridge:
             each.copy_(part.view_as(each))
 
     def solve(self) -> Affine:
-        """The map of least squared error, slightly ridged.
+        """The affine map of least squared error, with a small ridge penalty.
 
         Raises:
             ValueError: there are fewer positions than unknowns.

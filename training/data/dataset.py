@@ -1,12 +1,12 @@
-"""Latent pairs by number, from a folder of pair files or of shards, whole or in crops.
+"""Latent pairs by number, from a folder of pair files or of shards, as whole clips or as crops.
 
     pairs = open_pairs("latents")
     for numbers in batches(pairs.groups(radius=3), size=8, seed=0, epoch=0):
         z_h, z_k, weight = pairs.crops(numbers, 3, seed=0, epoch=0, device=device)
 
-Memory does not grow with the pairs, but for some 20 bytes each: their numbers and their order.
+Memory grows by some 20 bytes a pair, for their numbers and their order.
 
-The identity of a video is its path in the videos root, which our pairs know; see `video_of`.
+The identity of a video is its path in the videos root, which pairs from `extract` know; see `video_of`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .crops import Slices, crop_shape, random_crop, weights, whole
+from .crops import Slices, crop_shape, crop_weights, random_crop, whole_clip
 from .manifests import extractions
 from .pairs import Pair, Shape, clip_name, find_pairs, holds_pairs, read_header, read_pair
 from .shards import INDEX, Shards
 
 CACHE_BYTES = 4 * 2**30
-Shapes = tuple[list[Shape], np.ndarray]  # the shapes there are, and which of them each pair has
+Shapes = tuple[list[Shape], np.ndarray]  # the distinct shapes, and the number of each pair's shape
 Groups = dict[Shape, np.ndarray]
 
 
 class Store(Protocol):
-    """Where pairs lie. Names are paths in the folder, without suffix."""
+    """A folder of pairs, in files or shards. Names are paths in the folder, without suffix."""
 
     root: Path
 
@@ -58,7 +58,7 @@ class Store(Protocol):
 
 
 class PairFiles:
-    """A folder of pair files, kept in memory up to 4 GiB and read again beyond that."""
+    """A folder of pair files. Pairs are kept in memory up to 4 GiB, and read from disk each time beyond that."""
 
     def __init__(self, root: Path):
         self.root, self.paths = root, find_pairs(root)
@@ -79,7 +79,7 @@ class PairFiles:
         return self._headers[0]
 
     def videos(self) -> Iterator[str | None]:
-        """What the pairs say they were made of."""
+        """The videos the pairs were made of; None for pairs that do not say."""
         return iter(self._headers[1])
 
     @cached_property
@@ -108,22 +108,22 @@ class PairFiles:
 
 
 def open_pairs(root: str | Path) -> Pairs:
-    """The pairs of a folder, packed or not.
+    """Open the pairs of a folder, packed or not.
 
     Raises:
-        UserError: the folder is missing, holds none, or holds both pair files and shards.
+        UserError: the folder is missing, holds no pairs, or holds both pair files and shards.
     """
     root = Path(root)
     if (root / INDEX).exists():
         if holds_pairs(root):
-            raise UserError(f"{root}: holds pairs and shards of pairs; keep each in a folder of its own")
+            raise UserError(f"{root}: holds pairs and shards of pairs; keep them in separate folders")
         return Pairs(Shards(root))
     packed = not holds_pairs(root) and any(root.glob("*.safetensors"))
     return Pairs(Shards(root) if packed else PairFiles(root))
 
 
 class Pairs:
-    """Some pairs of a store, by number."""
+    """Pairs of a store, all or some, by number."""
 
     def __init__(self, store: Store, numbers: np.ndarray | None = None):
         self.store = store
@@ -143,24 +143,24 @@ class Pairs:
         return self.store.name(int(self.numbers[i]))
 
     def take(self, chosen: np.ndarray | list[int]) -> Pairs:
-        """These of the pairs: numbers, or a boolean each."""
+        """Some of the pairs, by their numbers or by a boolean for each pair."""
         return Pairs(self.store, self.numbers[chosen])
 
     def spread(self, count: int) -> Pairs:
-        """At most `count` of the pairs, evenly spread, so that a few still see every class."""
+        """At most `count` of the pairs, evenly spread, so that even a few pairs cover every class."""
         return self if count >= len(self) else self.take(spread(len(self), count))
 
     def digest(self) -> str:
-        """sha256 of the pairs' names: which clips these are."""
+        """sha256 of the pairs' names, which identifies the clips."""
         return _sha256(name for name, _ in self._chosen(self.store.names()))
 
     def fingerprint(self) -> str:
-        """sha256 of the pairs' names and shapes: what must be the same for a training to go on."""
+        """sha256 of the pairs' names and shapes, which must be the same for a training to go on."""
         kinds, kind = self.store.shapes
         return _sha256(f"{name} {kinds[kind[i]]}" for name, i in self._chosen(self.store.names()))
 
     def videos(self) -> np.ndarray:
-        """uint32 [pairs]: equal for clips of one video."""
+        """The video of each pair, as uint32 [pairs] that are equal for clips of the same video."""
         folders = extractions(self.store.root)
         both = zip(self.store.names(), self.store.videos(), strict=True)
         videos = (video_of(name, video, folders) for name, video in both)
@@ -168,32 +168,32 @@ class Pairs:
         return np.fromiter(hashes, np.uint32, len(self.store))[self.numbers]
 
     def halves(self) -> np.ndarray:
-        """bool [pairs]: which are of the second half. Clips of one video are of one half.
+        """Two halves, as bool [pairs], True for the second. All clips of a video are in the same half.
 
         Raises:
-            UserError: all are of one video.
+            UserError: all pairs are of one video.
         """
         _, first, which = np.unique(self.videos(), return_index=True, return_inverse=True)
         if len(first) < 2:
-            raise UserError("pairs of one video only, which cannot be halved")
+            raise UserError("pairs of one video only, which cannot be split in two")
         in_order = np.argsort(first)
         ends = np.cumsum(np.bincount(which)[in_order])
         of_first = max(1, int(np.argmin(np.abs(ends - len(self) / 2))) + 1)
         return ~np.isin(which, in_order[: min(of_first, len(first) - 1)])
 
     def _chosen(self, names: Iterable[str]) -> Iterator[tuple[str, int]]:
-        """Those of all names that are among these pairs, each with its number in the store."""
+        """The names of these pairs out of all names, each with its number in the store."""
         chosen = np.zeros(len(self.store), dtype=bool)
         chosen[self.numbers] = True
         return ((name, i) for i, (name, taken) in enumerate(zip(names, chosen, strict=True)) if taken)
 
     def shape(self, i: int) -> Shape:
-        """Of one pair."""
+        """The shape of pair i."""
         kinds, kind = self.store.shapes
         return kinds[kind[self.numbers[i]]]
 
     def groups(self, radius: int | None) -> Groups:
-        """The pairs that can share a batch, by the shape of what a crop reads; radius None stands for whole clips."""
+        """Numbers of the pairs that can share a batch, by the shape of their crops; radius None means whole clips."""
         kinds, kind = self.store.shapes
         members: dict[Shape, list[np.ndarray]] = defaultdict(list)
         for number, shape in enumerate(kinds):
@@ -204,29 +204,32 @@ class Pairs:
     def crops(
         self, indices: np.ndarray, radius: int | None, seed: int, epoch: int, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A random crop of each of these pairs, of one group; a function of the seed, the epoch and the pair only.
+        """A random crop of each of these pairs of one group. It depends on the seed, the epoch and the pair only.
 
         Returns:
             z_h, z_k: float32 [B, c, t, h, w], with halos.
-            weight: float32 [B, 1, t, h, w], what each position counts for; its sum over a crop is 1.
+            weight: float32 [B, 1, t, h, w], of each position in the loss; its sum over a crop is 1.
         """
         chosen, latents = [], []
         for i in indices:
             grid = self.shape(i)[2:]
-            chosen.append(whole(grid) if radius is None else random_crop(grid, radius, _rng(seed, epoch, i)))
+            chosen.append(whole_clip(grid) if radius is None else random_crop(grid, radius, _rng(seed, epoch, i)))
             latents.append(self.store.crop(int(self.numbers[i]), chosen[-1].read))
         z_h, z_k = (torch.stack(parts).to(device).float() for parts in zip(*latents, strict=True))
-        return z_h, z_k, weights(chosen).to(device)
+        return z_h, z_k, crop_weights(chosen).to(device)
 
     def batch(self, indices: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """z_h and z_k of these pairs, whole, float32 [B, c, t, h, w], on the device. All of one shape."""
+        """z_h and z_k of whole pairs of one shape, float32 [B, c, t, h, w], on the device."""
         pairs = [self[i] for i in indices]
         z_h, z_k = torch.stack([p.z_h for p in pairs]), torch.stack([p.z_k for p in pairs])
         return z_h.to(device).float(), z_k.to(device).float()
 
 
 def batches(groups: Groups, size: int, seed: int, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
-    """The order of one epoch from its batch `start` on: shuffled, every batch of one group, the last ones smaller."""
+    """Numbers of the pairs in each batch of an epoch, from batch `start` on.
+
+    The order is shuffled. A batch is of one group; the last batch of a group may be smaller.
+    """
     rng = _rng(seed, epoch)
     shuffled = [rng.permutation(group) for group in groups.values()]
     ends = np.cumsum([math.ceil(len(group) / size) for group in shuffled])
@@ -237,18 +240,18 @@ def batches(groups: Groups, size: int, seed: int, epoch: int, start: int = 0) ->
 
 
 def spread(total: int, count: int) -> list[int]:
-    """`count` of `total` numbers, evenly spread, so that a few samples still see every class."""
+    """`count` of the numbers below `total`, evenly spread, so that even a few samples cover every class."""
     count = min(total, count)
     return [i * total // count for i in range(count)]
 
 
 def video_of(name: str, video: str | None, extractions: Sequence[str] = ()) -> str:
-    """The video that a clip is of: the path that its pair says, else the clip's own without what `extract` adds to it.
+    """The video of a clip: the path in the pair's source, else the clip's own name without the endings of `extract`.
 
     Args:
         name: the clip's path in the folder of pairs, without suffix.
-        video: of the pair's source, where it has one.
-        extractions: folders that hold the same videos' clips, side by side.
+        video: in the pair's source, if it has one.
+        extractions: folders that hold clips of the same videos, side by side.
     """
     if video:
         return video
@@ -264,7 +267,7 @@ def _sha256(lines: Iterable[str]) -> str:
 
 
 def _bytes(name: str) -> bytes:
-    """A name of another encoding is one, too."""
+    """A name as bytes; names in other encodings than UTF-8 count too."""
     return name.encode(errors="surrogatepass")
 
 

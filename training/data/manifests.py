@@ -1,4 +1,4 @@
-"""How the pairs of a folder were made: `manifest.json`, of one extraction or of several side by side."""
+"""`manifest.json`: how the pairs of a folder were made, by one extraction or by several side by side."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ VAES = ("hunyuan_vae", "kvae")  # in a manifest
 
 
 def find_manifests(root: str | Path) -> list[Path]:
-    """The manifests of a folder and of those in it: extractions of several sizes may lie side by side."""
+    """The manifests of a folder and of the folders in it: extractions of several sizes may lie side by side."""
     return sorted(path for path in files_under(root) if path.name == MANIFEST) if Path(root).is_dir() else []
 
 
 def extractions(root: str | Path) -> list[str]:
-    """The folders in it that were each extracted by themselves."""
+    """The inner folders that have a manifest of their own."""
     folders = (path.parent.relative_to(root).as_posix() for path in find_manifests(root))
     return [folder for folder in folders if folder != "."]
 
 
 def all_manifests(root: str | Path) -> dict[str, dict]:
-    """How the pairs of a folder were made, and of each folder in it that says so itself; "." is the folder.
+    """The manifests of a folder (".") and of the folders in it, by folder.
 
     Raises:
         UserError: a manifest is unreadable.
@@ -39,9 +39,9 @@ def all_manifests(root: str | Path) -> dict[str, dict]:
 
 
 def read_manifest(root: str | Path) -> dict:
-    """How the pairs of a folder were made: settings, and the VAEs by hash. Empty for folders that do not say.
+    """The settings of a folder's pairs, and their VAEs by hash; empty for a folder without a manifest.
 
-    Of several extractions side by side, "settings" holds the settings of each, by folder.
+    For several extractions side by side, "settings" holds the settings of each, by folder.
 
     Raises:
         UserError: a manifest is unreadable, or the folders in it were made with different VAEs.
@@ -56,33 +56,37 @@ def read_manifest(root: str | Path) -> dict:
                 one, two = without_signature(manifest[key]), without_signature(other[key])
                 raise UserError(
                     f"{root}: {first} and {folder} hold pairs of different VAEs "
-                    f"({key}: {one}, {two}); an adapter is trained on those of one pair of VAEs"
+                    f"({key}: {one}, {two}); an adapter is trained on pairs of the same two VAEs"
                 )
     return manifest | {"settings": {folder: each["settings"] for folder, each in found.items()}}
 
 
 def own_manifest(folder: Path) -> dict:
-    """The same of one extraction's folder, whatever lies in it."""
+    """The manifest of one extraction's folder, without the folders in it; empty if there is none.
+
+    Raises:
+        UserError: it is unreadable.
+    """
     path = folder / MANIFEST
     if not path.exists():
         return {}
     try:
         manifest = parse_object(read_text(path))
         if not isinstance(manifest["settings"], dict):
-            raise ValueError("its settings are none")
+            raise ValueError("its settings are not an object")
         for key in VAES:
             if not all(isinstance(manifest[key][each], str) for each in ("space", "sha256")):
-                raise ValueError(f"its {key} is none")
+                raise ValueError(f"its {key} has no space and sha256")
         weights_of(manifest)  # or a ValueError
         return {key: manifest[key] for key in ("settings", *VAES)}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not the manifest of an extraction ({error}); put the right one there, or use a new folder"
+            f"{path}: not the manifest of an extraction ({error}); put the right manifest there, or use a new folder"
         ) from None
 
 
 def same_vae(one: dict, other: dict) -> bool:
-    """Whether two entries of manifests are of one VAE: of the same file, or of the same weights in two files."""
+    """Whether two entries of manifests name the same VAE: the same file, or the same weights in two files."""
     if one["space"] != other["space"]:
         return False
     if one["sha256"] == other["sha256"]:
@@ -92,24 +96,24 @@ def same_vae(one: dict, other: dict) -> bool:
 
 
 def weights_of(manifest: dict) -> dict[str, VAEWeights]:
-    """The weights of the VAEs that a manifest names, by their spaces: for the adapters trained on its pairs.
+    """The weights of the VAEs in a manifest, by latent space, to be written into adapters.
 
     Raises:
-        ValueError: it says of one what cannot be.
+        ValueError: an entry is malformed.
     """
     return {manifest[key]["space"]: build(VAEWeights, manifest[key]) for key in VAES if key in manifest}
 
 
 def without_signature(entry: dict) -> dict:
-    """What a person reads of an entry of a manifest."""
+    """The parts of a manifest's entry that people read."""
     return {key: value for key, value in entry.items() if key != "signature"}
 
 
 def read_spaces(root: str | Path) -> tuple[LatentSpace, LatentSpace]:
-    """The spaces of z_h and z_k of a folder; those of the published pairs where it does not say.
+    """The latent spaces of z_h and z_k in a folder; without a manifest, those of the published pairs.
 
     Raises:
-        UserError: no such space.
+        UserError: a space is unknown.
     """
     manifest = read_manifest(root)
     if not manifest:
@@ -120,14 +124,18 @@ def read_spaces(root: str | Path) -> tuple[LatentSpace, LatentSpace]:
         raise UserError(f"{root}/{MANIFEST}: {error}") from None
 
 
+def _other(key: str) -> str:
+    return f"other {key}" if key == "settings" else f"another {key}"
+
+
 class ExtractionManifest:
-    """The manifest of a folder that is extracted into. A folder keeps to one set of settings, and to one pair of VAEs.
+    """The manifest of a folder to extract into. A folder keeps to one set of settings and to one pair of VAEs.
 
     Args:
-        described: what it is to say.
+        described: the content of the manifest.
 
     Raises:
-        UserError: the folder holds pairs that were made otherwise.
+        UserError: the folder holds pairs made with other settings or VAEs.
     """
 
     def __init__(self, folder: Path, described: dict):
@@ -135,7 +143,7 @@ class ExtractionManifest:
         self.written = False
         theirs = own_manifest(folder)
         if not self._has_pairs():
-            return  # of an extraction that came to nothing
+            return  # the manifest, if any, is left of an extraction that made no pair
         if not theirs:
             raise UserError(f"{folder}: holds pairs and does not say how they were made; choose another --output-root")
         for key in theirs:
@@ -143,26 +151,26 @@ class ExtractionManifest:
             if not same:
                 before, now = without_signature(theirs[key]), without_signature(described[key])
                 raise UserError(
-                    f"{folder}: holds pairs made with another {key}: {before}; now {now}. Choose another --output-root"
+                    f"{folder}: holds pairs made with {_other(key)}: {before}; now {now}. Choose another --output-root"
                 )
 
     def write(self, more: dict | None = None) -> None:
-        """Write it."""
+        """Write the manifest."""
         write_text(self.path, json.dumps(self.described | (more or {}), indent=2) + "\n")
         self.written = True
 
     def write_first(self) -> None:
-        """Write it ahead of the first pair, once: no pair is without one, even if we are killed now."""
+        """Write the manifest once, before the first pair, so that no pair is ever without it."""
         if not self.written:
             self.write()
 
     def withdraw(self) -> None:
-        """Delete it if there is no pair: it would speak of nothing."""
+        """Delete the manifest if the folder has no pair."""
         if not self._has_pairs() and own_manifest(self.path.parent):
             self.path.unlink()
 
     def _has_pairs(self) -> bool:
-        """Whether the folder has pairs, other than those of extractions into folders in it."""
+        """Whether the folder has pairs, apart from those of extractions into inner folders."""
         folder = self.path.parent
         inner = [folder / each for each in extractions(folder)]
         return any(not any(each in path.parents for each in inner) for path in pairs_under(folder))

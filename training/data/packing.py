@@ -1,10 +1,10 @@
-"""Latent pairs into shards, and back.
+"""Pack latent pairs into shards, and unpack them.
 
     python -m training pack --latent-root latents --output-root shards
     python -m training unpack --latent-root shards --output-root latents
 
-Pack again after another extraction, or after a damaged shard was deleted: what is packed already stays as it is, the
-rest is added in shards of new numbers.
+Pack again after another extraction, or after you have deleted a damaged shard. Pairs that are packed already stay as
+they are; the others are added in shards with new numbers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .pairs import (
 )
 from .shards import FORMAT, INDEX, Shards, describe, packed_clips, shard_files, statistics, write_shard
 
-SHARD_BYTES = 256 * 2**20  # held in memory while packing
+SHARD_BYTES = 256 * 2**20  # of pairs, held in memory while packing
 
 
 @dataclass
@@ -105,16 +105,16 @@ def run_unpack(config: UnpackConfig) -> int:
 def _check_apart(root: Path, out: Path) -> None:
     one, other = (Path(os.path.realpath(path)) for path in (root, out))  # Path.resolve fails at links in a circle
     if one == other or one in other.parents or other in one.parents:
-        raise UserError(f"{root} and {out}: one lies in the other; pairs and shards need folders of their own")
+        raise UserError(f"{root} and {out}: one lies in the other; pairs and shards need separate folders")
 
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """The folder, for one pack at a time: two would take the same numbers. It goes again if nothing came into it.
+    """Hold the folder for this run: two runs of pack would use the same numbers. An empty new folder is removed again.
 
     Raises:
-        UserError: another one is at work there.
-        WeightsError: it cannot be made.
+        UserError: another pack is writing there.
+        WeightsError: the folder cannot be made.
     """
     with file_errors(out):
         new = not out.exists()
@@ -125,9 +125,9 @@ def _alone(out: Path) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{out}: another pack is writing there; wait for its end") from None
+                raise UserError(f"{out}: another pack is writing there; wait until it has finished") from None
             except OSError:
-                pass  # a file system without locks
+                pass  # the file system has no locks
         yield
     finally:
         if descriptor is not None:
@@ -138,32 +138,33 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _manifests(root: Path, out: Path, holds: bool) -> list[Path]:
-    """The manifests that are to go with the pairs. What is in `out` already must have been made in the same way; pairs
-    of more folders may come beside it.
+    """The manifests to copy with the pairs. Pairs that `out` holds already must have the same manifests.
 
     Args:
-        holds: whether anything is in `out` that a manifest would describe.
+        holds: whether `out` holds pairs or shards.
 
     Raises:
-        UserError: it was made otherwise.
+        UserError: pairs in `out` were made with other settings or VAEs.
     """
-    read_manifest(root)  # which refuses folders of different VAEs
+    read_manifest(root)  # raises if the folders in it are of different VAEs
     ours, theirs = all_manifests(root), all_manifests(out) if holds else {}
     same = all(ours.get(folder) == manifest for folder, manifest in theirs.items())
     if holds and (not same or bool(ours) != bool(theirs)):
-        raise UserError(f"{out}: holds pairs made otherwise ({theirs or 'it does not say how'}); choose another folder")
+        raise UserError(
+            f"{out}: holds pairs made in another way ({theirs or 'it does not say how'}); choose another folder"
+        )
     return find_manifests(root)
 
 
 def _copy(manifests: list[Path], root: Path, out: Path) -> None:
-    """Copy them, once: with the first pair, so that a run without one leaves none."""
+    """Copy the manifests once, with the first pair, so that a run without a pair leaves none."""
     while manifests:
         path = manifests.pop()
         write_text(out / path.relative_to(root), read_text(path))
 
 
 def _next_number(out: Path) -> int:
-    """Above all that are there: the numbers of deleted shards stay free, and nothing is written over."""
+    """A number above those of all shards; the numbers of deleted shards are not used again."""
     return max((int(path.stem) for path in shard_files(out) if path.stem.isdecimal()), default=-1) + 1
 
 
@@ -171,7 +172,7 @@ def _is_there(path: Path, shards: Shards, i: int) -> bool:
     """Whether a pair was unpacked already.
 
     Raises:
-        UserError: something else has its name.
+        UserError: another pair has its name.
     """
     with file_errors(path):
         if not path.exists():
@@ -182,13 +183,13 @@ def _is_there(path: Path, shards: Shards, i: int) -> bool:
 
 
 def _grouped(paths: list[Path], root: Path, channels: set[tuple[int, int]]) -> Iterator[tuple[list[dict], list[Pair]]]:
-    """Pairs of one shape at a time, as many as fit.
+    """Groups of pairs of one shape, of up to SHARD_BYTES each.
 
     Args:
         channels: of the pairs that are packed already.
 
     Raises:
-        UserError: a pair has others.
+        UserError: a pair has other channels.
     """
     groups: dict[tuple, tuple[list[dict], list[Pair]]] = defaultdict(lambda: ([], []))
     held = 0

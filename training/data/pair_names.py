@@ -1,4 +1,4 @@
-"""Which pair file a clip goes into: the video's name without its extension, or with it where that is not enough.
+"""The pair file of a clip: named as the video, without its extension if that is unambiguous.
 
 a/clip.mp4 → a/clip.safetensors.zst
 a/clip.mov and a/clip.mp4 → a/clip.mov.safetensors.zst and a/clip.mp4.safetensors.zst
@@ -15,16 +15,16 @@ from ...kvae.paths import file_errors
 from ..errors import UserError
 from .pairs import SUFFIX, read_header
 
-MIRRORED = ".mirrored"  # what the names of pairs end in
+MIRRORED = ".mirrored"  # ending of the names of mirrored pairs
 
 
 class PairNames:
-    """The pair files of the videos of a folder, the same whoever asks and whatever part of them is extracted.
+    """Names of the pair files of all videos of a folder, the same for every process and every --split.
 
     Args:
-        root, out: the videos, and the pairs.
-        videos: all of the folder.
-        windows: whether a number follows the name.
+        root, out: folders of the videos and of the pairs.
+        videos: all videos of the folder.
+        windows: whether a number follows the name, for several clips of a video.
     """
 
     def __init__(self, root: Path, out: Path, videos: Iterable[Path], windows: bool):
@@ -35,17 +35,17 @@ class PairNames:
         self.stems = {folder: _distinct(files, windows) for folder, files in folders.items()}
 
     def place(self, video: Path, ending: str) -> tuple[Path, bool]:
-        """The pair file of a clip, and whether it is there.
+        """The pair file of a clip, and whether it exists.
 
-        A pair that an earlier run made of this video, when there was none beside it to be told from, counts; one that
-        it made of another video is not touched; one that cannot be read is to be made again.
+        A pair that an earlier run made of this video under a shorter name counts. A pair of another video is not
+        touched. A pair that cannot be read counts as missing.
 
         Args:
-            ending: what follows the video's name.
+            ending: follows the video's name.
 
         Raises:
-            UserError: other videos' pairs have all names that this one could have.
-            WeightsError: no file can have that name, or what has it is none.
+            UserError: pairs of other videos have all names that this pair could have.
+            WeightsError: the file system cannot have a file of that name, or something else has the name.
         """
         stem, relative = self.stems[video.parent][video.name], video.relative_to(self.root)
         free = None
@@ -56,7 +56,7 @@ class PairNames:
             of = _made_of(path) if there else None
             if of == relative.as_posix() or (of == "" and name == stem):
                 return path, True
-            # the bare stem is not this video's to take, if it is not this video's already
+            # a shorter name than this video's own is used only if the pair is there already
             if free is None and of is None and (name == stem or name == video.name):
                 free = path
         if free is None:
@@ -65,7 +65,7 @@ class PairNames:
 
 
 def _made_of(path: Path) -> str | None:
-    """The video of a pair file; "" where it does not say, None where it cannot be read."""
+    """The video of a pair file; "" if the pair does not say, None if it cannot be read."""
     try:
         source = read_header(path)[1]
     except UserError:
@@ -74,7 +74,7 @@ def _made_of(path: Path) -> str | None:
 
 
 def _distinct(files: list[str], windows: bool) -> dict[str, str]:
-    """A name of its own for each video file of a folder, also where capitals are not told apart."""
+    """A distinct name for each video file of a folder, even if the file system ignores case."""
     names = {file: PurePath(file).stem for file in files}
     while True:
         takers: dict[str, set[str]] = defaultdict(set)

@@ -1,6 +1,7 @@
-"""Latent pairs: one `.safetensors.zst` file a clip, fp16 `z_h` and `z_k`, raw, [16, t, h, w] each.
+"""Latent pairs: one `.safetensors.zst` file a clip, with raw latents `z_h` and `z_k`, float16 [c, t, h, w].
 
-The published format, both ways. Ours adds metadata (which frames of which video), which published readers skip over.
+This is the published format, read and written. Ours adds metadata (which frames of which video), which readers of the
+published format skip.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from ..errors import UserError
 from .walk import files_under
 
 SUFFIX = ".safetensors.zst"
-MAX_BYTES = 2**30  # a pair of 1080p minutes is far below; anything above is not a pair
-MAX_HEADER = 2**20  # of safetensors; that of a pair is a few hundred bytes
+MAX_BYTES = 2**30  # a pair of minutes of 1080p is far smaller
+MAX_HEADER = 2**20  # bytes of the safetensors header; a pair's has a few hundred
 MAX_SIDE = 2**14  # pixels
 MAX_FRAMES = 2**31
-AGAIN = "delete it and extract again"
+ADVICE = "delete it and extract again"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Which frames a pair was made of. `first` is None for frames spread evenly over the whole video.
+    """The frames that a pair was made of. `first` is None for frames spread evenly over the whole video.
 
     Raises:
-        ValueError: no clip is like that, or the video is not in the videos root.
+        ValueError: a number is out of its range, or the video is not in the videos root.
     """
 
     video: str  # relative to the videos root
@@ -45,7 +46,7 @@ class Source:
     height: int
     width: int
     mirrored: bool = False  # left to right
-    fit: str = "stretch"  # to that size: see serving/fit.py
+    fit: str = "stretch"  # how frames got that size, see serving/fit.py
 
     def __post_init__(self) -> None:
         if not lies_inside(self.video):
@@ -61,7 +62,7 @@ class Source:
 
 
 class Shape(NamedTuple):
-    """Of a pair: channels of z_h and of z_k, and the grid that both have."""
+    """The shape of a pair: channels of z_h and of z_k, and the grid of both."""
 
     channels_h: int
     channels_k: int
@@ -80,21 +81,21 @@ class Pair:
 
 
 def lies_inside(name: str, kind: type[PurePath] = PurePath) -> bool:
-    """Whether a path, of a file that others may have written, stays in the folder that it is relative to.
+    """Whether a relative path stays in its folder. The path may come from a file that others wrote.
 
     Args:
-        kind: whose rules; those of this system by default.
+        kind: the path rules, those of this system by default.
     """
     path = kind(name)
     return bool(path.parts) and not (path.anchor or path.drive or ".." in path.parts)
 
 
 def write_pair(path: Path, pair: Pair) -> None:
-    """Write a pair, whole or not at all.
+    """Write a pair, completely or not at all.
 
     Raises:
-        UserError: a latent is none, or is too large for float16.
-        WeightsError: it cannot be written there.
+        UserError: a value is not finite, or is too large for float16.
+        WeightsError: the file cannot be written.
     """
     tensors = {"z_h": pair.z_h.half().contiguous().cpu(), "z_k": pair.z_k.half().contiguous().cpu()}
     for name, z in tensors.items():
@@ -105,34 +106,34 @@ def write_pair(path: Path, pair: Pair) -> None:
 
 
 def read_pair(path: Path) -> Pair:
-    """Read a pair. What it says of its source is left out where it is not as ours.
+    """Read a pair. A malformed source is left out.
 
     Raises:
-        UserError: not zstd, cut short, a tensor missing, or of a wrong shape or type.
-        WeightsError: no file, or it cannot be read.
+        UserError: not zstd, cut short, a tensor is missing, or a tensor has a wrong shape or type.
+        WeightsError: the file is missing or cannot be read.
     """
     data = _unpacked(path)
     try:
         tensors = load(data)
         header = parse_object(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: cut short or not zstd around safetensors ({error}); {AGAIN}") from None
+        raise UserError(f"{path}: cut short or not zstd around safetensors ({error}); {ADVICE}") from None
     pair_shape(path, {name: list(tensor.shape) for name, tensor in tensors.items()})
     z_h, z_k = tensors["z_h"], tensors["z_k"]
     if not (z_h.is_floating_point() and z_k.is_floating_point()):
-        raise UserError(f"{path}: z_h is {z_h.dtype}, z_k is {z_k.dtype}; expected float16; {AGAIN}")
+        raise UserError(f"{path}: z_h is {z_h.dtype}, z_k is {z_k.dtype}; expected float16; {ADVICE}")
     z_h, z_k = z_h.half(), z_k.half()
     if not (all_finite(z_h) and all_finite(z_k)):
-        raise UserError(f"{path}: holds values that are not finite numbers in float16; {AGAIN}")
+        raise UserError(f"{path}: holds values that are not finite numbers in float16; {ADVICE}")
     return Pair(z_h, z_k, _source(header))
 
 
 def read_header(path: Path) -> tuple[Shape, Source | None]:
-    """The shape of a pair, and what it was made of, from the first bytes of its file.
+    """The shape and the source of a pair, from the first bytes of its file.
 
     Raises:
         UserError: not zstd, no safetensors inside, or not a pair.
-        WeightsError: no file, or it cannot be read.
+        WeightsError: the file is missing or cannot be read.
     """
     check_regular(path)
     try:
@@ -142,17 +143,17 @@ def read_header(path: Path) -> tuple[Shape, Source | None]:
             header = parse_object(reader.read(min(size, MAX_HEADER)))
         shapes = {name: tensor_shape(entry) for name, entry in header.items() if name != "__metadata__"}
     except zstandard.ZstdError as error:
-        raise UserError(f"{path}: cut short or not zstd ({error}); {AGAIN}") from None
+        raise UserError(f"{path}: cut short or not zstd ({error}); {ADVICE}") from None
     except ValueError as error:  # an unclosed frame reads as nothing
-        raise UserError(f"{path}: cut short or not zstd around safetensors ({error}); {AGAIN}") from None
+        raise UserError(f"{path}: cut short or not zstd around safetensors ({error}); {ADVICE}") from None
     return pair_shape(path, shapes), _source(header)
 
 
 def pair_shape(path: Path, shapes: dict[str, list[int]]) -> Shape:
-    """The shape of a pair with tensors of these shapes.
+    """The shape of a pair whose tensors have these shapes.
 
     Raises:
-        UserError: a tensor is missing, or the two are not of one grid.
+        UserError: a tensor is missing, or the two have different grids.
     """
     missing = [name for name in ("z_h", "z_k") if name not in shapes]
     if missing:
@@ -165,10 +166,10 @@ def pair_shape(path: Path, shapes: dict[str, list[int]]) -> Shape:
 
 
 def _unpacked(path: Path) -> bytes:
-    """What a file unpacks to, of all its frames.
+    """The unpacked content of a file, from all its zstd frames.
 
     Raises:
-        UserError: it is not zstd, or unpacks to more than a pair may have.
+        UserError: the file is not zstd, or unpacks to more than MAX_BYTES.
     """
     data = read_bytes(path, MAX_BYTES)
     parts, size = [], 0
@@ -178,17 +179,17 @@ def _unpacked(path: Path) -> bytes:
                 parts.append(part)
                 size += len(part)
                 if size > MAX_BYTES:
-                    raise UserError(f"{path}: unpacks to more than {MAX_BYTES >> 20} MiB; that is no latent pair")
+                    raise UserError(f"{path}: unpacks to more than {MAX_BYTES >> 20} MiB; it is not a latent pair")
     except zstandard.ZstdError as error:
-        raise UserError(f"{path}: cut short or not zstd ({error}); {AGAIN}") from None
+        raise UserError(f"{path}: cut short or not zstd ({error}); {ADVICE}") from None
     return b"".join(parts)
 
 
 def tensor_shape(entry: Any) -> list[int]:
-    """The shape that a safetensors header gives a tensor.
+    """The shape of a tensor in a safetensors header.
 
     Raises:
-        ValueError: it gives none.
+        ValueError: the entry has no valid shape.
     """
     shape = entry.get("shape") if isinstance(entry, dict) else None
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
@@ -197,7 +198,7 @@ def tensor_shape(entry: Any) -> list[int]:
 
 
 def source_of(values: Any) -> Source | None:
-    """What a pair was made of, if that is said as ours say it."""
+    """The source in a pair's metadata, or None if it is malformed."""
     try:
         return build(Source, values)
     except ValueError:
@@ -212,10 +213,10 @@ def _source(header: dict[str, Any]) -> Source | None:
 
 
 def find_pairs(root: str | Path) -> list[Path]:
-    """All pair files under a folder, sorted, links followed.
+    """All pair files under a folder, sorted; links are followed.
 
     Raises:
-        UserError: the folder is missing or holds none.
+        UserError: the folder is missing or holds no pair files.
         WeightsError: a folder in it cannot be read.
     """
     root = Path(root)
@@ -228,15 +229,15 @@ def find_pairs(root: str | Path) -> list[Path]:
 
 
 def holds_pairs(root: str | Path) -> bool:
-    """Whether there is a pair file under a folder, or what its name makes one."""
+    """Whether there is a file with the name of a pair file under a folder."""
     return next(pairs_under(root), None) is not None
 
 
 def pairs_under(root: str | Path) -> Iterator[Path]:
-    """The same in no order of use, of a folder that may be missing."""
+    """All pair files under a folder, in no particular order; none if the folder is missing."""
     return (path for path in files_under(root) if path.name.endswith(SUFFIX)) if Path(root).is_dir() else iter(())
 
 
 def clip_name(path: Path, root: Path) -> str:
-    """What the clip of a pair file is called: its path in the folder, without the suffix."""
+    """The name of a pair file's clip: its path in the folder, without the suffix."""
     return path.relative_to(root).as_posix().removesuffix(SUFFIX)

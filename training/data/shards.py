@@ -1,9 +1,9 @@
-"""Many latent pairs in few files, mapped into memory: any crop of any clip is read without the rest.
+"""Many latent pairs in few files, mapped into memory, so that a crop of a clip is read without the rest.
 
 A shard, `00000.safetensors`, holds clips of one shape: `z_h` and `z_k`, float16 [N, c, t, h, w]; mean and standard
 deviation of each clip's channels, float32 [N, c] (`mean_h`, `std_h`, `mean_k`, `std_k`); and `clips`, the bytes of a
-JSON list of names and sources. `index.json` lists the shards and the statistics of all channels. `packing`
-makes them.
+JSON list of names and sources. `index.json` lists the shards and the statistics of all channels. `packing` writes
+both.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from .pairs import Pair, Shape, Source, lies_inside, pair_shape, source_of, tens
 
 FORMAT = "kvae-latent-shards/1"
 INDEX = "index.json"
-OPEN_SHARDS = 256  # mapped at once; each is one file handle, and no memory of its own
-AGAIN = "delete it and pack again"
+OPEN_SHARDS = 256  # mapped at once; each costs a file handle and no memory
+ADVICE = "delete it and pack again"
 
 
 def write_shard(path: Path, clips: list[dict], pairs: list[Pair]) -> None:
-    """Write a shard of pairs of one shape, whole or not at all."""
+    """Write a shard of pairs of one shape, completely or not at all."""
     tensors = {"clips": torch.frombuffer(bytearray(json.dumps(clips).encode()), dtype=torch.uint8)}
     for name, latents in (("h", [pair.z_h for pair in pairs]), ("k", [pair.z_k for pair in pairs])):
         z_Ncthw = torch.stack(latents)
@@ -48,20 +48,20 @@ def write_shard(path: Path, clips: list[dict], pairs: list[Pair]) -> None:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The shards of a folder, or what their names make such."""
+    """The files in a folder with names of shards, sorted."""
     return sorted(folder.glob("*.safetensors"))
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """A line of the index, off the shard's own header.
+    """The entry of a shard in the index, from the shard's own header.
 
     Raises:
-        UserError: it is damaged, or no shard.
+        UserError: the shard is damaged, or is not a shard.
     """
     try:
         weights = Weights(path)
     except WeightsError as error:
-        raise UserError(f"{path}: damaged, or no shard ({error}); {AGAIN}") from None
+        raise UserError(f"{path}: damaged, or not a shard ({error}); {ADVICE}") from None
     if weights.metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a shard of latent pairs; choose another --output-root")
     z_h, z_k = (list(weights.shapes.get(name, ())) for name in ("z_h", "z_k"))
@@ -69,7 +69,9 @@ def describe(path: Path) -> dict[str, Any]:
     of_clips = {"mean_h": z_h[:2], "std_h": z_h[:2], "mean_k": z_k[:2], "std_k": z_k[:2]}
     wrong = [name for name, shape in of_clips.items() if list(weights.shapes.get(name, ())) != shape]
     if wrong or "clips" not in weights.shapes:
-        raise UserError(f"{path}: {', '.join(wrong) or 'clips'}: not as a shard of {z_h[0]} pairs has it; {AGAIN}")
+        raise UserError(
+            f"{path}: {', '.join(wrong) or 'clips'}: missing, or not as in a shard of {z_h[0]} pairs; {ADVICE}"
+        )
     return {"file": path.name, "pairs": z_h[0], "z_h": z_h[1:], "z_k": z_k[1:]}
 
 
@@ -77,7 +79,7 @@ def packed_clips(folder: Path, shards: list[dict[str, Any]]) -> set[str]:
     """The names of the clips in these shards.
 
     Raises:
-        UserError: a shard does not say, or a clip is in two of them.
+        UserError: a shard does not list its clips, or a clip is in two shards.
     """
     held: dict[str, str] = {}
     for shard in shards:
@@ -90,10 +92,10 @@ def packed_clips(folder: Path, shards: list[dict[str, Any]]) -> set[str]:
 
 
 def _clips(path: Path, tensor: Tensor, pairs: int) -> list[dict[str, Any]]:
-    """Names and sources, off a shard's `clips`.
+    """Names and sources of a shard's clips, from its tensor `clips`.
 
     Raises:
-        UserError: they are not those of so many clips.
+        UserError: the list is malformed, or not of this number of clips.
     """
     try:
         clips = parse_json(tensor.numpy().tobytes())
@@ -103,7 +105,7 @@ def _clips(path: Path, tensor: Tensor, pairs: int) -> list[dict[str, Any]]:
             raise ValueError(f"{len(clips)} names for {pairs} clips")
         return clips
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: does not say which clips it holds ({error}); {AGAIN}") from None
+        raise UserError(f"{path}: does not say which clips it holds ({error}); {ADVICE}") from None
 
 
 def statistics(paths: list[Path]) -> dict[str, dict[str, list[float]]]:
@@ -124,16 +126,16 @@ def statistics(paths: list[Path]) -> dict[str, dict[str, list[float]]]:
 
 
 class Shards:
-    """Pairs of a folder of shards by number. No latents are held; what is read is copied out of the mapping.
+    """Pairs of a folder of shards, by number. Latents are copied out of the mapped files when they are read.
 
     Raises:
-        UserError: the index is not one, or is not that of the shards that are there.
+        UserError: the index is malformed, or does not fit the shards in the folder.
     """
 
     def __init__(self, root: Path):
         self.root = root
         if not (root / INDEX).exists():
-            raise UserError(f"{root}: no {INDEX} in it; run `python -m training pack` first, or to its end")
+            raise UserError(f"{root}: no {INDEX} in it; run `python -m training pack`, to its end")
         try:
             index = parse_object(read_text(root / INDEX))
             if index["format"] != FORMAT:
@@ -146,30 +148,33 @@ class Shards:
         self.ends = np.array(list(accumulate(entry.pairs for entry in entries)), dtype=np.int64)
         self._check_files()
         self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
-        self._clips = lru_cache(1)(self._read_clips)  # pairs are read shard after shard, but for crops, which need none
+        self._clips = lru_cache(1)(self._read_clips)  # whole pairs are read shard after shard; crops need no clips
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def names(self) -> Iterator[str]:
-        """The clips' names in order; those of one shard are in memory, and of the next while it is read."""
+        """Names of the clips, in order. Only the names of one shard are in memory."""
         return (entry["clip"] for number in range(len(self.files)) for entry in self._clips(number))
 
     def videos(self) -> Iterator[str | None]:
-        """What they say they were made of, in order."""
+        """Videos of the pairs, in order; None for pairs that do not say."""
         entries = (entry for number in range(len(self.files)) for entry in self._clips(number))
         return (source.video if (source := source_of(entry.get("source"))) else None for entry in entries)
 
     def check_names(self) -> None:
-        """Refuse names that cannot become files in a folder.
+        """Refuse names of clips that cannot become files in a folder.
 
         Raises:
-            UserError: two clips have one name, or one that leads out of the folder.
+            UserError: two clips have the same name, or a name leads out of the folder.
         """
         seen: set[PurePath] = set()
         for name in self.names():
             if not lies_inside(name):
-                raise UserError(f"{self.root}: a clip is called {name!r}, which lies outside of --output-root")
+                raise UserError(
+                    f"{self.root}: a clip is called {name!r}, which points outside --output-root; "
+                    "the shard is corrupt or malicious"
+                )
             if PurePath(name) in seen:
                 raise UserError(f"{self.root}: two clips are called {name!r}; one would overwrite the other")
             seen.add(PurePath(name))
@@ -185,23 +190,23 @@ class Shards:
         return source_of(self._clips(number)[row].get("source"))
 
     def shape(self, i: int) -> Shape:
-        """Of one pair."""
+        """The shape of pair i."""
         return self.shard_shapes[self._place(i)[0]]
 
     @cached_property
     def shapes(self) -> tuple[list[Shape], np.ndarray]:
-        """The shapes there are, and which of them each pair has, int32 [pairs]."""
+        """The distinct shapes, and the number of each pair's shape, int32 [pairs]."""
         numbers: dict[Shape, int] = {}
         kinds = [numbers.setdefault(shape, len(numbers)) for shape in self.shard_shapes]
         return list(numbers), np.repeat(np.array(kinds, np.int32), np.diff(self.ends, prepend=0))
 
     def read(self, i: int) -> Pair:
-        """A whole pair."""
+        """Pair i, whole."""
         z_h, z_k = self.crop(i, (slice(None), slice(None), slice(None)))
         return Pair(z_h, z_k, self.source(i))
 
     def crop(self, i: int, where: Slices) -> tuple[Tensor, Tensor]:
-        """Part of a pair: float16 [c, t, h, w] and [c', t, h, w].
+        """A part of pair i: float16 [c, t, h, w] and [c', t, h, w].
 
         Raises:
             UserError: a value is not a finite number, or the shard is damaged.
@@ -210,7 +215,7 @@ class Shards:
         part = (slice(row, row + 1), slice(None), *where)
         z_h, z_k = (self._open(number).get_slice(name)[part][0] for name in ("z_h", "z_k"))
         if not (all_finite(z_h) and all_finite(z_k)):
-            raise UserError(f"{self.root / self.files[number]}: holds values that are not finite numbers; {AGAIN}")
+            raise UserError(f"{self.root / self.files[number]}: holds values that are not finite numbers; {ADVICE}")
         return z_h, z_k
 
     def _place(self, i: int) -> tuple[int, int]:
@@ -225,11 +230,14 @@ class Shards:
         try:
             clips = self._open(number).get_tensor("clips")
         except SafetensorError as error:
-            raise UserError(f"{path}: does not say which clips it holds ({error}); {AGAIN}") from None
+            raise UserError(f"{path}: does not say which clips it holds ({error}); {ADVICE}") from None
         return _clips(path, clips, self._pairs(number))
 
     def _check_files(self) -> None:
-        """The index is made last, so a run of `pack` that was killed leaves more shards than it lists."""
+        """Raise UserError unless the index lists the shards in the folder.
+
+        The index is written last, so a run of `pack` that was killed leaves more shards than it lists.
+        """
         listed, there = set(self.files), {path.name for path in shard_files(self.root)}
         if len(self.files) != len(listed):
             twice = next(name for name in self.files if self.files.count(name) > 1)
@@ -245,7 +253,7 @@ class Shards:
             shard: Any = safe_open(path, framework="pt")
             parts = {name: shard.get_slice(name) for name in ("z_h", "z_k")}
         except (SafetensorError, OSError, WeightsError) as error:
-            raise UserError(f"{path}: missing or damaged ({error}); {AGAIN}") from None
+            raise UserError(f"{path}: missing or damaged ({error}); {ADVICE}") from None
         found = {name: part.get_shape() for name, part in parts.items()}
         kinds = {part.get_dtype() for part in parts.values()}
         expected, pairs = self.shard_shapes[number], self._pairs(number)
@@ -259,10 +267,10 @@ class Shards:
 
 
 class _Entry:
-    """A shard as the index has it.
+    """The entry of a shard in the index.
 
     Raises:
-        ValueError: no shard is like that.
+        ValueError: the entry is malformed.
     """
 
     def __init__(self, root: Path, entry: dict[str, Any]):

@@ -1,4 +1,4 @@
-"""Videos: finding them, splitting them, cutting clips from them.
+"""Videos: find them, split them into training and test, and cut clips from them.
 
 # T frames, H/W pixels; frames are uint8, [3, T, H, W], RGB
 """
@@ -25,13 +25,13 @@ from ..errors import UserError
 from .walk import files_under
 
 EXTENSIONS = (".avi", ".mp4", ".mkv", ".mov", ".webm")
-MIN_FRAMES = 5  # two latents; anything shorter is a picture
+MIN_FRAMES = 5  # two latent frames
 UCF101_TEST_GROUPS = range(1, 8)  # testlist01 of UCF101 is groups g01 to g07
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames of one video: `count` of them from `first` on, or spread over the whole of it where `first` is None."""
+    """Frames of a video: `count` frames from `first` on, or spread over the whole video if `first` is None."""
 
     video: Path
     count: int
@@ -39,18 +39,18 @@ class Clip:
 
 
 def find_videos(root: str | Path, split: str = "all") -> list[Path]:
-    """All videos under a folder, sorted, those behind links too; or the part that `split` ("train", "test") names.
+    """All videos under a folder, sorted, links followed; or those of a split, "train" or "test".
 
-    The split is read from UCF101's trainlist01.txt/testlist01.txt (in the folder, or in ucfTrainTestlist beside or
-    inside it), else from folders named train/test/val, wherever they are in the tree, else from the group number in
-    UCF101's file names. Files of a list are known by their names without the extension: copies are often mp4 files.
+    The split comes from UCF101's trainlist01.txt/testlist01.txt (in the folder, or in ucfTrainTestlist next to or
+    inside it), else from folders named train/test/val anywhere in the tree, else from the group number in UCF101's file
+    names. Lists are matched by file names without the extension, since copies are often mp4 files.
 
     Raises:
         UserError: the folder is missing, holds no video, or has no such split.
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; --videos-root takes a folder of videos")
+        raise UserError(f"{root}: no such folder; --videos-root must be a folder of videos")
     videos = sorted(path for path in files_under(root) if path.suffix.lower() in EXTENSIONS and path.is_file())
     if not videos:
         raise UserError(f"{root}: no videos in it ({', '.join(EXTENSIONS)})")
@@ -60,7 +60,7 @@ def find_videos(root: str | Path, split: str = "all") -> list[Path]:
     if not chosen:
         raise UserError(
             f"{root}: no {split} split found; expected {split}list01.txt, a folder {split}, or UCF101's names "
-            "(v_Class_g01_c01.avi): or leave --split out"
+            "(v_Class_g01_c01.avi); or leave --split out"
         )
     return chosen
 
@@ -89,19 +89,19 @@ def _of_groups(videos: list[Path], split: str) -> list[Path]:
 
 
 def count_frames(path: Path) -> int:
-    """Frames that are shown.
+    """Number of frames that a player shows.
 
     Raises:
         UserError: not a video, damaged, or cut short.
     """
-    return _whole(path).count
+    return _complete(path).count
 
 
 def cut(path: Path, count: int, clips: int) -> list[Clip]:
-    """`clips` windows of `count` consecutive frames, evenly spaced over the video and never overlapping.
+    """At most `clips` clips of `count` consecutive frames, evenly spaced over the video, without overlap.
 
     Raises:
-        UserError: as `count_frames`, where there are to be several.
+        UserError: as `count_frames`, if `clips` is more than 1.
     """
     if clips == 1:
         return [Clip(path, count, 0)]
@@ -112,7 +112,7 @@ def cut(path: Path, count: int, clips: int) -> list[Clip]:
 
 
 def read_clip(clip: Clip, height: int, width: int, fit: str = STRETCH) -> Tensor:
-    """The frames of a clip, resized, as uint8 [3, T, H, W]. T may be less than asked where the video is shorter.
+    """The frames of a clip, resized, as uint8 [3, T, H, W]. T is smaller than asked if the video is shorter.
 
     Raises:
         UserError: not a video, damaged, cut short, or shorter than 5 frames.
@@ -121,13 +121,13 @@ def read_clip(clip: Clip, height: int, width: int, fit: str = STRETCH) -> Tensor
 
 
 def read_clips(clips: list[Clip], height: int, width: int, fit: str = STRETCH) -> Iterator[Tensor]:
-    """The same for several windows of one video, in order and apart, in one go through it.
+    """The frames of several clips of a video, which is decoded once. The clips are in order and do not overlap.
 
     Raises:
-        UserError: as `read_clip`, once the windows before are read.
+        UserError: as `read_clip`, after the clips before have been yielded.
     """
     video = clips[0].video
-    if fit not in (CROP, STRETCH):  # a pair of others may say anything
+    if fit not in (CROP, STRETCH):  # it may come from a pair that others wrote
         raise UserError(f"{video}: fit is {fit!r}; expected {CROP} or {STRETCH}")
     with _user_errors():
         places = [_places(clip) for clip in clips]
@@ -135,14 +135,14 @@ def read_clips(clips: list[Clip], height: int, width: int, fit: str = STRETCH) -
         for window in places:
             frames = [fit_picture(picture, height, width, fit) for picture in islice(pictures, len(window))]
             if len(frames) < len(window):
-                _whole(video)  # says so where the file breaks off
+                _complete(video)  # raises if the file is cut short
             if len(frames) < MIN_FRAMES:
                 raise UserError(f"{video}: only {len(frames)} frames decode; expected at least {MIN_FRAMES}")
             yield torch.stack(frames, dim=1)
 
 
 def times_of(clip: Clip) -> list[Fraction]:
-    """When the frames of a clip are shown: seconds after its first; none past the end of the video.
+    """Times of a clip's frames, in seconds after its first; frames past the end of the video have none.
 
     Raises:
         UserError: not a video, or damaged.
@@ -160,7 +160,8 @@ def _places(clip: Clip) -> list[int] | range:
     return np.linspace(0, total - 1, min(clip.count, total), dtype=np.int64).tolist()
 
 
-def _whole(path: Path) -> VideoIndex:
+def _complete(path: Path) -> VideoIndex:
+    """The index of a video; UserError if the file is cut short."""
     with _user_errors():
         index = index_video(path)
     if index.lost:
@@ -170,7 +171,7 @@ def _whole(path: Path) -> VideoIndex:
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """A file that cannot be read is one of many here: as errors of a clip, not of the whole run."""
+    """Turn a WeightsError into a UserError: here, a file that cannot be read is one of many."""
     try:
         yield
     except WeightsError as error:

@@ -1,4 +1,4 @@
-"""The files of a folder, however deep, through links too, each folder once whatever leads to it."""
+"""Find all files under a folder. Links are followed, and each folder is visited once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ...kvae.paths import file_errors
 
 
 def files_under(root: str | Path) -> Iterator[Path]:
-    """All that is not a folder under a folder, in no order of use; what is written while this lasts may be left out.
+    """Yield everything under a folder that is not a folder, in no particular order.
 
-    Folders are told apart by what they are, not by their names: a link back up does not lead in circles, and one into
-    a folder that lies here anyhow does not show its files twice.
+    Folders are identified by device and inode. So a link back up does not lead in circles, and a link into a folder of
+    the same tree does not yield its files twice. Files written meanwhile may be missing.
 
     Raises:
         WeightsError: a folder cannot be read.
@@ -22,7 +22,7 @@ def files_under(root: str | Path) -> Iterator[Path]:
     tops = [str(root)]
     while tops:
         links: list[str] = []
-        for top in tops:  # what lies here itself comes before what links lead to, and so keeps its name
+        for top in tops:  # folders come before links to them, so files keep the names without links
             for folder, folders, files in os.walk(top, onerror=_refuse):
                 status = os.stat(folder)
                 if (status.st_dev, status.st_ino) in seen:

@@ -1,1 +1,1 @@
-"""Adapters and VAEs measured, and what that looks like."""
+"""Measurements of adapters and VAEs, and their reports."""

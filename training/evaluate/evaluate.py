@@ -1,13 +1,13 @@
-"""Adapters measured: in latents, in pixels, beside the affine map and the pixel path.
+"""Measure adapters in latents and in pixels, and compare them with the affine map and the pixel path.
 
     python -m training evaluate --latent-root val_latents --videos-root UCF101 \\
         --adapter-h2k h2k.safetensors --adapter-k2h k2h.safetensors --hunyuan-vae DIR --kvae DIR
 
-Latents: mean squared error both ways and over both cycles, also as a share of the target's variance.
-Pixels: PSNR and SSIM against the original of both VAEs alone and of both crossed decodes; PSNR of a crossed decode
-against what the source VAE itself decodes from the latent; flicker. Beside each adapter stand an affine 3x3x3 map
-fitted in closed form (on --train-latent-root, else on the other half of these pairs) and the pixel path: decode with
-one VAE, encode with the other.
+Latents: mean squared error of both directions and both cycles, also relative to the variance of the target.
+Pixels: PSNR and SSIM against the original, for both VAEs alone and for both decodes through an adapter; PSNR of these
+against what the source VAE decodes from the same latent; flicker.
+Each adapter is compared with an affine 3x3x3 map fitted in closed form (on --train-latent-root, else on the other half
+of these pairs) and with the pixel path: decode with one VAE, encode with the other.
 Writes evaluation.txt, evaluation.json, evaluate.json, contact_sheet.png, worst_clips.png and the report (see
 `training.evaluate.report`).
 """
@@ -32,19 +32,18 @@ from ...serving.metrics import psnr, temporal_error
 from ..adapters.closed_form import fit_both_ways
 from ..data.dataset import Pairs, open_pairs, spread
 from ..data.manifests import read_manifest, read_spaces, same_vae
-from ..data.pairs import Pair
+from ..directions import DIRECTIONS
 from ..errors import UserError
 from ..options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option, write_config
 from ..runtime.places import check_apart
-from ..vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae, made_with
+from ..vaes import VideoVAE, load_hunyuan_vae, load_kvae_for_training, made_with
+from .latents import Map, check_channels, latent_metrics
 from .originals import check_originals, original_frames
 from .pictures import contact_sheet
 from .report import REPORT, write_report
+from .tables import plain_text
 
-Map = Callable[[Tensor], Tensor]
 SHEET_CLIPS = 3
-WORST_CLIPS = 5
-WAYS = {"KVAE": "H→K", "Hunyuan": "K→H"}  # each VAE, and the adapter before its decoder
 OUTPUTS = (*REPORT, "evaluate.json", "evaluation.json", "evaluation.txt", "contact_sheet.png", "worst_clips.png")
 COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "Hunyuan through K→H"]
 
@@ -52,15 +51,15 @@ COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "H
 @dataclass
 class EvaluateConfig:
     latent_root: str = option(..., "folder of pairs to evaluate on, from extract or pack")
-    videos_root: str = option("", "the videos they came from; without it there are no pixel figures")
+    videos_root: str = option("", "folder of the videos the pairs were made of; without it, pixels are not measured")
     adapter_h2k: str = option("hunyuan_to_kvae.safetensors", "Hunyuan → KVAE adapter")
     adapter_k2h: str = option("kvae_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
     hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
     kvae: str = option("tiny", KVAE_HELP)
-    train_latent_root: str = option("", "pairs to fit the affine maps on; without it, the other half of these pairs")
+    train_latent_root: str = option("", "pairs to fit the affine maps to; without it, the other half of these pairs")
     output_root: str = option("evaluation", "folder for the table, the JSON and the pictures", writes="folder")
-    max_samples: int = option(2000, "pairs for the latent figures", least=1)
-    num_pixel_samples: int = option(128, "pairs for the pixel figures", least=1)
+    max_samples: int = option(2000, "largest number of pairs to measure in latents", least=1)
+    num_pixel_samples: int = option(128, "largest number of pairs to measure in pixels", least=1)
     device: str = option(DEVICE, "device of VAEs and adapters")
 
 
@@ -74,38 +73,29 @@ def run(config: EvaluateConfig) -> int:
     h, k = (each.name for each in read_spaces(config.latent_root))
     h2k = load_adapter(config.adapter_h2k, (h, k), config.device)
     k2h = load_adapter(config.adapter_k2h, (k, h), config.device)
-    _check_channels(pairs.name(0), pairs[0], h2k)
+    check_channels(pairs.name(0), pairs[0], h2k)
     chosen = spread(len(pairs), config.num_pixel_samples) if config.videos_root else []
     check_originals(pairs, chosen, config.videos_root)
     vaes = _vaes(config, (h2k, k2h)) if chosen else None
     affine = AffineBaseline(pairs, config)
-    result: dict[str, Any] = {"latent": latent_figures(pairs, h2k, k2h, affine)}
+    result: dict[str, Any] = {"latent": latent_metrics(pairs, h2k, k2h, affine)}
     if vaes:
-        result["pixel"] = pixel_figures(pairs, chosen, Decoding(*vaes, h2k, k2h, affine), config)
+        result["pixel"] = pixel_metrics(pairs, chosen, Decoding(*vaes, h2k, k2h, affine), config)
     sheets = {"Contact sheet": out / "contact_sheet.png", "The clips that lose most": out / "worst_clips.png"}
     write_report(out, adapters, result, log_file, sheets if config.videos_root else {})
     write_config(out / "evaluate.json", "evaluate", config)
     write_text(out / "evaluation.json", json_text(result, indent=2) + "\n")
-    text = table(result)
+    text = plain_text(result)
     write_text(out / "evaluation.txt", text)
     print(text, end="")
     print(f"→ {out}")
     return 0
 
 
-def _check_channels(name: str, pair: Pair, h2k: LatentAdapter) -> None:
-    h, k = h2k.source, h2k.target
-    if (len(pair.z_h), len(pair.z_k)) != (h.channels, k.channels):
-        raise UserError(
-            f"{name}: {len(pair.z_h)} and {len(pair.z_k)} channels; expected {h.channels} ({h.name}) and {k.channels} "
-            f"({k.name})"
-        )
-
-
 class AffineBaseline:
-    """Closed-form affine 3x3x3 maps that have not seen the pair they are applied to.
+    """Closed-form affine 3x3x3 maps, never applied to pairs they were fitted to.
 
-    Fitted on the training pairs where they are given; else in two halves, each pair using the other half's fit.
+    They are fitted to the training pairs, if given; else to each half of the pairs, and applied to the other half.
     """
 
     def __init__(self, pairs: Pairs, config: EvaluateConfig):
@@ -132,59 +122,9 @@ def _maps(pairs: Pairs, device: str) -> dict[str, Map]:
         raise UserError(f"no affine baseline: {error}, or give --train-latent-root") from None
 
 
-@torch.inference_mode()
-def latent_figures(
-    pairs: Pairs, h2k: LatentAdapter, k2h: LatentAdapter, affine: Callable[[int, str], Map] | None
-) -> dict[str, Any]:
-    """Squared errors, each also as a share of its target's variance (around each channel's mean).
-
-    Returns:
-        figures: means over the pairs, by direction.
-        worst: by direction, the clips whose error is the largest.
-        channels: mean and deviation of every channel of z_h and z_k, and each adapter's error in them as a share.
-    """
-    device = next(h2k.parameters()).device
-    errors: dict[str, list[float]] = {}
-    moments = {name: [torch.zeros(()).double()] * 2 for name in ("z_h", "z_k")}
-    by_channel = {name: torch.zeros(()).double() for name in ("H→K", "K→H")}
-    for i in range(len(pairs)):
-        _check_channels(pairs.name(i), pairs[i], h2k)
-        z_h, z_k = pairs.batch([i], device)
-        k_hat, h_hat = h2k(z_h), k2h(z_k)
-        found = {"H→K": (k_hat, z_k), "K→H": (h_hat, z_h), "H→K→H": (k2h(k_hat), z_h), "K→H→K": (h2k(h_hat), z_k)}
-        if affine:
-            found["H→K affine"] = affine(i, "h2k")(z_h), z_k
-            found["K→H affine"] = affine(i, "k2h")(z_k), z_h
-        for name, (z, target) in found.items():
-            errors.setdefault(name, []).append((z - target).square().mean().item())
-        for name in by_channel:
-            z, target = found[name]
-            by_channel[name] = by_channel[name] + (z - target).cpu().double().square().mean((0, 2, 3, 4))
-        for name, z in (("z_h", z_h), ("z_k", z_k)):
-            first, second = moments[name]
-            z = z.cpu().double()  # there, as Apple's GPUs have no float64
-            moments[name] = [first + z.mean((0, 2, 3, 4)), second + z.square().mean((0, 2, 3, 4))]
-    count = len(pairs)
-    mean = {name: first / count for name, (first, _) in moments.items()}
-    variance = {name: second / count - mean[name].square() for name, (_, second) in moments.items()}
-    figures, channels, worst = {}, {}, {}
-    for name, each in errors.items():
-        total = max(1e-12, variance["z_k" if name.removesuffix(" affine").endswith("K") else "z_h"].mean().item())
-        figures[name] = {"mse": sum(each) / count, "share": sum(each) / count / total}
-        if name in by_channel:
-            order = sorted(range(count), key=lambda i: -each[i])[:WORST_CLIPS]
-            worst[name] = [{"clip": pairs.name(i), "mse": each[i], "share": each[i] / total} for i in order]
-    for space in moments:
-        channels[f"{space} mean"] = mean[space].tolist()
-        channels[f"{space} std"] = variance[space].clamp(min=0).sqrt().tolist()
-    for name, space in (("H→K", "z_k"), ("K→H", "z_h")):
-        channels[f"{name} share"] = (by_channel[name] / count / variance[space].clamp(min=1e-12)).tolist()
-    return {"pairs": count, "figures": figures, "worst": worst, "channels": channels}
-
-
 @dataclass(frozen=True)
 class Decoding:
-    """Every way from a clip's latents to pixels that is judged."""
+    """All ways from a clip's latents to pixels that are measured."""
 
     hunyuan: VideoVAE
     kvae: VideoVAE
@@ -193,7 +133,7 @@ class Decoding:
     affine: Callable[[int, str], Map]
 
     def decodes(self, i: int, z_h: Tensor, z_k: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of pair i: what each way decodes, [1, 3, T, H, W] in 0..255, and what the source VAE decodes itself."""
+        """For pair i: what each way decodes, [1, 3, T, H, W] in 0..255, and what the source VAE decodes."""
         hunyuan, kvae = self.hunyuan, self.kvae
         y_h, y_k = hunyuan.decode(z_h), kvae.decode(z_k)
         return {
@@ -209,10 +149,13 @@ class Decoding:
 
 
 @torch.inference_mode()
-def pixel_figures(pairs: Pairs, chosen: list[int], decoding: Decoding, config: EvaluateConfig) -> dict:
-    """PSNR, SSIM, flicker of every path, means over clips, and the clips on which a decode loses most by an adapter.
+def pixel_metrics(pairs: Pairs, chosen: list[int], decoding: Decoding, config: EvaluateConfig) -> dict:
+    """Measure PSNR, SSIM and flicker of every decode, averaged over clips, and find the clips that lose most.
 
-    The contact sheets, of some clips and of those, are drawn on the way.
+    Two contact sheets are written on the way: of some clips, and of the clips that lose most by an adapter.
+
+    Returns:
+        clips: their number; figures: the means, by decode; worst: the clips that lose most PSNR by an adapter.
     """
     rows: dict[str, list[dict[str, float]]] = {}
     sheet, sheet_at = [], set(spread(len(chosen), SHEET_CLIPS))
@@ -226,7 +169,8 @@ def pixel_figures(pairs: Pairs, chosen: list[int], decoding: Decoding, config: E
         videos = [original, *(decodes[name][0][0, :, : original.shape[1]].cpu().round().byte() for name in columns)]
         if n in sheet_at:
             sheet.append(videos)
-        lost = max(rows[name][-1]["psnr"] - rows[f"{name}({way})"][-1]["psnr"] for name, way in WAYS.items())
+        psnrs = {name: each[-1]["psnr"] for name, each in rows.items()}
+        lost = max(psnrs[each.decoder] - psnrs[f"{each.decoder}({each.arrow})"] for each in DIRECTIONS.values())
         worst = sorted([*worst, (lost, pairs.name(i), videos)], key=lambda each: -each[0])[:SHEET_CLIPS]
     out = Path(config.output_root)
     contact_sheet(out / "contact_sheet.png", COLUMNS, sheet)
@@ -248,9 +192,14 @@ def _compare(decoded: Tensor, direct: Tensor, original: Tensor, same: bool) -> d
 
 
 def _vaes(config: EvaluateConfig, adapters: tuple[LatentAdapter, LatentAdapter]) -> tuple[VideoVAE, VideoVAE]:
-    """Both VAEs. Pixels decoded by others than the pairs and the adapters were made with would mean nothing."""
+    """Load both VAEs; refuse VAEs other than those that made the pairs and the adapters.
+
+    Raises:
+        UserError: the pairs were made with other VAEs.
+        WeightsError: the adapters were made for other VAEs.
+    """
     hunyuan = load_hunyuan_vae(config.hunyuan_vae, config.device)
-    kvae = load_kandinsky_vae(config.kvae, config.device)
+    kvae = load_kvae_for_training(config.kvae, config.device)
     manifest = read_manifest(config.latent_root)
     for key, vae in (("hunyuan_vae", hunyuan), ("kvae", kvae)):
         if manifest and not same_vae(manifest[key], made_with(vae)):
@@ -261,22 +210,3 @@ def _vaes(config: EvaluateConfig, adapters: tuple[LatentAdapter, LatentAdapter])
         for adapter in adapters:
             adapter.check_fits(vae.space.name, vae.signature)
     return hunyuan, kvae
-
-
-def table(result: dict) -> str:
-    """The figures as text."""
-    latent = result["latent"]
-    lines = [f"Latents, {latent['pairs']} pairs", f"  {'':<20}{'MSE':>10}{'of variance':>14}"]
-    for name, row in latent["figures"].items():
-        lines.append(f"  {name:<20}{row['mse']:>10.4f}{row['share']:>13.2%} ")
-    if "pixel" in result:
-        pixel = result["pixel"]
-        lines += [
-            "",
-            f"Pixels, {pixel['clips']} clips (source: against what the source VAE decodes from the same latent)",
-            f"  {'':<20}{'PSNR':>10}{'SSIM':>9}{'flicker':>9}{'PSNR source':>13}",
-        ]
-        for name, row in pixel["figures"].items():
-            source = f"{row['psnr_source']:>13.2f}" if "psnr_source" in row else f"{'':>13}"
-            lines.append(f"  {name:<20}{row['psnr']:>10.2f}{row['ssim']:>9.4f}{row['flicker']:>9.2f}{source}".rstrip())
-    return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The frames that pairs were made of, found by what the pairs say of themselves, which is not trusted."""
+"""The frames that pairs were made of, found by the pairs' metadata, which is not trusted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEAST_SIDE = 16  # pixels; SSIM compares windows of 11
 
 
 def check_originals(pairs: Pairs, chosen: list[int], videos_root: str) -> None:
-    """Refuse, before any work, pairs of which the videos are not there.
+    """Refuse pairs whose videos are missing, before any work.
 
     Raises:
         UserError: see `original_frames`.
@@ -27,13 +27,13 @@ def check_originals(pairs: Pairs, chosen: list[int], videos_root: str) -> None:
 
 
 def original_frames(name: str, pair: Pair, videos_root: str) -> Tensor:
-    """The frames a pair was made of, uint8 [3, T, H, W]; a published pair says nothing, so its recipe is assumed.
+    """The frames a pair was made of, uint8 [3, T, H, W]. A published pair has no source, so its recipe is assumed.
 
     Args:
         name: the clip's path in its folder of pairs, without suffix.
 
     Raises:
-        UserError: the video is not there, or the pair says what cannot be of its latents.
+        UserError: the video is missing, or the pair's source does not fit its latents.
     """
     clip, source = _clip(name, pair, videos_root)
     frames = read_clip(clip, source.height, source.width, source.fit)
@@ -52,16 +52,16 @@ def _clip(name: str, pair: Pair, videos_root: str) -> tuple[Clip, Source]:
 
 
 def _check(name: str, source: Source, pair: Pair) -> None:
-    """What is said asks for no more frames and pixels than the latents stand for. That it names a file in the folder of
-    videos, `Source` itself has made sure."""
+    """Raise UserError if the source asks for more frames or pixels than the latents stand for. `Source` itself refuses
+    files outside the folder of videos."""
     _, t, h, w = pair.z_h.shape
     sizes = {(each.spatial_factor * h, each.spatial_factor * w) for each in SPACES.values()}
     frames = max(each.temporal_factor for each in SPACES.values()) * (t - 1) + 1
     fits = (source.height, source.width) in sizes and min(source.height, source.width) >= LEAST_SIDE
     if not (fits and 1 <= source.frames <= frames and 0 <= (source.first or 0) <= MOST):
         raise UserError(
-            f"{name}: it says {source.frames} frames of {source.height}x{source.width} from {source.first} on, which "
-            f"its latents, {t}x{h}x{w}, are not of; extract it again"
+            f"{name}: its source is {source.frames} frames of {source.height}x{source.width} from {source.first} on, "
+            f"which do not fit its latents, {t}x{h}x{w}; delete it and extract again"
         )
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ...kvae.paths import written_whole
 
-LABEL_HEIGHT = 18
-FRAMES = 3  # of each clip, on a sheet
+LABEL_HEIGHT = 18  # pixels
+FRAMES = 3  # of each clip on a sheet
 
 
 def contact_sheet(path: Path, labels: list[str], clips: list[list[Tensor]]) -> None:
-    """A PNG: a column for each label; for each clip a few rows, its first, middle and last frame."""
+    """Write a PNG with a column for each label and, for each clip, rows of its first, middle and last frame."""
     height, width = clips[0][0].shape[2:]
     rows = FRAMES * len(clips)
     sheet = Image.new("RGB", (width * len(labels), LABEL_HEIGHT + height * rows), "white")
@@ -35,7 +35,7 @@ def contact_sheet(path: Path, labels: list[str], clips: list[list[Tensor]]) -> N
 
 
 def side_by_side(labels: list[str], videos: list[Tensor]) -> Tensor:
-    """uint8 [3, T, H, W] each → one labelled video, [3, T, H + label, n·W], sides even as H.264 needs."""
+    """Join videos, uint8 [3, T, H, W], into one with labels, [3, T, H + label, n·W]; sides are even, as H.264 needs."""
     height, width = videos[0].shape[2:]
     label = Image.new("RGB", (width * len(videos), LABEL_HEIGHT + height % 2), "white")
     _write_labels(label, labels, width)

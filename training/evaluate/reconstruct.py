@@ -1,8 +1,8 @@
-"""One video through one VAE: PSNR, and original and reconstruction side by side.
+"""Encode and decode one video with one VAE: PSNR, and original and reconstruction side by side.
 
-python -m training reconstruct --video-path clip.mp4 --vae kvae --kvae DIR
+    python -m training reconstruct --video-path clip.mp4 --vae kvae --kvae DIR
 
-The middle of the video, in the proportions of --height and --width; each frame is shown as long as it was.
+The picture is cropped to the proportions of --height and --width. Frames keep their times.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from ..data.videos import MIN_FRAMES, Clip, read_clip, times_of
 from ..errors import UserError
 from ..options import DEVICE, HUNYUAN_HELP, KVAE_HELP, MOST_FRAMES, MOST_SIDE, check_values, option, write_config
 from ..runtime.places import check_apart, check_target
-from ..vaes import VideoVAE, load_hunyuan_vae, load_kandinsky_vae
+from ..vaes import VideoVAE, load_hunyuan_vae, load_kvae_for_training
 from .pictures import side_by_side
 
 
 @dataclass
 class ReconstructConfig:
     video_path: str = option(..., "the video")
-    vae: str = option("kvae", "which VAE", choices=("kvae", "hunyuan"))
+    vae: str = option("kvae", "the VAE to use", choices=("kvae", "hunyuan"))
     hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
     kvae: str = option("tiny", KVAE_HELP)
     output: str = option("reconstruction.mp4", "side-by-side video to write", writes="file")
-    num_frames: int = option(33, "frames to take, from the start", least=MIN_FRAMES, most=MOST_FRAMES)
+    num_frames: int = option(33, "number of frames, from the start", least=MIN_FRAMES, most=MOST_FRAMES)
     height: int = option(240, "pixels, a multiple of 8 or 16, as the VAE needs", least=16, most=MOST_SIDE)
     width: int = option(320, "pixels, a multiple of 8 or 16, as the VAE needs", least=16, most=MOST_SIDE)
     device: str = option(DEVICE, "device of the VAE")
@@ -40,8 +40,11 @@ def run(config: ReconstructConfig) -> int:
     """Encode and decode; returns 0."""
     out = Path(config.output)
     _check(config, out)
-    load, name = (load_kandinsky_vae, config.kvae) if config.vae == "kvae" else (load_hunyuan_vae, config.hunyuan_vae)
-    vae = load(name, config.device)
+    vae: VideoVAE
+    if config.vae == "kvae":
+        vae = load_kvae_for_training(config.kvae, config.device)
+    else:
+        vae = load_hunyuan_vae(config.hunyuan_vae, config.device)
     side = vae.space.spatial_factor
     if config.height % side or config.width % side:
         raise UserError(f"{config.height}x{config.width}: expected multiples of {side} ({vae.space.name})")
@@ -66,5 +69,5 @@ def _check(config: ReconstructConfig, out: Path) -> None:
     if out.suffix != ".mp4":
         raise UserError(f"--output is {out}; expected a name that ends in .mp4")
     settings = out.with_suffix(".json")
-    check_target("beside --output,", settings)
+    check_target("next to --output,", settings)
     check_apart({"--output": out, "the file of its settings": settings}, [Path(config.video_path)])

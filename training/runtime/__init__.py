@@ -1,1 +1,1 @@
-"""What training of any kind needs: processes, interrupts, work ahead, states, logs, places to write to."""
+"""What any training needs: processes, interrupts, read-ahead, the trainer and its state file, logs, output paths."""

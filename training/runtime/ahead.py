@@ -1,4 +1,4 @@
-"""Work done ahead in threads, never more of it than a few items."""
+"""Read ahead: run iterables in threads, a few items before they are needed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ POLL_SECONDS = 0.1
 
 
 def ahead(streams: Iterable[Iterable[T]], threads: int, waiting: int) -> Generator[T, None, None]:
-    """The items of all streams, each stream run by one of the threads; with one thread, in order.
+    """Yield the items of all streams. One of the threads runs each stream; with one thread, items keep their order.
 
-    At most `waiting` items are ready and untaken. What a stream raises is raised here, after the items before it.
+    At most `waiting` items are ready at a time. An exception in a stream is raised here, after the items before it.
     Close the generator to stop the threads early.
     """
     jobs, lock = iter(streams), threading.Lock()
@@ -39,7 +39,7 @@ def ahead(streams: Iterable[Iterable[T]], threads: int, waiting: int) -> Generat
                     put(item)
                     if stopped.is_set():
                         break
-        except BaseException as error:  # whatever it is, the consumer is to see it
+        except BaseException as error:  # the consumer must see it, whatever it is
             put(error)
         put(None)
 

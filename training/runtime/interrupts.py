@@ -1,4 +1,4 @@
-"""Ctrl-C between steps, never within one: a state saved after half a step would not be a state of the run."""
+"""Handle Ctrl-C between steps, never within a step: half a step would leave no valid state to save."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class BetweenSteps:
-    """While this lasts, Ctrl-C is noted, and `check` raises it where the loop allows. A second Ctrl-C does not wait.
+    """A context in which Ctrl-C is only noted, until `check` raises it. A second Ctrl-C is raised at once.
 
     with BetweenSteps() as interrupts:
         for batch in batches:
@@ -18,7 +18,7 @@ class BetweenSteps:
 
     def __enter__(self) -> BetweenSteps:
         self.noted = False
-        self.main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
+        self.main = threading.current_thread() is threading.main_thread()  # no other thread can handle signals
         if self.main:
             self.before = signal.signal(signal.SIGINT, self._note)
         return self
@@ -33,10 +33,10 @@ class BetweenSteps:
         self.noted = True
 
     def check(self) -> None:
-        """Raise the Ctrl-C that came since.
+        """Raise KeyboardInterrupt if Ctrl-C came since the context began.
 
         Raises:
-            KeyboardInterrupt: one came.
+            KeyboardInterrupt: Ctrl-C came.
         """
         if self.noted:
             raise KeyboardInterrupt

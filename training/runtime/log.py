@@ -1,4 +1,4 @@
-"""The log of a training, `NAME.jsonl`: a line of JSON for each thing that was measured, with the step it was at."""
+"""The log of a training, `NAME.jsonl`: one JSON object a line, with the step and what was measured there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...kvae.paths import file_errors, read_bytes, write_text
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Its rows; none where there is no such file. Lines that are none, as a full disk leaves, are left out."""
+    """The rows of a log; empty if there is no file. Damaged lines, as a full disk leaves them, are left out."""
     if not path.is_file():
         return []
     rows = (_row(line) for line in read_bytes(path).splitlines())
@@ -19,18 +19,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def add_to_log(path: Path, row: dict[str, Any]) -> None:
-    """A row more."""
+    """Append a row."""
     with file_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def keep_rows(path: Path, rows: int) -> None:
-    """Keep the first rows: what was logged after the state was saved will be logged again."""
+    """Keep the first rows only: what was logged after the state was saved will be logged again."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in read_log(path)[:rows]))
 
 
 def _row(line: bytes) -> dict[str, Any]:
-    """Names and numbers; nothing where the line is another thing."""
+    """The numbers of a line, by name; empty if the line is not a row."""
     try:
         row = parse_object(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Paths that a user gives to a command: whether they can be written, and what of them other people may see."""
+"""Paths that users give to commands: whether they can be written, and how files that people share name them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import UserError
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Refuse a folder that cannot be written to, by trying; nothing is left of the attempt, not even the folder.
+    """Refuse a folder that cannot be written to. It is tried, and nothing is left of the attempt, not even the folder.
 
     Raises:
         UserError: names the option, the path and the reason.
@@ -29,7 +29,7 @@ def check_folder(option: str, folder: Path) -> None:
 
 
 def check_target(option: str, path: Path) -> None:
-    """The same of a file: its folder can be written to, its name is one, and what has that name now is a file.
+    """Refuse a file that cannot be written: its folder, its name, or what has that name now does not allow it.
 
     Raises:
         UserError: as `check_folder`.
@@ -50,10 +50,10 @@ def check_target(option: str, path: Path) -> None:
 
 
 def check_apart(outputs: Mapping[str, Path], inputs: Iterable[Path] = ()) -> None:
-    """Refuse outputs that would overwrite each other or an input, whatever their paths look like.
+    """Refuse outputs that would overwrite each other or an input, also through links and other spellings.
 
     Args:
-        outputs: by what they are called in the message.
+        outputs: by their names in the message.
 
     Raises:
         UserError: names both.
@@ -67,8 +67,8 @@ def check_apart(outputs: Mapping[str, Path], inputs: Iterable[Path] = ()) -> Non
 
 
 def shareable(config: Any) -> dict[str, Any]:
-    """The settings of a command as files that people share may hold them: of the paths that tell whose machine this is,
-    absolute ones and those that lead upwards, the last part alone."""
+    """The settings of a command for files that people share. Paths that tell about this machine, which are absolute or
+    lead upwards, are reduced to their last part."""
     return {key: _shareable(value) if isinstance(value, str) else value for key, value in asdict(config).items()}
 
 
@@ -79,7 +79,8 @@ def _shareable(text: str) -> str:
 
 
 def _another_rank() -> bool:
-    """Of several processes one tries, so that none finds a folder that another is about to remove."""
+    """Whether this is not the first process of the machine. Only the first one tries to write, so that none finds a
+    folder that another one is about to remove."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
@@ -94,13 +95,13 @@ def _named(option: str) -> Iterator[None]:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """The folder, for a while."""
+    """Make a folder, and remove it at the end of the context."""
     made: list[Path] = []
     try:
         for each in (*reversed(folder.parents), folder):
             if not each.is_dir():
                 if os.path.lexists(each):
-                    raise UserError(f"{each}: this is no folder; choose another place")
+                    raise UserError(f"{each}: this is not a folder; choose another place")
                 each.mkdir()
                 made.append(each)
         yield
@@ -111,6 +112,6 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def _try(path: Path) -> None:
-    """Make a new file, and delete it."""
+    """Create a new file, and delete it."""
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     path.unlink()

@@ -1,4 +1,4 @@
-"""The processes that one command was started in, or this one alone.
+"""The processes that run one command together, or this process alone.
 
 torchrun --nproc_per_node 8 -m training extract …
 ACCELERATE_MIXED_PRECISION=bf16 torchrun --nproc_per_node 8 -m training train …
@@ -13,19 +13,19 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 
 
 class Processes:
-    """Which of how many this is, and what they do together.
+    """This process among those that run the command, and their communication.
 
     Args:
-        device: what the user asked for; with several processes each one takes the device that accelerate gives it.
+        device: the user's choice; with several processes, each uses the device that accelerate assigns to it.
 
     Raises:
-        UserError: accelerate was told to compute in a precision that is not to be had here.
+        UserError: accelerate was told to compute in a precision other than float32 or bfloat16.
     """
 
     def __init__(self, device: str):
@@ -43,23 +43,23 @@ class Processes:
         if self.count > 1:
             devices = [str(each) for each in self.gather(str(self.device))]
             self.say(f"{self.count} processes, on {', '.join(devices)}")
-        elif "ACCELERATE_DYNAMO_BACKEND" in os.environ:  # as its launcher leaves it
+        elif "ACCELERATE_DYNAMO_BACKEND" in os.environ:  # set by accelerate's launcher
             self.say(
                 "accelerate launch started one process. With --multi_gpu it starts as many as --num_processes says, as "
                 "does `torchrun --nproc_per_node 8 -m training …`"
             )
 
     def say(self, text: str) -> None:
-        """Print once, whatever the number of processes."""
+        """Print in the first process only."""
         if self.main:
             print(text, flush=True)
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait until all processes have come here."""
         self._accelerator.wait_for_everyone()
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in order, in each of them."""
+        """The values of all processes, in order, in each process."""
         if self.count == 1:
             return [value]
         from accelerate.utils import gather_object
@@ -67,10 +67,24 @@ class Processes:
         return gather_object([value])
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over the processes, in each of them."""
+        """The sum of a tensor over the processes, in each process."""
         if self.count == 1:
             return tensor
         return self._accelerator.reduce(tensor.to(self.device), "sum").to(tensor.device)
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter], numbers: Tensor) -> Tensor:
+        """Sum the gradients of these parameters over the processes, and a float32 vector, which is returned.
+
+        All of them travel in one message, which suits small models. A parameter without a gradient counts as zero.
+        """
+        if self.count == 1:
+            return numbers
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        total = self.add(torch.cat([*(gradient.flatten() for gradient in gradients), numbers]))
+        *parts, numbers = total.split([*(p.numel() for p in parameters), len(numbers)])
+        for p, part in zip(parameters, parts, strict=True):
+            p.grad = part.view_as(p).clone()
+        return numbers
 
     def from_first(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite these float32 tensors with those of the first process, in one message."""
@@ -84,16 +98,16 @@ class Processes:
             tensor.copy_(part.view_as(tensor))
 
     def autocast(self) -> AbstractContextManager:
-        """Where matrix products and convolutions run in accelerate's mixed precision."""
+        """A context in which matrix products and convolutions run in accelerate's mixed precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
 
 
 def _check_devices(device: str) -> None:
-    """accelerate gives each process of a machine a device of its own, whether there are so many or not.
+    """Refuse more processes than GPUs: accelerate assigns a device to each process without checking.
 
     Raises:
         UserError: there are more processes than GPUs.
     """
     local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if local > 1 and device != "cpu" and 0 < gpus < local:
-        raise UserError(f"{local} processes for {gpus} GPUs; start as many as there are, or use --device cpu")
+        raise UserError(f"{local} processes for {gpus} GPUs; start one process for each GPU, or use --device cpu")

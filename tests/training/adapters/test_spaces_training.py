@@ -9,19 +9,11 @@ from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15
 
 from conftest import make_videos
 from kvae_comfyui.adapters.files import load_adapter
-from kvae_comfyui.kvae import KVAE, KVAEConfig, save_kvae
+from kvae_comfyui.kvae import KVAE, save_kvae
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
-from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kandinsky_vae
-
-KVAES = {
-    "kvae_3d_1.0": KVAEConfig((32,) * 4, (32,) * 4, num_res_blocks=1),
-    "kvae_3d_2.0_t4s8": KVAEConfig((8,) * 4, (8,) * 4, num_res_blocks=1, norm="rms", downsample_version=2),
-    "kvae_3d_2.0_t4s16": KVAEConfig(
-        (8,) * 5, (8,) * 5, num_res_blocks=1, z_channels=64, temporal_start_level=1, norm="rms", downsample_version=2,
-        padding="zeros",
-    ),
-}  # fmt: skip
+from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kvae_for_training
+from small_models import SMALL
 
 
 def hunyuan(folder, name):
@@ -36,7 +28,7 @@ def hunyuan(folder, name):
 
 def kvae(folder, name):
     path = folder / f"{name}.safetensors"
-    save_kvae(path, KVAE(KVAES[name]), torch.float32, {})
+    save_kvae(path, KVAE(SMALL[name.removeprefix("kvae_3d_").replace("_", "-")]), torch.float32, {})
     return str(path)
 
 
@@ -58,7 +50,7 @@ def test_extract_train_evaluate(tmp_path, h, k):
     channels, side = {"hunyuan_video": (16, 8), "hunyuan_video_1.5": (32, 16)}[h]
     pair = read_pair(find_pairs(latents)[0])
     assert pair.z_h.shape == (channels, 3, 64 // side, 96 // side)
-    assert pair.z_k.shape == (load_kandinsky_vae(vaes[3], "cpu").space.channels, *pair.z_h.shape[1:])
+    assert pair.z_k.shape == (load_kvae_for_training(vaes[3], "cpu").space.channels, *pair.z_h.shape[1:])
 
     more = tmp_path / "more"  # latents of noise: two small clips are too few to fit maps of up to 1,729 weights
     for i in range(2):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -10,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from at_step import after_steps, at_step, ctrl_c
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.training.adapters import train as training
-from kvae_comfyui.training.adapters.job import TrainConfig, split
+from kvae_comfyui.training.adapters.config import TrainConfig
+from kvae_comfyui.training.adapters.training_pairs import split
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import Pair, Source, write_pair
 from kvae_comfyui.training.runtime.log import read_log
@@ -54,18 +56,10 @@ def train(*argv):
     return main(["train", *argv])
 
 
-def interrupt(folder, monkeypatch, step=4, *more):
-    """Train up to a step; the state of it is left."""
-    real = training._step
-
-    def interrupted(state, *args):
-        if state.step == step:
-            signal.raise_signal(signal.SIGINT)
-        return real(state, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "_step", interrupted)
-        assert train(*options(folder), *more) == 130
+def interrupt(folder):
+    """Train up to step 5, the second of the second epoch; its state is left."""
+    with at_step(4, ctrl_c):
+        assert train(*options(folder)) == 130
     return folder / "out" / "h.resume.safetensors"
 
 
@@ -100,9 +94,9 @@ def other_pairs(folder, change):
 
 
 @pytest.mark.parametrize("change", ["more", "fewer", "others", "larger", "validation", "VAEs"])
-def test_a_training_does_not_go_on_with_other_pairs(folder, monkeypatch, capsys, change):
+def test_a_training_does_not_go_on_with_other_pairs(folder, capsys, change):
     """And what the line says to do helps."""
-    state = interrupt(folder, monkeypatch)
+    state = interrupt(folder)
     words = other_pairs(folder, change)
     err = refusal(capsys, *options(folder))
     assert f"{state}: an unfinished run {words}; delete the file to start anew" in err
@@ -143,8 +137,8 @@ STATES_OF_OTHERS = [
 ]  # fmt: skip
 
 
-def test_a_state_that_is_none_is_a_line(folder, monkeypatch, capsys):
-    state = interrupt(folder, monkeypatch)
+def test_a_state_that_is_none_is_a_line(folder, capsys):
+    state = interrupt(folder)
     good = state.read_bytes()
     for what in STATES_OF_OTHERS:
         damaged(state, what)
@@ -158,9 +152,9 @@ def test_a_state_that_is_none_is_a_line(folder, monkeypatch, capsys):
     assert train(*options(folder)) == 0
 
 
-def test_a_log_with_a_cut_last_line_does_not_hinder(folder, monkeypatch):
+def test_a_log_with_a_cut_last_line_does_not_hinder(folder):
     """As a full disk leaves it; and rows that are none."""
-    interrupt(folder, monkeypatch)
+    interrupt(folder)
     log = folder / "out" / "train.jsonl"
     rows = read_log(log)
     assert [row["step"] for row in rows] == [0, 3, 3]
@@ -175,38 +169,34 @@ def test_a_row_is_logged_once_wherever_a_run_is_killed(folder, monkeypatch):
     """A timed save at the last step of an epoch; killed when the epoch's row is logged, before its own save."""
     assert train(*options(folder, "whole")) == 0
     monkeypatch.setattr(training, "SAVE_SECONDS", -1)
-    real = training._validate
+    log = folder / "out" / "train.jsonl"
 
-    def killed(state, job):
-        if state.step == 6:
-            raise SystemExit("as by kill -9")
-        real(state, job)
+    def killed(*_):
+        if torch.is_inference_mode_enabled() and log.exists() and [row["step"] for row in read_log(log)][-1:] == [6]:
+            raise SystemExit("as by kill -9, as the validation at step 6 begins")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "_validate", killed)
+    hook = register_module_forward_pre_hook(killed)
+    try:
         with pytest.raises(SystemExit):
             train(*options(folder))
-    assert [row["step"] for row in read_log(folder / "out" / "train.jsonl")] == [0, 3, 3, 6]
+    finally:
+        hook.remove()
+    assert [row["step"] for row in read_log(log)] == [0, 3, 3, 6]
     assert train(*options(folder)) == 0
     timeless = [
-        [{key: value for key, value in row.items() if key not in ("seconds", "waited")} for row in read_log(log)]
-        for log in (folder / "whole" / "train.jsonl", folder / "out" / "train.jsonl")
+        [{key: value for key, value in row.items() if key not in ("seconds", "waited")} for row in read_log(each)]
+        for each in (folder / "whole" / "train.jsonl", log)
     ]
     assert timeless[0] == timeless[1]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_resumed_run_does_not_keep_its_file_mapped(folder, monkeypatch):
+def test_a_resumed_run_does_not_keep_its_file_mapped(folder):
     """Windows replaces no file that is mapped, and each save replaces this one."""
-    state = interrupt(folder, monkeypatch)
-    real, mapped = training._step, []
-
-    def step(*args):
-        mapped.append(str(state) in Path("/proc/self/maps").read_text())
-        return real(*args)
-
-    monkeypatch.setattr(training, "_step", step)
-    assert train(*options(folder)) == 0
+    state = interrupt(folder)
+    mapped = []
+    with after_steps(lambda *_: mapped.append(str(state) in Path("/proc/self/maps").read_text())):
+        assert train(*options(folder)) == 0
     assert mapped == [False] * 4
 
 

@@ -189,9 +189,9 @@ def test_sources_of_others_are_left_out(packed):
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({"mean_h": None}, "mean_h: not as a shard"),
-        ({"std_k": torch.zeros(3, 4)}, "std_k: not as a shard"),
-        ({"clips": None}, "clips: not as a shard"),
+        ({"mean_h": None}, "mean_h: missing, or not as in a shard"),
+        ({"std_k": torch.zeros(3, 4)}, "std_k: missing, or not as in a shard"),
+        ({"clips": None}, "clips: missing, or not as in a shard"),
         ({"z_h": torch.zeros(3, 16)}, "expected two"),
     ],
 )
@@ -276,7 +276,7 @@ def test_an_extraction_beside_the_others_can_be_packed_later(tmp_path, capsys):
     manifest = json.dumps(MANIFEST | {"settings": {"height": 64}})
     (tmp_path / "pairs" / "wide" / "manifest.json").write_text(manifest)  # made otherwise since
     assert pack(tmp_path) == 2
-    assert "holds pairs made otherwise" in capsys.readouterr().err
+    assert "holds pairs made in another way" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs locks of folders")

@@ -83,8 +83,7 @@ def test_two_processes_train_as_one_does(tmp_path, latents):
         torch.testing.assert_close(h[key], k[key], rtol=1e-3, atol=1e-4)
     assert abs(one[-1]["val_k2h"] / one[0]["val_k2h"] - 1) > 1e-3  # the steps are large enough to tell curves apart
     first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pt") for rank in (0, 1))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+    assert first and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_mixed_precision_keeps_to_the_curve(tmp_path, latents):
@@ -106,7 +105,7 @@ def test_one_process_of_accelerate_says_so(capsys, monkeypatch):
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="4 processes for 2 GPUs; start as many as there are, or use --device cpu"):
+    with pytest.raises(UserError, match="4 processes for 2 GPUs; start one process for each GPU, or use --device cpu"):
         Processes("cuda")
 
 

@@ -1,6 +1,7 @@
-"""Run by test_processes in several processes: trains, and writes each process' weights beside the adapters.
+"""Run by test_processes in several processes: trains, and writes each process' weights next to the adapters.
 
-Each draws other random numbers, as processes on machines that are not alike may: they are to train as one all the same.
+Each process draws other random numbers, as processes on machines that are not alike may. They must train as one all
+the same.
 """
 
 import os
@@ -10,19 +11,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from kvae_comfyui.training.adapters import train
 from kvae_comfyui.training.cli import main
 
 RANK = int(os.environ["RANK"])
-draw, train_on = torch.manual_seed, train._train
+draw = torch.manual_seed
+last: dict[Optimizer, list[torch.Tensor]] = {}  # weights after the last step, by optimiser in order
 
 
-def and_write(state, job):
-    train_on(state, job)
-    torch.save(state.tensors(), job.folder / f"rank{RANK}.pt")
+def keep(optimiser: Optimizer, *_: object) -> None:
+    last[optimiser] = [p.detach().clone() for group in optimiser.param_groups for p in group["params"]]
 
 
 torch.manual_seed = lambda seed: draw(seed + RANK)
-train._train = and_write
-sys.exit(main(sys.argv[1:]))
+register_optimizer_step_post_hook(keep)
+code = main(sys.argv[1:])
+weights = [tensor for each in last.values() for tensor in each]
+torch.save(weights, Path(sys.argv[sys.argv.index("--out-h2k") + 1]).parent / f"rank{RANK}.pt")
+sys.exit(code)

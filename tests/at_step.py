@@ -1,0 +1,34 @@
+"""Do something at a step of a training, from outside: PyTorch calls hooks after every step of an optimiser."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch.optim import AdamW, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+ctrl_c = partial(signal.raise_signal, signal.SIGINT)
+
+
+@contextmanager
+def after_steps(call: Callable[[int, Optimizer], object]) -> Iterator[None]:
+    """Until the context ends, call this after every step, with the number of steps and AdamW: each training has one."""
+    steps = 0
+
+    def count(optimiser: Optimizer, *_: object) -> None:
+        nonlocal steps
+        if isinstance(optimiser, AdamW):
+            steps += 1
+            call(steps, optimiser)
+
+    handle = register_optimizer_step_post_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def at_step(step: int, action: Callable[[], object]):
+    """A context in which this happens at the end of a step, the first being 1."""
+    return after_steps(lambda steps, _: action() if steps == step else None)

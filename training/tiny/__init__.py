@@ -1,0 +1,1 @@
+"""The embedded small VAEs: their training, and their weights in `assets`."""
