@@ -32,7 +32,6 @@ from kvae_comfyui.training.vaes import TINY_ADAPTERS, load_hunyuan_vae, load_kva
 SECONDS = 60  # what hangs is broken off then
 SHAPE = (16, 3, 6, 8)
 SOURCE = Source("v_Wave_g01_c01.mp4", 0, 9, 0, 48, 64)
-POSIX = pytest.mark.skipif(os.name == "nt", reason="plants pipes and links, as POSIX has them")
 
 
 def make_job(tmp_path_factory) -> Path:

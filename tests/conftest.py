@@ -32,7 +32,7 @@ def shared(name: str) -> Path:
     """A file or folder of the shared clips and weights; the test is skipped where it is absent."""
     path = SHARED / name
     if not path.exists():
-        pytest.skip(f"{Path('..') / 'shared' / name} is not here")
+        pytest.skip(f"needs shared/{name}: put the folder `shared`, with real clips and weights, next to this checkout")
     return path
 
 

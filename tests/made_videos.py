@@ -14,6 +14,8 @@ import av
 import numpy as np
 import pytest
 
+import needs
+
 FFMPEG = shutil.which("ffmpeg")
 FIXED_POINT, ONE = 1 << 16, 1 << 30  # of a display matrix
 
@@ -99,7 +101,7 @@ def place(path: Path, a: int, b: int, c: int, d: int) -> Path:
 def ffmpeg(*arguments: str, into: Path | None = None) -> bytes:
     """What ffmpeg writes; the test is skipped where it is not installed."""
     if FFMPEG is None:
-        pytest.skip("ffmpeg is not installed")
+        pytest.skip(needs.FFMPEG)
     command = [FFMPEG, "-v", "error", "-nostdin", "-y", *arguments, *([str(into)] if into else [])]
     return subprocess.run(command, capture_output=True, check=True).stdout
 

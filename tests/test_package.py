@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+import needs
 from conftest import ROOT
 
 ASSETS = "training/tiny/assets/"
@@ -17,9 +18,7 @@ def tracked(*options: str) -> set[str]:
     return set(done.stdout.split("\0")) - {""}
 
 
-@pytest.mark.skipif(
-    shutil.which("git") is None or not (ROOT / ".git").exists(), reason="asks git for the tracked files"
-)
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason=needs.GIT)
 def test_the_package_has_what_the_nodes_need_and_is_small():
     package = tracked() - tracked("--ignored", "--cached", "--exclude-from=.comfyignore")
     assert {file for file in package if file.startswith(ASSETS)} == {

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import needs
 from kvae_comfyui.adapters import LatentAdapter, latent_space, save_adapter
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.kvae import load_kvae
@@ -31,7 +32,7 @@ def comfyui_path() -> Path:
     """The folder of ComfyUI."""
     path = os.environ.get("COMFYUI_PATH")
     if not path:
-        pytest.skip("COMFYUI_PATH is not set: no ComfyUI to test the nodes in")
+        pytest.skip(needs.COMFYUI)
     return Path(path).resolve()
 
 

@@ -7,7 +7,7 @@ from kvae_comfyui.serving.sample_clip import sample_clip
 
 
 def test_kandinsky5_image_to_video(run, load):
-    pytest.importorskip("comfy.ldm.kandinsky5.model", reason="this ComfyUI has no Kandinsky 5")
+    pytest.importorskip("comfy.ldm.kandinsky5.model", reason="needs a ComfyUI with Kandinsky 5")
     vae, model = load(), untrained_kandinsky5()
     image = sample_clip(1, 64, 64)
     pooled = {"pooled_output": torch.zeros(1, 768)}

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+import needs
 from kvae_comfyui.serving.latent_files import save_latent
 
 from .server import Server
@@ -145,7 +146,7 @@ def test_errors_reach_the_user(server):
     assert "a HunyuanVideo VAE" in error({"1": wrong, "2": picture, "3": decode, "4": show})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@needs.gpu
 @pytest.mark.parametrize("device", ["--lowvram", "--novram", "--highvram"])
 def test_on_a_gpu_no_weight_is_left_on_the_wrong_device(comfyui_path, base, info, device):
     workflow = read(find("try it with no downloads"))

@@ -104,7 +104,7 @@ def test_a_budget_holds_for_stock_decode_and_for_ours(run, load):
 @pytest.mark.parametrize("node", ["HunyuanImageToVideo", "Kandinsky5ImageToVideo"])
 def test_image_to_video_conditioning_is_vae_encode(run, load, comfy, node):
     if node not in comfy.classes:
-        pytest.skip(f"this ComfyUI has no {node}")
+        pytest.skip(f"needs a ComfyUI with {node}")
     vae, image = load(), sample_clip(1, 32, 48)
     (expected,) = run("VAEEncode", vae=vae, pixels=image)
     inputs = {"positive": [[torch.zeros(1, 1), {}]], "vae": vae, "start_image": image}

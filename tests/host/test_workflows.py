@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import needs
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 IN_THE_PAGE = {"MarkdownNote", "Note"}  # node types that only the page knows
@@ -36,7 +38,7 @@ def test_a_workflow_fits_the_live_schemas(path, info):
         if node["type"] in IN_THE_PAGE | subgraphs:
             continue
         if node["type"] not in info and not node["type"].startswith("KVAE"):
-            pytest.skip(f"this ComfyUI has no {node['type']}")
+            pytest.skip(f"needs a ComfyUI with {node['type']}")
         schema = info[node["type"]]
         known = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
         for slot in node["inputs"]:
@@ -89,10 +91,10 @@ def test_a_workflow_says_where_its_models_are(path):
 def test_a_generation_is_the_official_template_but_for_the_vae(ours, theirs):
     folder = importlib.util.find_spec("comfyui_workflow_templates_json")
     if folder is None or not folder.submodule_search_locations:
-        pytest.skip("the package comfyui-workflow-templates-json is not installed")
+        pytest.skip(needs.TEMPLATES)
     template = Path(folder.submodule_search_locations[0]) / "templates" / f"{theirs}.json"
     if not template.is_file():
-        pytest.skip(f"this comfyui-workflow-templates-json has no {theirs}")
+        pytest.skip(needs.TEMPLATES)
     for mine, official in zip(*(graphs_of(read(p)) for p in (find(ours), template)), strict=True):
         nodes = {node["id"]: node for node in mine["nodes"]}
         replaced = {node["id"] for node in official["nodes"] if node["type"].startswith("VAE")} - {

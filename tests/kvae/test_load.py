@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLKVAEVideo
 from safetensors.torch import save_file
 
+import needs
 from conftest import ROOT
 from kvae_comfyui.kvae import FAMILY, KVAE, KVAEConfig, WeightsError, load_kvae, save_kvae
 from kvae_comfyui.kvae.files import save_weights
@@ -259,7 +260,7 @@ def find(names: list[str], folder: Path, **env: str) -> list[str]:
 
 
 def test_names_of_published_models_mean_their_repositories(tmp_path):
-    pytest.importorskip("huggingface_hub")
+    needs.package("huggingface_hub", "requirements-training.txt")
     in_cache(tmp_path / "hf", "kandinskylab/KVAE-3D-1.0", {"model.safetensors": b"x", "config.json": b"{}"})
     in_cache(tmp_path / "hf", "kandinskylab/KVAE-3D-2.0-t4s8", {"model.safetensors": b"x"})
     mine = tmp_path / "KVAE-3D-2.0-t4s8"
@@ -272,7 +273,7 @@ def test_names_of_published_models_mean_their_repositories(tmp_path):
 
 
 def test_a_failed_search_is_an_error_of_one_line(tmp_path):
-    pytest.importorskip("huggingface_hub")
+    needs.package("huggingface_hub", "requirements-training.txt")
     expected = {
         "KVAE-3D-2.0-t4s8": "kandinskylab/KVAE-3D-2.0-t4s8: no such file or folder, and the hub says",
         "someone/" + "x" * 120: "and the hub says",
@@ -290,7 +291,7 @@ def test_a_failed_search_is_an_error_of_one_line(tmp_path):
     "endpoint", ["http://127.0.0.1:9", "http://[::1", "nonsense", "ftp://127.0.0.1", "http://127.0.0.1:99999", " "]
 )
 def test_a_bad_endpoint_is_an_error_of_one_line(tmp_path, endpoint):
-    pytest.importorskip("huggingface_hub")
+    needs.package("huggingface_hub", "requirements-training.txt")
     (said,) = find(["someone/else"], tmp_path, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
     assert said.startswith("someone/else: no such file or folder, and ") and "HF_ENDPOINT is" in said
 

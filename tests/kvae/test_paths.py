@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+import needs
 from conftest import ROOT
 from kvae_comfyui.kvae import WeightsError
 from kvae_comfyui.kvae.files import Weights, save_weights
@@ -23,8 +24,6 @@ from kvae_comfyui.kvae.paths import (
     write_text,
     written_whole,
 )
-
-POSIX = pytest.mark.skipif(os.name == "nt", reason="needs named pipes and POSIX signals")
 
 WRITER = """
 import sys, time
@@ -53,7 +52,7 @@ def test_a_failure_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and names(path.parent) == ["a.txt"]
 
 
-@POSIX
+@needs.posix
 def test_files_of_killed_writers_are_deleted_by_the_next_process_and_those_of_living_writers_are_not(tmp_path):
     killed, living = (python(WRITER, tmp_path / name) for name in ("killed", "living"))
     try:
@@ -72,7 +71,7 @@ def test_files_of_killed_writers_are_deleted_by_the_next_process_and_those_of_li
             process.communicate()
 
 
-@POSIX
+@needs.posix
 def test_writers_of_one_path_do_not_interfere(tmp_path):
     """Readers see the complete file of one writer."""
     path, size = tmp_path / "shared", 200_000
@@ -140,7 +139,7 @@ def test_a_path_that_cannot_be_written_is_an_error_of_one_line(tmp_path, name, w
     assert "\n" not in str(error.value) and names(tmp_path) == before
 
 
-@POSIX
+@needs.posix
 def test_pipes_devices_and_folders_are_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, words in ((tmp_path / "pipe", "a pipe"), (Path("/dev/zero"), "a device"), (tmp_path, "a folder")):
@@ -151,7 +150,7 @@ def test_pipes_devices_and_folders_are_not_opened(tmp_path):
         read_bytes(tmp_path / "absent")
 
 
-@POSIX
+@needs.posix
 def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(WeightsError, match="a pipe"):

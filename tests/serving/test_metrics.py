@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import needs
 from kvae_comfyui.serving.metrics import as_text, compare, difference_picture, psnr, ssim, temporal_error
 from kvae_comfyui.serving.sample_clip import sample_clip
 
@@ -47,7 +48,7 @@ def test_metrics_of_whole_clips_are_those_of_compare():
 
 @pytest.mark.parametrize("noise", [0.01, 0.05, 0.3])
 def test_ssim_is_that_of_torchmetrics(noise):
-    torchmetrics = pytest.importorskip("torchmetrics.functional.image")
+    torchmetrics = needs.package("torchmetrics.functional.image", "requirements-training.txt")
     x = sample_clip(1, 40, 50)[0]
     y = (x + noise * torch.randn(40, 50, 3)).clamp(0, 1)
     _, picture = torchmetrics.structural_similarity_index_measure(

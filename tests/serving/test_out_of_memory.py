@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 
+import needs
 from conftest import ROOT
 from kvae_comfyui.serving.host_vae import HostVAE
 from kvae_comfyui.serving.memory import is_out_of_memory, with_less_memory
@@ -131,7 +132,7 @@ work()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a limit on the address space")
+@needs.linux
 @pytest.mark.parametrize("way", WAYS)
 def test_the_second_try_fits_a_hard_limit(way):
     """The limit is half-way between the two tries: if the first were still held, the second would not fit."""

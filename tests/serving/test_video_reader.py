@@ -231,7 +231,7 @@ def test_interlaced_frames_have_no_comb(tmp_path):
     assert np.array_equal(np.stack([each.rgb for each in read_pictures(path, [36, 37, 38, 39])]), frames[36:])
 
 
-@pytest.mark.skipif(av.library_versions["libavfilter"] < (11, 14), reason="older bwdif begin in a way of their own")
+@pytest.mark.skipif(av.library_versions["libavfilter"] < (11, 14), reason="needs libavfilter 11.14 or newer")
 def test_an_interlaced_frame_is_the_same_wherever_reading_began(tmp_path):
     """After a frame that is not interlaced, whether or not interlaced frames came before it."""
 

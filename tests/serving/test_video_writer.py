@@ -93,7 +93,7 @@ def test_frames_at_even_times_have_a_rate(tmp_path):
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_file_is_tagged_with_matrix_and_range(tmp_path, codec):
     if CODECS[codec] not in av.codecs_available:
-        pytest.skip(f"this build of PyAV has no {CODECS[codec]}")
+        pytest.skip(f"needs a build of PyAV with {CODECS[codec]}")
     path = tmp_path / "a.mp4"
     with VideoWriter(path, **SIZE, fps=25, codec=codec, crf=5, metadata={"workflow": "{}"}) as writer:
         writer.write(CLIP / 255)
@@ -110,7 +110,7 @@ def test_the_file_is_tagged_with_matrix_and_range(tmp_path, codec):
 def test_values_are_those_of_bt709_in_limited_range(tmp_path, codec):
     """Expected values by the standard, in the middle of patches of one colour: colour has half the resolution."""
     if CODECS[codec] not in av.codecs_available:
-        pytest.skip(f"this build of PyAV has no {CODECS[codec]}")
+        pytest.skip(f"needs a build of PyAV with {CODECS[codec]}")
     colours = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
     with VideoWriter(tmp_path / "a.mp4", 256, 192, 25, codec=codec, crf=1) as writer:
         writer.write(torch.from_numpy(colours.repeat(32, 0).repeat(32, 1)).expand(3, -1, -1, -1))

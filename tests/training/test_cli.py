@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import needs
 from conftest import ROOT, make_videos
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.vaes import TINY
@@ -22,7 +23,7 @@ def command(*argv, env=None, **kwargs):
     return process.returncode, process.stderr.decode().splitlines()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit that holds")
+@needs.linux
 def test_running_out_of_memory_is_one_line(tmp_path):
     import resource
 
@@ -44,7 +45,7 @@ def test_a_console_that_knows_ascii_alone_prints_any_name(tmp_path):
     assert len(err) == 1 and "caf\\udce9" in err[0] and "no .safetensors.zst files" in err[0]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="pipes there break otherwise")
+@needs.posix
 def test_output_that_nobody_reads_is_one_line(tmp_path):
     """As of `python -m training fetch … | head`."""
     shutil.copyfile(TINY["kvae"], tmp_path / "KVAE-3D-1.0.safetensors")

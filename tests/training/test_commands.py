@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import needs
 from at_step import after_steps, at_step, ctrl_c
 from conftest import ROOT, make_videos, shared
 from kvae_comfyui.adapters.files import load_adapter
@@ -354,7 +355,7 @@ def command(*argv, **kwargs):
     )  # fmt: skip
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and limits")
+@needs.posix
 def test_killed_extraction_goes_on(tmp_path):
     make_videos(tmp_path / "videos", 30)
     argv = ["extract", *roots(tmp_path), *SIZE]
@@ -373,7 +374,7 @@ def test_killed_extraction_goes_on(tmp_path):
     assert f"{30 - len(done)} pairs extracted, {len(done)} already there, 0 skipped" in out
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals and limits")
+@needs.posix
 def test_interrupt_and_full_disk_end_in_one_line(tmp_path):
     make_videos(tmp_path / "videos", 30)
     # a shell's background job ignores Ctrl-C, and its children with it

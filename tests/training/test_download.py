@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import needs
 from conftest import ROOT
 from fake_hub import running
 from kvae_comfyui.kvae import WeightsError
@@ -14,7 +15,7 @@ from kvae_comfyui.training.download import CHUNK_BYTES, MAX_FAILURES, open_parti
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.fetch import download
 
-pytest.importorskip("huggingface_hub")
+needs.package("huggingface_hub", "requirements-training.txt")
 KVAE = (ROOT / "training" / "tiny" / "assets" / "tiny_kvae.safetensors").read_bytes()
 LARGE = save({"decoder.mid.block_1.norm1.conv_y.weight": torch.arange(7_000_000.0)})
 OTHER = save({"x": torch.randn(8)})
@@ -118,7 +119,7 @@ def test_the_partial_file_of_an_earlier_version_is_deleted(get, target):
     assert names_beside(target) == [target.name]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+@needs.posix
 def test_one_process_at_a_time_downloads_to_a_target(get, target):
     tag = hashlib.sha256(KVAE).hexdigest()
     with open_partial(target, tag, len(KVAE)), pytest.raises(UserError, match="another process is downloading it"):
@@ -127,7 +128,7 @@ def test_one_process_at_a_time_downloads_to_a_target(get, target):
     assert names_beside(target) == [target.name]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs the links of POSIX")
+@needs.posix
 @pytest.mark.parametrize("plant", [os.symlink, os.link])
 def test_a_link_in_place_of_the_partial_file_is_not_followed(get, target, tmp_path, plant):
     (tmp_path / "victim").write_bytes(b"dear")
@@ -137,7 +138,7 @@ def test_a_link_in_place_of_the_partial_file_is_not_followed(get, target, tmp_pa
     assert not target.is_symlink() and target.read_bytes() == KVAE
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs the pipes of POSIX")
+@needs.posix
 def test_a_pipe_or_a_folder_in_place_of_the_partial_file(get, target):
     os.mkfifo(partial_of(target))
     get()

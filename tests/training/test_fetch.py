@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import needs
 from conftest import ROOT
 from fake_hub import running
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.fetch import local_name, parse_model
 
-pytest.importorskip("huggingface_hub")
+needs.package("huggingface_hub", "requirements-training.txt")
 KVAE = (ROOT / "training" / "tiny" / "assets" / "tiny_kvae.safetensors").read_bytes()
 LARGE = save({"decoder.mid.block_1.norm1.conv_y.weight": torch.arange(7_000_000.0)})
 

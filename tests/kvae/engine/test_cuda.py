@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 
+import needs
 from kvae_comfyui.kvae import Execution, Recompute
 from small_models import SMALL, assert_same, clip, latent, small
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+pytestmark = needs.gpu
 
 
 @pytest.mark.parametrize("name", SMALL)

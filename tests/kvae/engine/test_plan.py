@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import needs
 from conftest import ROOT
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.kvae import FAMILY, KVAE, BudgetError, KVAEConfig, plan_decode, plan_encode
@@ -167,7 +168,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs the limits of Linux")
+@needs.linux
 @pytest.mark.parametrize("part", ["1", "0.4"])
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 def test_a_plan_holds_under_a_hard_limit(direction, part):

@@ -1,8 +1,6 @@
 """Training that is interrupted, goes on, or cannot: the right result, or one line before the work."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+import needs
 from at_step import after_steps, at_step, ctrl_c
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.training.adapters import train as training
@@ -190,7 +189,7 @@ def test_a_row_is_logged_once_wherever_a_run_is_killed(folder, monkeypatch):
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@needs.linux
 def test_a_resumed_run_does_not_keep_its_file_mapped(folder):
     """Windows replaces no file that is mapped, and each save replaces this one."""
     state = interrupt(folder)
@@ -220,7 +219,7 @@ def test_validation_pairs_without_variance_do_not_end_a_training(folder):
     assert "Infinity" not in (folder / "out" / "report.json").read_text()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="names of bytes")
+@needs.posix
 def test_pairs_with_names_of_another_encoding_are_trained_on(folder):
     name = b"caf\xe9.safetensors.zst".decode(errors="surrogateescape")
     (folder / "pairs" / "v00.safetensors.zst").rename(folder / "pairs" / name)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import needs
 from bad_rows import (
     DEMO,
     EVALUATE,
@@ -13,7 +14,6 @@ from bad_rows import (
     FETCH,
     PACK,
     PIXELS,
-    POSIX,
     RECONSTRUCT,
     TINY_COMMAND,
     TRAIN,
@@ -24,7 +24,7 @@ from bad_rows import (
     plant_places,
 )
 
-pytestmark = POSIX
+pytestmark = needs.posix
 job = pytest.fixture(scope="module")(make_job)
 
 

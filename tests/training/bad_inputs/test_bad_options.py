@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import needs
 from bad_rows import (
     CPU,
     DEMO,
@@ -11,7 +12,6 @@ from bad_rows import (
     EXTRACT,
     OUT,
     PIXELS,
-    POSIX,
     RECONSTRUCT,
     TINY_COMMAND,
     TRAIN,
@@ -20,7 +20,7 @@ from bad_rows import (
     make_job,
 )
 
-pytestmark = POSIX
+pytestmark = needs.posix
 job = pytest.fixture(scope="module")(make_job)
 
 OPTIONS = [

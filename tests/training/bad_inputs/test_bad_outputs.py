@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import needs
 from bad_rows import (
     DEMO,
     EVALUATE,
     EXTRACT,
     FETCH,
     PACK,
-    POSIX,
     RECONSTRUCT,
     TINY_COMMAND,
     TRAIN,
@@ -24,7 +24,7 @@ from bad_rows import (
     plant_places,
 )
 
-pytestmark = POSIX
+pytestmark = needs.posix
 job = pytest.fixture(scope="module")(make_job)
 
 FOLDERS = [

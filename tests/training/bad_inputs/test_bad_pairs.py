@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
+import needs
 from bad_rows import (
     EVALUATE,
     MINE,
@@ -21,7 +22,6 @@ from bad_rows import (
     ON_PAIRS,
     PACK,
     PIXELS,
-    POSIX,
     SOURCE,
     TRAIN,
     UNPACK,
@@ -40,7 +40,7 @@ from kvae_comfyui.training.data.pairs import Pair
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.evaluate.originals import original_frames
 
-pytestmark = POSIX
+pytestmark = needs.posix
 job = pytest.fixture(scope="module")(make_job)
 
 

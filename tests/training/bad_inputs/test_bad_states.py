@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bad_rows import MY_ADAPTER, NESTED, NO_OBJECTS, POSIX, TRAIN, Plant, Row, check, make_job, make_saved
+import needs
+from bad_rows import MY_ADAPTER, NESTED, NO_OBJECTS, TRAIN, Plant, Row, check, make_job, make_saved
 from kvae_comfyui.kvae.files import Weights
 
-pytestmark = POSIX
+pytestmark = needs.posix
 job = pytest.fixture(scope="module")(make_job)
 
 saved = pytest.fixture(scope="module")(make_saved)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bad_rows import EXTRACT, POSIX, RECONSTRUCT, Plant, Row, check, make_job
+import needs
+from bad_rows import EXTRACT, RECONSTRUCT, Plant, Row, check, make_job
 
-pytestmark = POSIX
+pytestmark = needs.posix
 job = pytest.fixture(scope="module")(make_job)
 
 

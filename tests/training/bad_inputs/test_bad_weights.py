@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import needs
 from bad_rows import (
     EVALUATE,
     MY_ADAPTER,
     NESTED,
     NO_OBJECTS,
-    POSIX,
     RECONSTRUCT,
     Plant,
     Row,
@@ -25,7 +25,7 @@ from bad_rows import (
 )
 from kvae_comfyui.training.vaes import TINY
 
-pytestmark = POSIX
+pytestmark = needs.posix
 job = pytest.fixture(scope="module")(make_job)
 
 

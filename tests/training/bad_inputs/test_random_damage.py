@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bad_rows import POSIX, SECONDS, broken_off, make_job, make_saved
+import needs
+from bad_rows import SECONDS, broken_off, make_job, make_saved
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae import WeightsError
 from kvae_comfyui.training.data.dataset import open_pairs
@@ -21,7 +22,7 @@ from kvae_comfyui.training.runtime.log import read_log
 from kvae_comfyui.training.runtime.trainer import open_state
 from kvae_comfyui.training.vaes import TINY, load_hunyuan_vae, load_kvae_for_training
 
-pytestmark = POSIX
+pytestmark = needs.posix
 job = pytest.fixture(scope="module")(make_job)
 
 saved = pytest.fixture(scope="module")(make_saved)

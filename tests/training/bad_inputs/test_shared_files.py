@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from bad_rows import EXTRACT, MY_ADAPTER, PACK, PIXELS, POSIX, RECONSTRUCT, TRAIN, adapter, fill, make_job
+import needs
+from bad_rows import EXTRACT, MY_ADAPTER, PACK, PIXELS, RECONSTRUCT, TRAIN, adapter, fill, make_job
 from kvae_comfyui.training.cli import main
 
-pytestmark = POSIX
+pytestmark = needs.posix
 job = pytest.fixture(scope="module")(make_job)
 
 

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+import needs
 from conftest import make_videos, moving_picture
 from kvae_comfyui.kvae import WeightsError, load_kvae, save_kvae
 from kvae_comfyui.serving.video_writer import write_video
@@ -151,7 +152,7 @@ def read_clip_of(path):
     return frames
 
 
-@pytest.mark.skipif(os.name == "nt", reason="names of bytes")
+@needs.posix
 def test_names_that_are_no_text_or_too_long_for_a_pair_are_told(tmp_path, capsys):
     make_videos(tmp_path / "videos", 1, frames=9, height=32, width=32)
     videos = os.fsencode(tmp_path / "videos")

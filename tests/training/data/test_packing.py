@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import needs
 from conftest import ROOT
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data import packing, shards
@@ -279,9 +280,9 @@ def test_an_extraction_beside_the_others_can_be_packed_later(tmp_path, capsys):
     assert "holds pairs made in another way" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs locks of folders")
+@needs.posix
 def test_two_packs_do_not_write_at_once(packed, capsys):
-    fcntl = pytest.importorskip("fcntl")
+    fcntl = needs.package("fcntl", "Python for Linux or macOS")
     descriptor = os.open(packed / "shards", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     assert pack(packed) == 2
@@ -290,7 +291,7 @@ def test_two_packs_do_not_write_at_once(packed, capsys):
     assert pack(packed) == 0
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@needs.posix
 def test_a_killed_pack_leaves_nothing_that_the_next_one_does_not_clear(tmp_path):
     """Killed while it writes a shard."""
     z = torch.ones(16, 33, 60, 80)

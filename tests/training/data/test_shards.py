@@ -1,7 +1,6 @@
 """Packed pairs: the same pairs, both ways; crops of them that teach what whole clips teach."""
 
 import json
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import needs
 from kvae_comfyui.adapters.networks import Residual
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data import crops, packing, shards
@@ -121,7 +121,7 @@ def test_packing_goes_on_where_it_stopped_and_takes_new_pairs(tmp_path, monkeypa
     assert sorted(map(packed.name, range(7))) == [*(f"class/v{i}.000" for i in range(6)), "new"]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@needs.linux
 def test_reading_crops_holds_nothing_of_the_clips(tmp_path):
     z = torch.ones(16, 16, 32, 32).half()
     for number in range(4):

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+import needs
 from conftest import ROOT, make_videos
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.training.cli import main
@@ -20,7 +21,7 @@ from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.runtime.processes import Processes
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs gloo and POSIX signals")
+pytestmark = needs.posix
 
 
 def launch(*argv, program=("-m", "training"), **env):

@@ -1,0 +1,30 @@
+"""What a machine may lack for some of the tests. Each reason to skip a test says what would run it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+COMFYUI = "needs ComfyUI: set COMFYUI_PATH to its folder, and use a Python that has its requirements"
+FFMPEG = "needs ffmpeg: install it, and put it on the PATH"
+GIT = "needs git, and a checkout that git made"
+GPU = "needs an NVIDIA GPU, and a PyTorch built for CUDA"
+LINUX = "needs Linux: it reads /proc, or sets a limit that other systems do not enforce"
+POSIX = "needs Linux or macOS: Windows lacks these pipes, links, locks, signals or file names"
+TEMPLATES = "needs a newer comfyui-workflow-templates-json: install it in ComfyUI's Python"
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=GPU)
+linux = pytest.mark.skipif(sys.platform != "linux", reason=LINUX)
+posix = pytest.mark.skipif(os.name == "nt", reason=POSIX)
+
+
+def package(module: str, where: str):
+    """Import a module, or skip the test.
+
+    Args:
+        where: what to install, such as "requirements-training.txt".
+    """
+    return pytest.importorskip(module, reason=f"needs {module}: install {where}")
