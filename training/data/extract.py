@@ -200,7 +200,7 @@ class Extraction:
                 future.result()
                 self.counts["extracted"] += 1
             except Exception as error:
-                if is_out_of_memory(error) or _is_disk_error(error):
+                if is_out_of_memory(error) or is_disk_error(error):
                     raise
                 self._skip(task, f"{task.clip.video}: {reason_of(error)}")
 
@@ -210,7 +210,8 @@ class Extraction:
         self.failed.setdefault(task.clip.video.relative_to(self.names.root).as_posix(), reason)
 
 
-def _is_disk_error(error: Exception) -> bool:
+def is_disk_error(error: Exception) -> bool:
+    """Whether writing a pair failed for a reason that would hit the next pair too."""
     cause = error.__context__ if isinstance(error, WeightsError) else None
     return isinstance(cause, OSError) and cause.errno not in NAME_ERRORS
 

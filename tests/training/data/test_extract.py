@@ -12,9 +12,10 @@ from conftest import make_videos, moving_picture
 from kvae_comfyui.kvae import WeightsError, load_kvae, save_kvae
 from kvae_comfyui.serving.video_writer import write_video
 from kvae_comfyui.training.cli import main
-from kvae_comfyui.training.data import extract
+from kvae_comfyui.training.data import clips, extract
 from kvae_comfyui.training.data.pair_names import PairNames
 from kvae_comfyui.training.data.pairs import SUFFIX, Pair, clip_name, find_pairs, read_pair, write_pair
+from kvae_comfyui.training.data.videos import Clip, read_clips
 from kvae_comfyui.training.vaes import TINY, HunyuanVAE
 
 SIZE = ["--num-frames", "9", "--height", "32", "--width", "32", "--device", "cpu"]
@@ -131,7 +132,7 @@ def test_what_nobody_has_foreseen_of_one_clip_ends_that_clip_alone(tmp_path, cap
         return call
 
     if where == "reading":
-        monkeypatch.setattr(extract, "read_clips", failing(extract.read_clips, lambda clips, *_: bad in str(clips[0])))
+        monkeypatch.setattr(clips, "read_clips", failing(read_clips, lambda windows, *_: bad in str(windows[0])))
     elif where == "encoding":
         seen = failing(HunyuanVAE.encode, lambda _, x, *rest: any(torch.equal(each, marked) for each in x))
         monkeypatch.setattr(HunyuanVAE, "encode", seen)
@@ -148,7 +149,7 @@ def test_what_nobody_has_foreseen_of_one_clip_ends_that_clip_alone(tmp_path, cap
 
 
 def read_clip_of(path):
-    (frames,) = extract.read_clips([extract.Clip(path, 9, 0)], 32, 32)
+    (frames,) = read_clips([Clip(path, 9, 0)], 32, 32)
     return frames
 
 
@@ -202,5 +203,5 @@ def test_a_full_disk_ends_the_run_and_a_bad_name_does_not():
         error.__context__ = OSError(number, os.strerror(number))
         return error
 
-    assert extract._of_the_disk(failed(errno.ENOSPC)) and extract._of_the_disk(failed(errno.EIO))
-    assert not extract._of_the_disk(failed(errno.ENAMETOOLONG)) and not extract._of_the_disk(ValueError())
+    assert extract.is_disk_error(failed(errno.ENOSPC)) and extract.is_disk_error(failed(errno.EIO))
+    assert not extract.is_disk_error(failed(errno.ENAMETOOLONG)) and not extract.is_disk_error(ValueError())
