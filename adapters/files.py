@@ -22,7 +22,7 @@ from ..kvae.finite import all_finite
 from ..kvae.foreign import build, parse_object
 from ..kvae.layers import Cache
 from ..kvae.signature import same_weights
-from .networks import NETWORKS, Network, PointwiseNet, build_network
+from .networks import Network, PointwiseNet, build_network, network_name
 from .spaces import LatentSpace, latent_space
 
 FORMAT = "kvae-latent-adapter/1"
@@ -68,7 +68,9 @@ class LatentAdapter(nn.Module):
     def about(self) -> str:
         """Direction, training and metrics as text, one line each. Paths are cut to their last part."""
         count = sum(parameter.numel() for parameter in self.network.parameters())
-        lines = [f"{self.source.name} → {self.target.name}, {type(self.network).__name__}, {count:,} weights"]
+        lines = [
+            f"{self.source.name} → {self.target.name}, {network_name(self.network).capitalize()}, {count:,} weights"
+        ]
         lines += [f"training {key}: {_without_folders(value)}" for key, value in self.training_info.items()]
         lines += [f"{key}: {_without_folders(value)}" for key, value in self.metrics.items()]
         return "\n".join(line if len(line) <= MOST_SHOWN else f"{line[:MOST_SHOWN]}…" for line in lines)
@@ -114,12 +116,11 @@ def save_adapter(path: str | os.PathLike, adapter: LatentAdapter) -> None:
     Raises:
         WeightsError: the file cannot be written.
     """
-    name = next(name for name, cls in NETWORKS.items() if type(adapter.network) is cls)
     metadata = {
         "format": FORMAT,
         "source_space": adapter.source.name,
         "target_space": adapter.target.name,
-        "network": json.dumps({"name": name} | adapter.network.config),
+        "network": json.dumps({"name": network_name(adapter.network)} | adapter.network.config),
         "latents": "raw [B, c, t, h, w], before any scaling_factor",
         "pixels": f"{adapter.source.name} {adapter.source.pixels}; {adapter.target.name} {adapter.target.pixels}",
         "weights": json.dumps({name: asdict(weights) for name, weights in adapter.weights.items()}),

@@ -158,6 +158,11 @@ NETWORKS: dict[str, type[Network]] = {"published": PointwiseNet, "affine": Affin
 MOST = 4096  # the largest setting (channels, blocks, kernel) read from a file; networks in use have up to 128
 
 
+def network_name(network: Network) -> str:
+    """The name of a network in NETWORKS, in adapter files and in `train --network`."""
+    return next(name for name, cls in NETWORKS.items() if type(network) is cls)
+
+
 def build_network(name: str, **config: int) -> Network:
     """Build an untrained network.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ...adapters.networks import Affine
@@ -37,7 +38,7 @@ class Ridge:
     def add(self, source_Bcthw: Tensor, target_Bcthw: Tensor) -> None:
         """Add paired latents, [B, c, t, h, w] and [B, c', t, h, w]."""
         x = self._neighbourhoods(source_Bcthw.float())
-        y = target_Bcthw.float().movedim(1, -1).flatten(0, -2)
+        y = rearrange(target_Bcthw.float(), "b c t h w -> (b t h w) c")
         # float32 products within a clip, float64 sums over clips: as good as float64 throughout, and much faster. The
         # float64 sums are on the CPU, since Apple's GPUs have no float64
         self.count += len(x)
@@ -100,4 +101,4 @@ class Ridge:
         if k > 1:
             z_Bcthw = F.pad(z_Bcthw, (k // 2,) * 4 + (k - 1, 0), mode="replicate")
         windows = z_Bcthw.unfold(2, k, 1).unfold(3, k, 1).unfold(4, k, 1)
-        return windows.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(0, 3)
+        return rearrange(windows, "b c t h w kt kh kw -> (b t h w) (c kt kh kw)")

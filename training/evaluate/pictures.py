@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -27,7 +28,7 @@ def contact_sheet(path: Path, labels: list[str], clips: list[list[Tensor]]) -> N
         videos = clips[row // FRAMES]
         t = (row % FRAMES) * (videos[0].shape[1] - 1) // (FRAMES - 1)
         for column, video in enumerate(videos):
-            image = Image.fromarray(video[:, t].permute(1, 2, 0).contiguous().numpy())
+            image = Image.fromarray(rearrange(video[:, t], "c h w -> h w c").contiguous().numpy())
             sheet.paste(image, (column * width, LABEL_HEIGHT + row * height))
     _write_labels(sheet, labels, width)
     with written_whole(path) as partial:
@@ -40,7 +41,7 @@ def side_by_side(labels: list[str], videos: list[Tensor]) -> Tensor:
     label = Image.new("RGB", (width * len(videos), LABEL_HEIGHT + height % 2), "white")
     _write_labels(label, labels, width)
     strip = torch.frombuffer(bytearray(label.tobytes()), dtype=torch.uint8)
-    strip = strip.reshape(label.height, label.width, 3).permute(2, 0, 1)[:, None]
+    strip = rearrange(strip, "(h w c) -> c 1 h w", h=label.height, c=3)
     body = torch.cat(videos, dim=3)
     body = torch.cat([strip.expand(-1, body.shape[1], -1, -1), body], dim=2)
     return torch.nn.functional.pad(body, (0, body.shape[3] % 2))

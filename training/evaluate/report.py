@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...adapters.files import load_adapter
+from ...adapters.networks import network_name
 from ...kvae import WeightsError
 from ...kvae.foreign import json_text
 from ...kvae.paths import sha256_of, write_text
@@ -126,7 +127,7 @@ def _about(path: Path) -> dict[str, Any]:
         "sha256": sha256_of(path),
         "source": adapter.source.name,
         "target": adapter.target.name,
-        "network": type(adapter.network).__name__,
+        "network": network_name(adapter.network).capitalize(),
         "weights": sum(parameter.numel() for parameter in adapter.network.parameters()),
         "training": adapter.training_info,
         "metrics": adapter.metrics,

@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ...kvae.pixels import HUNYUAN_HALF_RANGE, to_unit
@@ -19,14 +20,12 @@ COUNT = 16  # components of a block: as many as a latent has channels
 def pixel_blocks(x_B3THW: Tensor) -> Tensor:
     """[B, 3, 4n + 1, H, W] → [B, n + 1, H/8, W/8, 768]: the 4x8x8 block of each latent, frame 0 four times over."""
     x = torch.cat([x_B3THW[:, :, :1].expand(-1, -1, 3, -1, -1), x_B3THW], dim=2)
-    B, C, T, H, W = x.shape
-    x = x.reshape(B, C, T // 4, 4, H // 8, 8, W // 8, 8)
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+    return rearrange(x, "b c (t i) (h j) (w k) -> b t h w (c i j k)", i=4, j=8, k=8)
 
 
 def fit_components(blocks_Bthwf: Tensor, count: int = COUNT) -> tuple[Tensor, Tensor]:
     """Mean [f] and whitening projection [f, count] of blocks."""
-    x = blocks_Bthwf.flatten(0, 3)
+    x = rearrange(blocks_Bthwf, "b t h w f -> (b t h w) f")
     mean = x.mean(0)
     values, vectors = torch.linalg.eigh(((x - mean).T @ (x - mean) / len(x)).double())
     return mean, (vectors[:, -count:] / values[-count:].sqrt()).float()
