@@ -171,7 +171,10 @@ def test_a_saved_vae_loads_again(run, load, comfy, base, tiny_kvae, dtype):
         again = load(kvae_name=file.name, dtype=dtype)
         assert again.first_stage_model.kvae.config.to_dict() == tiny_kvae.config.to_dict()
         (expected,), (image,) = (run("VAEDecode", vae=vae, samples={"samples": Z}) for vae in (first, again))
-        assert torch.equal(image, expected)
+        for key, tensor in first.first_stage_model.kvae.state_dict().items():
+            assert torch.equal(tensor, again.first_stage_model.kvae.state_dict()[key])
+        # a file's tensors are aligned differently in memory, where the rounding of some CPU kernels depends on it
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-5 if dtype == "fp32" else 0.02)
         embedded = load_adapter(TINY_ADAPTERS["h2k"])
         assert embedded.fits("kvae_3d_1.0", signature(again.first_stage_model.kvae.state_dict()))
     finally:
