@@ -144,8 +144,6 @@ def _config(path: Path, weights: Weights, shapes: Shapes) -> KVAEConfig:
         if not text:
             return config_from_shapes(shapes)
         config = build(KVAEConfig, KVAEConfig.from_dict(parse_object(text)).to_dict())
-        if config.norm_groups < 1:
-            raise ValueError(f"norm_groups is {config.norm_groups}")
     except WeightsError:
         raise
     except (ArithmeticError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -172,7 +170,7 @@ def _config_beside(path: Path) -> str | None:
 
 
 def _sound(path: Path, key: str, tensor: Tensor) -> Tensor:
-    """The tensor.
+    """The tensor, checked.
 
     Raises:
         WeightsError: it is not a float tensor, or not all values are finite.
