@@ -57,7 +57,7 @@ class CausalConv3d(Streamed):
 
 
 def remember(x_BCTHW: Tensor, cache: Cache, name: str, memory: int, stride: int = 1) -> Tensor:
-    """Put x [B, C, T, H, W] behind its past frames: those in the cache, or copies of its first frame in a new stream.
+    """Prepend to x [B, C, T, H, W] its past frames: those in the cache, or copies of its first frame in a new stream.
 
     Afterwards the cache holds the frames that the next window starts with.
 
@@ -144,7 +144,7 @@ class SpatialNorm(nn.Module):
         Args:
             first: whether the segment starts the stream, so that its first latent covers one frame.
         """
-        # the model repeats z to x's size first; 1x1x1 convolutions commute with that, and are far cheaper before it
+        # published: z is first repeated to x's size; 1x1x1 convolutions commute with that, and cost far less before it
         scale, shift = self.conv_y(z_Bcthw), self.conv_b(z_Bcthw)
         parts = list(apply_scale_shift(self.norm_layer(x_BCTHW), scale, shift, first))
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]

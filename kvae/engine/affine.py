@@ -22,7 +22,7 @@ BATCH_NORM_DEVICES = ("cpu", "cuda")  # those with torch.batch_norm_update_stats
 
 
 class Affine:
-    """A norm of `source` as scale and shift: GroupNorm's from its statistics, combined with those of the latent.
+    """A norm of `source` as scale and shift: GroupNorm's from its statistics, in the decoder with the latent's on top.
 
     Args:
         strips: bounds of the rows to compute at a time, if the source is not in memory.

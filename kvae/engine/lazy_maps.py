@@ -25,12 +25,12 @@ from .segment import SegmentRun
 
 
 class LazyConv:
-    """A causal convolution, on demand: of norm and SiLU of another feature map, or of the map itself without a norm.
+    """A causal convolution of another feature map, on demand; if a norm is given, norm and SiLU come first.
 
     Args:
         recompute_past: whether the next segment recomputes its past, the last two frames of this convolution's input.
-            Otherwise they are stored, strip by strip. They are stored too if the source has fewer than two frames, as
-            half of the past is then of the segment before.
+            Otherwise they are stored, strip by strip. They are stored too if the source has fewer than two frames,
+            since half of the past then belongs to the segment before.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class LazyPast:
 
 
 class LazyUpsample:
-    """An upsampler's output: rows and columns on demand. Frames are doubled at once, while pictures are still small.
+    """An upsampler's output: rows and columns on demand. Frames are doubled beforehand, while pictures are still small.
 
     Args:
         copied_frames: the most frames that `last_frames` is asked for.
@@ -167,7 +167,8 @@ class LazyUpsample:
         self._copy: Tensor | None = None
         B, C, T, H, W = x.shape
         self.shape = torch.Size((B, C, T, 2 * H, 2 * W))
-        self.row_bytes = 3 * B * C * T * W * segment.element_size  # the row (2W), and its quarters as they come (W)
+        # a row of the result (2W), and the part that is being copied into it (W)
+        self.row_bytes = 3 * B * C * T * W * segment.element_size
 
     def last_frames(self, frames: int) -> LazyUpsample:
         """The last frames alone, from one copy that all calls share."""
