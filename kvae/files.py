@@ -16,8 +16,6 @@ from torch import Tensor
 from .errors import WeightsError
 from .paths import check_regular, written_whole
 
-__all__ = ["Weights", "WeightsError", "save_weights", "what_is"]
-
 
 class Weights:
     """An open safetensors file, whose tensors are read one at a time.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .config import FAMILY, KVAEConfig
-from .files import Weights, WeightsError, save_weights, what_is
+from .errors import WeightsError
+from .files import Weights, save_weights, what_is
 from .find import find_weights
 from .finite import all_finite
 from .foreign import build, parse_object

@@ -47,16 +47,16 @@ class ComfyVAE(comfy.sd.VAE):
         with _without_weights_warning():
             super().__init__(sd={})
         self.kvae_space = space = host.space
-        cadence, side = space.temporal_factor, space.spatial_factor
+        temporal_factor, side = space.temporal_factor, space.spatial_factor
         self.first_stage_model = host.eval()
         self.latent_channels = space.channels
         self.latent_dim = 3
         self.output_channels = 3
         self.not_video = False
         self.handles_tiling = True  # for newer hosts; older ones call the two methods below
-        self.upscale_ratio = (lambda t: max(0, cadence * (t - 1) + 1), side, side)
-        self.downscale_ratio = (lambda T: max(0, (T - 1) // cadence + 1), side, side)
-        self.upscale_index_formula = self.downscale_index_formula = (cadence, side, side)
+        self.upscale_ratio = (lambda t: max(0, temporal_factor * (t - 1) + 1), side, side)
+        self.downscale_ratio = (lambda T: max(0, (T - 1) // temporal_factor + 1), side, side)
+        self.upscale_index_formula = self.downscale_index_formula = (temporal_factor, side, side)
         self.memory_used_decode = host.memory_used_decode
         self.memory_used_encode = host.memory_used_encode
         self.process_output = to_image
