@@ -76,8 +76,7 @@ class Affine:
         shift = shift if self.shift is None else scale * self.shift + shift
         rows = torch.arange(lo, hi, device=z.device) // rate - lo // rate
         scale, shift = (self._spread(s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale * self.scale, shift))
-        for _ in apply_scale_shift(x_BCTHW, scale, shift, self.first, out=out):
-            pass
+        apply_scale_shift(x_BCTHW, scale, shift, self.first, out=out)
 
     def _spread(self, s_BCthw: Tensor) -> Tensor:
         """One value for each of the last frames, the first of which may lie inside a latent's block of frames."""
