@@ -83,7 +83,7 @@ class ComfyVAE(comfy.sd.VAE):
         return vae
 
     def decode_tiled_3d(self, samples, tile_t=None, tile_x=32, tile_y=32, overlap=(1, 8, 8)):
-        """[B, c, t, h, w] by tiles of latents, for hosts that do not know `handles_tiling`."""
+        """Decode [B, c, t, h, w] to 0..1 in tiles, sized in latents, for hosts that do not know `handles_tiling`."""
         z = samples.to(self.vae_dtype).to(self.device)
         return to_image(self.first_stage_model.decode_tiled(z, tile_x, tile_y, overlap[1]))
 
@@ -93,8 +93,10 @@ class ComfyVAE(comfy.sd.VAE):
         return self.first_stage_model.encode_tiled(x, tile_x, tile_y, overlap[1]).float().to(self.output_device)
 
     def get_sd(self) -> dict[str, torch.Tensor]:
-        """What Save VAE writes and Load KVAE reads: the KVAE's weights under their own names, and its config as
-        a tensor, since that node keeps only its own metadata. Adapters stay in their files."""
+        """What VAESave writes and Load KVAE reads: the KVAE's weights under their own names, and its config.
+
+        The config is a tensor, since VAESave keeps only its own metadata. Adapters stay in their files.
+        """
         return described_state(self.first_stage_model.kvae)
 
     def decode_stream(self, z_Bcthw: torch.Tensor) -> Iterator[torch.Tensor]:
