@@ -21,7 +21,7 @@ ScaleShift = tuple[Tensor, Tensor]
 BATCH_NORM_DEVICES = ("cpu", "cuda")  # those with torch.batch_norm_update_stats
 
 
-class Affine:
+class NormAffine:
     """A norm of `source` as scale and shift: GroupNorm's from its statistics, in the decoder with the latent's on top.
 
     Args:
@@ -51,7 +51,7 @@ class Affine:
         else:
             self.scale, self.shift = known or group_affine(inner, source, strips)  # type: ignore[arg-type]
 
-    def last_frames(self, frames: int, T: int) -> Affine:
+    def last_frames(self, frames: int, T: int) -> NormAffine:
         """The same norm for the last of T frames alone."""
         part = copy(self)
         if self.z is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..layers import CausalConv3d, ResnetBlock, empty_in_layout_of, fill_border
 from ..resample import Upsample
-from .affine import Affine
+from .affine import NormAffine
 from .convolution import conv3d
 from .execution import PAST_FRAMES
 from .feature_map import FeatureMap, Materialized, ReadRows
@@ -56,12 +56,12 @@ class LazyConv:
             past = LazyPast(source.last_frames(PAST_FRAMES), self.affine.last_frames(PAST_FRAMES, T))
             segment.state.past_frames[conv.name] = past
 
-    def _affine(self, norm: nn.Module) -> Affine:
+    def _affine(self, norm: nn.Module) -> NormAffine:
         state = self.segment.state
         stats, key = state.norm_stats, (state.segments, self.conv.name)
         known = stats.get(key) if stats else None
         strips = self.segment.strips(self.source)
-        affine = Affine(norm, self.source, strips, self.segment.z_Bcthw, self.segment.first, known)
+        affine = NormAffine(norm, self.source, strips, self.segment.z_Bcthw, self.segment.first, known)
         if stats is not None and affine.shift is not None:
             stats[key] = affine.scale, affine.shift
         return affine
@@ -139,7 +139,7 @@ class LazyResBlock:
 class LazyPast:
     """The last frames of an earlier segment after norm and SiLU, on demand, with the statistics of that segment."""
 
-    def __init__(self, source: FeatureMap, affine: Affine):
+    def __init__(self, source: FeatureMap, affine: NormAffine):
         self.source, self.affine = source, affine
 
     def __call__(self, lo: int, hi: int) -> Tensor:
