@@ -7,7 +7,7 @@ WEB_DIRECTORY = "./web"  # help pages, web/docs/<node id>.md
 
 
 async def comfy_entrypoint():
-    """What ComfyUI calls to learn of the nodes."""
+    """The extension that lists the nodes. ComfyUI calls this."""
     from .nodes import KVAEExtension
 
     return KVAEExtension()

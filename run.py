@@ -142,7 +142,7 @@ def venv_version() -> tuple[int, ...]:
 
 
 def make_venv() -> None:
-    """Make an empty .venv, in the place of one that does not work."""
+    """Make an empty .venv, in place of one that does not work."""
     if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         fail(
             "this Python cannot make environments: on Debian or Ubuntu, run "

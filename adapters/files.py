@@ -1,8 +1,8 @@
 """Adapter files: self-describing safetensors files of a network between two latent spaces.
 
-The metadata hold `source_space`, `target_space`, `network` (JSON), `latents`, `pixels`, `weights` (JSON: the weights of
-the VAEs it was made for), `training` (JSON: data and settings) and `metrics` (JSON). The published files have no
-metadata: they are recognised by their keys, and their direction by their names.
+The metadata hold `format`, `source_space`, `target_space`, `network` (JSON), `latents`, `pixels`, `weights` (JSON: the
+weights of the VAEs it was made for), `training` (JSON: data and settings) and `metrics` (JSON). The published files
+have no metadata: they are recognised by their keys, and their direction by their names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kvae.files import Weights, WeightsError, save_weights, what_is
+from ..kvae.errors import WeightsError
+from ..kvae.files import Weights, save_weights, what_is
 from ..kvae.finite import all_finite
 from ..kvae.foreign import build, parse_object
 from ..kvae.layers import Cache
@@ -105,7 +106,7 @@ class LatentAdapter(nn.Module):
                 f"latent has shape {list(z_Bcthw.shape)}; a {self.source.name} latent is "
                 f"[B, {self.source.channels}, t, h, w]"
             )
-        # an adapter is small and stays in float32, also if the VAE is in bfloat16
+        # an adapter is small and stays in float32, even if the VAE is in bfloat16
         dtype = next(self.network.parameters()).dtype
         return self.network(z_Bcthw.to(dtype), cache).to(z_Bcthw.dtype)
 
@@ -131,7 +132,7 @@ def save_adapter(path: str | os.PathLike, adapter: LatentAdapter) -> None:
 
 
 def direction_of(path: str | os.PathLike) -> tuple[str, str] | None:
-    """Read the names (source, target) of an adapter file's spaces from its header; None if it does not say.
+    """The names (source, target) of an adapter file's spaces, from its header or its published name; None if unknown.
 
     Raises:
         WeightsError: missing, damaged, or not safetensors.

@@ -70,7 +70,7 @@ class HybridVAE(nn.Module):
             execution: how to compute (see `kvae.plan_encode`).
 
         Raises:
-            ValueError: a pixel is NaN or infinite.
+            ValueError: a pixel is NaN or infinite, or as `KVAE.encode`.
             WeightsError: there is a decode_adapter, but no encode_adapter.
         """
         self.check_encodes()
@@ -91,8 +91,9 @@ class HybridVAE(nn.Module):
         return from_kvae_pixels(self.kvae.decode(self.to_kvae(z_Bcthw), execution))
 
     def decode_stream(self, z_Bcthw: Tensor, execution: Execution = DEFAULT) -> Iterator[Tensor]:
-        """Decode segment by segment, [B, 3, 17 or 16, H, W]. The adapter converts the whole clip first: latents are
-        small, frames are not.
+        """Yield the frames of each segment in turn, float32 [B, 3, 17 or 16, H, W].
+
+        The adapter converts the whole clip first: latents are small, frames are not.
 
         Raises:
             ValueError, WeightsError: as `decode`.

@@ -172,8 +172,9 @@ def build_network(name: str, **config: int) -> Network:
     if name not in NETWORKS:
         raise ValueError(f"no adapter network is called {name!r}; the known ones are {', '.join(NETWORKS)}")
     for setting, value in config.items():
-        if type(value) is not int or not (setting != "blocks") <= value <= MOST:
-            raise ValueError(f"{setting} is {repr(value)[:60]}; expected a whole number up to {MOST}")
+        least = 0 if setting == "blocks" else 1
+        if type(value) is not int or not least <= value <= MOST:
+            raise ValueError(f"{setting} is {repr(value)[:60]}; expected a whole number from {least} to {MOST}")
     try:
         return NETWORKS[name](**config)
     except TypeError as error:

@@ -92,5 +92,7 @@ def native_space(config: KVAEConfig) -> LatentSpace:
         found = SPACES["kvae_3d_2.0_t4s16" if config.z_channels == 64 else "kvae_3d_2.0_t4s8"]
     grid = config.z_channels, config.temporal_compress_times, config.spatial_factor
     if grid != (found.channels, found.temporal_factor, found.spatial_factor):
-        raise ValueError(f"this KVAE has {grid[0]} channels of {grid[1]}x{grid[2]}x{grid[2]}; no known space has")
+        raise ValueError(
+            f"this KVAE has {grid[0]} channels of {grid[1]}x{grid[2]}x{grid[2]}; no known space has this grid"
+        )
     return found

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
-SEGMENT_FRAMES = 16  # after the first frame; GroupNorm runs over a segment, so for models with it this is a definition
+SEGMENT_FRAMES = 16  # the first segment has one more; GroupNorm runs over a segment, so this defines models with it
 
 
 @dataclass(frozen=True)
 class KVAEConfig:
-    """Shape of a KVAE-3D model. The defaults are those of KVAE-3D-1.0.
+    """The sizes and variants of a KVAE-3D model. The defaults are those of KVAE-3D-1.0.
 
     Raises:
         ValueError: the numbers do not define a model of the family.
@@ -46,13 +46,15 @@ class KVAEConfig:
                 f"{len(self.encoder_widths)} levels are too few to compress time {self.temporal_compress_times} times, "
                 f"starting at level {self.temporal_start_level}"
             )
+        if self.norm_groups < 1:
+            raise ValueError(f"norm_groups is {self.norm_groups}; expected at least 1")
         for width in (*self.encoder_widths, *self.decoder_widths):
             if self.norm == "group" and width % self.norm_groups:
                 raise ValueError(f"a level of {width} channels does not divide into norm_groups={self.norm_groups}")
 
     @property
     def temporal_levels(self) -> range:
-        """The encoder levels that halve time. The decoder doubles it at the same numbers, counted from the latent."""
+        """The encoder levels that halve time. The decoder doubles it at the same levels, counted from the latent."""
         return range(
             self.temporal_start_level, self.temporal_start_level + self.temporal_compress_times.bit_length() - 1
         )

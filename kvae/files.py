@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -15,15 +16,13 @@ from torch import Tensor
 from .errors import WeightsError
 from .paths import check_regular, written_whole
 
-__all__ = ["Weights", "WeightsError", "save_weights", "what_is"]
-
 
 class Weights:
     """An open safetensors file, whose tensors are read one at a time.
 
     Attributes:
-        metadata: str → str.
-        shapes: key → tuple.
+        metadata: the texts in the file's header, by key.
+        shapes: the shape of each tensor, by key.
 
     Raises:
         WeightsError: the file is missing, a pickle, truncated, or not a safetensors file.
@@ -50,7 +49,7 @@ class Weights:
 
 
 def save_weights(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file. After any failure, the old file is still there, or none if there was none.
+    """Write a safetensors file. After a failure, whatever was at `path` before is unchanged.
 
     Raises:
         WeightsError: the disk is full, the path cannot be written, or the format does not support a tensor's dtype.
@@ -96,7 +95,8 @@ def _header(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Ma
 def _write_values(file: BinaryIO, tensor: Tensor) -> None:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel():
-        file.write(flat.view(torch.uint8).numpy().data)
+        # without a copy, and without NumPy, which PyTorch does not require
+        file.write((ctypes.c_ubyte * (flat.numel() * flat.element_size())).from_address(flat.data_ptr()))
 
 
 # one key of each kind of file that people may confuse with a KVAE, the most specific first

@@ -15,7 +15,7 @@ def find_weights(name: str | os.PathLike, subfolder: str = "") -> Path:
     """The weights file that `name` refers to.
 
     Args:
-        name: a file; a folder, which may hold the file in its subfolder; the name of a published model; or a hub id
+        name: a file; a folder that holds the file, itself or in `subfolder`; the name of a published model; or a hub id
             (owner/name). Only the last two use the network, and only if no such file or folder exists.
 
     Raises:

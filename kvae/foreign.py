@@ -1,4 +1,4 @@
-"""JSON from others, in which any fault is a ValueError; and JSON for others."""
+"""Read JSON from outside, where any fault is a ValueError, and write JSON that every parser accepts."""
 
 from __future__ import annotations
 

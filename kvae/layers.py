@@ -10,8 +10,6 @@ cache is at the start of the stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,7 +55,7 @@ class CausalConv3d(Streamed):
 
 
 def remember(x_BCTHW: Tensor, cache: Cache, name: str, memory: int, stride: int = 1) -> Tensor:
-    """Put x [B, C, T, H, W] behind its past frames: those in the cache, or copies of its first frame in a new stream.
+    """Prepend to x [B, C, T, H, W] its past frames: those in the cache, or copies of its first frame in a new stream.
 
     Afterwards the cache holds the frames that the next window starts with.
 
@@ -144,26 +142,28 @@ class SpatialNorm(nn.Module):
         Args:
             first: whether the segment starts the stream, so that its first latent covers one frame.
         """
-        # the model repeats z to x's size first; 1x1x1 convolutions commute with that, and are far cheaper before it
-        scale, shift = self.conv_y(z_Bcthw), self.conv_b(z_Bcthw)
-        parts = list(apply_scale_shift(self.norm_layer(x_BCTHW), scale, shift, first))
-        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        # published: z is first repeated to x's size; 1x1x1 convolutions commute with that, and cost far less before it
+        return apply_scale_shift(self.norm_layer(x_BCTHW), self.conv_y(z_Bcthw), self.conv_b(z_Bcthw), first)
 
 
 def apply_scale_shift(
     x_BCTHW: Tensor, scale_BCthw: Tensor, shift_BCthw: Tensor, first: bool, out: Tensor | None = None
-) -> Iterator[Tensor]:
-    """Yield x · scale + shift, with each latent's scale and shift for all frames, rows and columns that it covers.
+) -> Tensor:
+    """x · scale + shift, with each latent's scale and shift for all frames, rows and columns that it covers.
 
-    The result comes in one or two parts along time, since the first latent of a stream covers one frame only. If `out`,
-    of the shape of x, is given, the parts are written to it.
+    The result has the shape of x, and is written to `out` if that is given. The first latent of a stream covers one
+    frame only, so it is computed apart from the others.
     """
+    parts = []
     head = 1 if first and scale_BCthw.shape[2] > 1 else 0
     for part in [slice(0, 1), slice(1, None)] if head else [slice(None)]:
         x, scale, shift = x_BCTHW[:, :, part], scale_BCthw[:, :, part], shift_BCthw[:, :, part]
         scale, shift = (s[:, :, :, None, :, None, :, None] for s in (scale, shift))
         y = None if out is None else split_by_latent(out[:, :, part], scale)
-        yield torch.addcmul(shift, split_by_latent(x, scale), scale, out=y).reshape(x.shape)
+        parts.append(torch.addcmul(shift, split_by_latent(x, scale), scale, out=y).reshape(x.shape))
+    if out is not None:
+        return out
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def split_by_latent(x_BCTHW: Tensor, scale_BCt1h1w1: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .config import FAMILY, KVAEConfig
-from .files import Weights, WeightsError, save_weights, what_is
+from .errors import WeightsError
+from .files import Weights, save_weights, what_is
 from .find import find_weights
 from .finite import all_finite
 from .foreign import build, parse_object
@@ -144,8 +145,6 @@ def _config(path: Path, weights: Weights, shapes: Shapes) -> KVAEConfig:
         if not text:
             return config_from_shapes(shapes)
         config = build(KVAEConfig, KVAEConfig.from_dict(parse_object(text)).to_dict())
-        if config.norm_groups < 1:
-            raise ValueError(f"norm_groups is {config.norm_groups}")
     except WeightsError:
         raise
     except (ArithmeticError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -172,7 +171,7 @@ def _config_beside(path: Path) -> str | None:
 
 
 def _sound(path: Path, key: str, tensor: Tensor) -> Tensor:
-    """The tensor.
+    """The tensor, checked.
 
     Raises:
         WeightsError: it is not a float tensor, or not all values are finite.

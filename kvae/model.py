@@ -181,7 +181,11 @@ class KVAE(nn.Module):
         return x
 
     def encode_parts(self, x_B3THW: Tensor, execution: Execution, progress: Progress | None = None) -> Iterator[Part]:
-        """Yield the parts that `encode` assembles: the segments of each tile in turn, as they are computed."""
+        """Yield the parts that `encode` assembles: the segments of each tile in turn, as they are computed.
+
+        Raises:
+            ValueError: as `encode`.
+        """
         _, _, T, H, W = _checked(x_B3THW, 3, "video").shape
         side = self.config.spatial_factor
         tiling = self._tiling(execution, -(-H // side), -(-W // side), decode=False)
@@ -200,7 +204,11 @@ class KVAE(nn.Module):
         return tiling.parts(latents, scale=1)
 
     def decode_parts(self, z_Bcthw: Tensor, execution: Execution, progress: Progress | None = None) -> Iterator[Part]:
-        """Yield the parts that `decode` assembles: the segments of each tile in turn, as they are computed."""
+        """Yield the parts that `decode` assembles: the segments of each tile in turn, as they are computed.
+
+        Raises:
+            ValueError: as `decode`.
+        """
         _, _, t, h, w = _checked(z_Bcthw, self.config.z_channels, "latent").shape
         tiling = self._tiling(execution, h, w, decode=True)
         each, stats = self._without_tiles(execution), None
@@ -226,7 +234,7 @@ class KVAE(nn.Module):
         return each
 
     def _needs_statistics(self, tiling: Tiling) -> bool:
-        """Whether GroupNorm's statistics must be those of a version of the whole picture."""
+        """Whether tiles must share GroupNorm's statistics, gathered from a smaller copy of the whole picture."""
         return not self.config.norm_is_per_position and len(tiling) > 1
 
     def _compute(
@@ -293,7 +301,7 @@ def _progress_over_tiles(progress: Progress | None, tiles: int, frames: int) -> 
 
 
 def _checked(x: Tensor, channels: int, name: str) -> Tensor:
-    """x.
+    """x, checked.
 
     Raises:
         ValueError: x is not a float tensor [B, channels, T, H, W] with at least one value.

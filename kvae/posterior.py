@@ -1,4 +1,4 @@
-"""What an encoder gives: a distribution over latents.
+"""The output of an encoder: a distribution over latents.
 
 # B batch, c channels, t latent frames, h/w latent rows and columns
 """
@@ -19,7 +19,7 @@ class Posterior:
     logvar: Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw, [B, c, t, h, w].
+        """Draw one latent [B, c, t, h, w], in the dtype of the mean.
 
         The log-variance is clamped to −30..20, as in diffusers (models/autoencoders/vae.py,
         DiagonalGaussianDistribution).

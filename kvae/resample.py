@@ -4,7 +4,7 @@ As published, a downsampler adds strided convolutions to a mean over neighbours;
 adds convolutions of the result. A 1x1x1 convolution follows in both. All of this is linear, so it folds: downsampling
 into one 3x3 convolution over space and one with three taps over time; upsampling into one 2x2 convolution of the small
 picture for each of the four parities of the large one, and two taps for each of the two parities of time. This needs 2
-to 2.5 times less arithmetic, and nothing large is repeated. Frozen weights are folded once, and again after a change.
+to 2.5 times less arithmetic, and nothing large is repeated. Frozen weights are folded once, and after each change.
 
     # o output channels, i input channels, k taps; x_BCTHW
 """
@@ -38,7 +38,7 @@ class Resampler(Streamed):
         raise NotImplementedError
 
     def folded(self) -> dict[str, Tensor]:
-        """The weights to run with: the cached ones, folded again if the published ones have changed.
+        """The weights to run with: the cached ones, refolded if the published ones have changed.
 
         Weights that require gradients are folded in every run, so that gradients reach them; so are all weights while a
         graph is captured.
@@ -145,7 +145,7 @@ class Downsample(Resampler):
             taps = list(w.flatten(2).unbind(2))
         else:
             # the second convolution of the chain, which has the stride, reads two outputs of the first
-            (w0, b0), (w1, b1) = (conv_weights(held.conv) for held in self.temporal_conv)  # type: ignore[arg-type]
+            (w0, b0), (w1, b1) = (conv_weights(each.conv) for each in self.temporal_conv)  # type: ignore[arg-type]
             w0, w1 = w0.flatten(2), w1.flatten(2)
             taps = [w1[..., 0] @ w0[..., 0], w1[..., 0] @ w0[..., 1] + w1[..., 1] @ w0[..., 0], w1[..., 1] @ w0[..., 1]]
             time_bias = w1.sum(2) @ b0 + b1
@@ -194,8 +194,8 @@ class Upsample(Resampler):
         center = F.pad(eye[:, :, None, None, None], (1, 1, 1, 1))
         kernel = then_pointwise(linear, space + center)
         # rows 2y − 1, 2y, 2y + 1 of the repeated picture are rows y − 1, y, y of the small one; rows 2y, 2y + 1, 2y + 2
-        # are y, y, y + 1. The border is the same before and after repetition: of zeros, replicated, and also reflected,
-        # since the row inside the edge is a copy of the edge.
+        # are y, y, y + 1. The border is the same before and after repetition, whether it is of zeros, replicated or
+        # reflected: the row inside the edge is a copy of the edge.
         groups = (((0,), (1, 2)), ((0, 1), (2,)))
         composed = {"bias": linear @ bias + linear_bias}
         for row, column in PARITIES:

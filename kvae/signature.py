@@ -2,7 +2,7 @@
 
 The hash of a file only tells whether two files are the same. A signature holds one value of each of up to 64 tensors,
 at positions that depend only on the tensors' names and shapes. If weights were trained separately, or further, nearly
-all of these values differ; rounding changes each by a few thousandths.
+all of these values differ; rounding changes each by a few thousandths of itself.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 
-import numpy as np
+import torch
 from torch import Tensor
 
-MOST = 64  # values of a signature
+MOST = 64  # values in a signature
 ROUNDING = 1 / 16  # relative change that a conversion may cause; bfloat16 rounds by at most 1/512
 AGREEING = 0.9  # fraction of the values that must agree
 
@@ -45,5 +45,5 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 def _value(key: str, tensor: Tensor) -> float:
     place = zlib.crc32(key.encode()) % tensor.numel()
-    value = tensor[tuple(int(i) for i in np.unravel_index(place, tuple(tensor.shape)))].float().item()
+    value = tensor[torch.unravel_index(torch.tensor(place), tensor.shape)].float().item()
     return float(f"{value:.6g}") if math.isfinite(value) else 0.0

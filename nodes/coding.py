@@ -120,7 +120,7 @@ def decoder_and_latent(
 ) -> tuple[ComfyVAE, torch.Tensor]:
     """A copy of the VAE with the settings of a decode node, and the raw latent [B, c, t, h, w] for it.
 
-    The latent is checked here, all clips before any work, and not again by the copy.
+    All clips are checked here, before any work; the copy does not check them again.
 
     Args:
         stream: whether the frames are decoded segment by segment, so that only one segment must fit into memory.

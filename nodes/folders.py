@@ -75,10 +75,10 @@ def adapter_path(name: str) -> str:
 
 
 def find_adapter(source: str, target: str, kvae_name: str, kvae: KVAEModel) -> str | None:
-    """The only adapter file that maps source → target and was not made for a KVAE with other weights; None if there is
-    none.
+    """The path of the only adapter file that maps source → target for this KVAE; None if there is none.
 
-    For the tiny KVAE, only the adapters that come with it are searched: no other adapter fits.
+    A file that does not name the weights it was made for counts as fitting. For the tiny KVAE, only the adapters that
+    come with it are searched: no other adapter fits.
 
     Raises:
         WeightsError: several files fit.

@@ -47,16 +47,16 @@ class ComfyVAE(comfy.sd.VAE):
         with _without_weights_warning():
             super().__init__(sd={})
         self.kvae_space = space = host.space
-        cadence, side = space.temporal_factor, space.spatial_factor
+        temporal_factor, side = space.temporal_factor, space.spatial_factor
         self.first_stage_model = host.eval()
         self.latent_channels = space.channels
         self.latent_dim = 3
         self.output_channels = 3
         self.not_video = False
         self.handles_tiling = True  # for newer hosts; older ones call the two methods below
-        self.upscale_ratio = (lambda t: max(0, cadence * (t - 1) + 1), side, side)
-        self.downscale_ratio = (lambda T: max(0, (T - 1) // cadence + 1), side, side)
-        self.upscale_index_formula = self.downscale_index_formula = (cadence, side, side)
+        self.upscale_ratio = (lambda t: max(0, temporal_factor * (t - 1) + 1), side, side)
+        self.downscale_ratio = (lambda T: max(0, (T - 1) // temporal_factor + 1), side, side)
+        self.upscale_index_formula = self.downscale_index_formula = (temporal_factor, side, side)
         self.memory_used_decode = host.memory_used_decode
         self.memory_used_encode = host.memory_used_encode
         self.process_output = to_image
@@ -83,7 +83,7 @@ class ComfyVAE(comfy.sd.VAE):
         return vae
 
     def decode_tiled_3d(self, samples, tile_t=None, tile_x=32, tile_y=32, overlap=(1, 8, 8)):
-        """[B, c, t, h, w] by tiles of latents, for hosts that do not know `handles_tiling`."""
+        """Decode [B, c, t, h, w] to 0..1 in tiles, sized in latents, for hosts that do not know `handles_tiling`."""
         z = samples.to(self.vae_dtype).to(self.device)
         return to_image(self.first_stage_model.decode_tiled(z, tile_x, tile_y, overlap[1]))
 
@@ -93,8 +93,10 @@ class ComfyVAE(comfy.sd.VAE):
         return self.first_stage_model.encode_tiled(x, tile_x, tile_y, overlap[1]).float().to(self.output_device)
 
     def get_sd(self) -> dict[str, torch.Tensor]:
-        """What Save VAE writes and Load KVAE reads: the KVAE's weights under their own names, and its config as
-        a tensor, since that node keeps only its own metadata. Adapters stay in their files."""
+        """What VAESave writes and Load KVAE reads: the KVAE's weights under their own names, and its config.
+
+        The config is a tensor, since VAESave keeps only its own metadata. Adapters stay in their files.
+        """
         return described_state(self.first_stage_model.kvae)
 
     def decode_stream(self, z_Bcthw: torch.Tensor) -> Iterator[torch.Tensor]:

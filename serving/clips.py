@@ -11,8 +11,8 @@ from ..adapters.checks import check_tensor
 from ..kvae import padded_frames
 
 
-def pad_clip(x_THWC: Tensor, cadence: int) -> Tensor:
-    """Repeat the last frame up to the next cadence·n + 1 frames.
+def pad_clip(x_THWC: Tensor, temporal_factor: int) -> Tensor:
+    """Repeat the last frame up to the next temporal_factor·n + 1 frames.
 
     Raises:
         ValueError: not a clip [T, H, W, C] of floats, or a clip without frames.
@@ -20,11 +20,11 @@ def pad_clip(x_THWC: Tensor, cadence: int) -> Tensor:
     check_tensor(x_THWC, "pixels")
     if x_THWC.ndim != 4 or len(x_THWC) == 0:
         raise ValueError(f"the clip has shape {list(x_THWC.shape)}; expected [T, H, W, C] with at least one frame")
-    missing = padded_frames(len(x_THWC), cadence) - len(x_THWC)
+    missing = padded_frames(len(x_THWC), temporal_factor) - len(x_THWC)
     return torch.cat([x_THWC, x_THWC[-1:].expand(missing, -1, -1, -1)]) if missing else x_THWC
 
 
-def frames_to_keep(decoded: int, original: int | None, cadence: int = 4) -> int:
+def frames_to_keep(decoded: int, original: int | None, temporal_factor: int = 4) -> int:
     """The number of decoded frames that the clip had before it was padded.
 
     Args:
@@ -36,7 +36,7 @@ def frames_to_keep(decoded: int, original: int | None, cadence: int = 4) -> int:
         ValueError: `original` is not a positive whole number.
     """
     check_frame_count(original)
-    if original is not None and padded_frames(original, cadence) == decoded:
+    if original is not None and padded_frames(original, temporal_factor) == decoded:
         return original
     return decoded
 

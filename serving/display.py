@@ -72,10 +72,9 @@ def _rgb(frame: Any) -> np.ndarray:
 
 
 def deinterlace(frames: Iterable[Any]) -> Iterator[Any]:
-    """Yield (av.VideoFrame, pts) for each frame. Of an interlaced frame, the first field is kept and the rows between
-    are interpolated.
+    """Yield (av.VideoFrame, pts) for each frame. Interlaced ones keep the first field; the other is interpolated.
 
-    The frame before and the frame after are needed for that, so reading is one frame ahead.
+    The filter needs the frames before and after for that, so reading is one frame ahead.
     """
     filtering: _Deinterlacer | None = None
     last = None

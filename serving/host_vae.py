@@ -6,11 +6,11 @@ z = vae.encode(x)
 for frames in vae.decode_stream(z):                       # 17, 16, 16 … frames, on `output_device`
     ...
 
-It checks its inputs once, chooses how to compute them within the host's memory, reports progress, and moves frames off
-the device as they are made. Tiles of a size that a host asks for are blended where they overlap: that needs less memory
-than any exact way, and is not exact (see `kvae.Execution`). Each tile is streamed through the whole clip. Tiles in time
-would cut off what a causal VAE remembers, which flickers at their edges, and would save nothing, since memory does not
-grow with the length. Adapters convert the whole latent, never a tile.
+HostVAE checks its inputs once, chooses how to compute them within the host's memory, reports progress, and moves frames
+off the device as they are made. Tiles of a size that a host asks for are blended where they overlap: that needs less
+memory than any exact way, and is not exact (see `kvae.Execution`). Each tile is streamed through the whole clip. Tiles
+in time would cut a causal VAE off from the frames before them, so the video would flicker at their edges. They would
+save nothing, since memory does not grow with the length. Adapters convert the whole latent, never a tile.
 
 # x_B3THW pixels in −1..1 in HunyuanVideo's convention (x/127.5 − 1), z_Bcthw raw latents
 """
@@ -37,7 +37,7 @@ from .planning import Executions, Planner
 
 
 class HostVAE(nn.Module):
-    """A video VAE for latents of `space`. It computes the clips of a batch one after the other.
+    """A video VAE for latents of `space`. It computes the clips of a batch one by one.
 
     Args:
         decode_adapter, encode_adapter: between the space of the host's latents and KVAE's; see `HybridVAE`.
@@ -75,7 +75,7 @@ class HostVAE(nn.Module):
     def encode(self, x_B3THW: Tensor, device: torch.device | None = None) -> Tensor:
         """[B, 3, T, H, W] → raw latents [B, c, (T − 1) // 4 + 1, H/8, W/8], in the dtype of the weights.
 
-        If T is not 4n + 1, the last one to three frames are dropped: hosts count latents like that.
+        If T is not 4n + 1, the last one to three frames are dropped, since hosts count latents that way.
 
         Raises:
             ValueError: no frames, sides below one latent, or pixels that are not finite.
@@ -193,7 +193,7 @@ class HostVAE(nn.Module):
 
     def _checked_pixels(self, x_B3THW: Tensor) -> Tensor:
         """The first 4n + 1 frames, checked."""
-        side, cadence = self.space.spatial_factor, self.space.temporal_factor
+        side, temporal_factor = self.space.spatial_factor, self.space.temporal_factor
         check_tensor(x_B3THW, "pixels")
         if x_B3THW.ndim != 5 or x_B3THW.shape[2] == 0 or min(x_B3THW.shape[3:]) < side:
             raise ValueError(
@@ -202,7 +202,7 @@ class HostVAE(nn.Module):
             )
         check_finite(x_B3THW, "pixels")
         self.vae.check_encodes()
-        return x_B3THW[:, :, : cadence * ((x_B3THW.shape[2] - 1) // cadence) + 1]
+        return x_B3THW[:, :, : temporal_factor * ((x_B3THW.shape[2] - 1) // temporal_factor) + 1]
 
     def _empty_frames(self, z_shape: Sequence[int]) -> Tensor:
         b, _, T, H, W = shape = self.decode_output_shape(z_shape)
@@ -236,7 +236,7 @@ class HostVAE(nn.Module):
         return x_B3THW
 
     def _clip_stream(self, z_1cthw: Tensor, report: Progress) -> Iterator[Tensor]:
-        """The frames of one clip, each once, although a second try also begins at the first frame."""
+        """The frames of one clip, each once, even if memory runs out and a second try begins at the first frame."""
         sent = 0
 
         def work(execution: Execution) -> Iterator[Tensor]:
@@ -265,7 +265,7 @@ class HostVAE(nn.Module):
         def report(frames: int, clip: int) -> None:
             nonlocal told
             done = clip * latent_frames + -(-frames // self.space.temporal_factor)
-            if done > told:  # less, if memory ran out and the clip was begun again
+            if done > told:  # not so if memory ran out and the clip was restarted
                 told = done
                 self.on_progress(done, clips * latent_frames)
 

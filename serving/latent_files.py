@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..adapters.checks import check_finite, check_values
 from ..adapters.spaces import SPACES, LatentSpace, fitting_spaces
-from ..kvae.files import Weights, WeightsError, save_weights
+from ..kvae.errors import WeightsError
+from ..kvae.files import Weights, save_weights
 from .clips import check_frame_count
 
 # Model names in musubi-tuner's caches: the space of the latents, and whether they are scaled.
@@ -68,7 +69,7 @@ class _Kind:
     key: str
     scaled: bool | None  # None: such files may be scaled or raw
     space: str | None = None
-    batched: bool = False  # the tensor has its batch, and channels first
+    batched: bool = False  # the tensor has its batch axis, and channels come second
     either_layout: bool = False  # channels may be first or last
 
 
@@ -98,8 +99,8 @@ def load_latent(path: str | os.PathLike, scaled: bool | None = None, model: str 
     """Read a latent file of any kind in the table above.
 
     Args:
-        scaled: whether the values have the scale inside a sampler rather than being raw. None: as the kind of file has.
-        model: the model of the latent, one of `MODELS`. None: as the file says, or its shape tells.
+        scaled: whether the values are scaled, as inside a sampler, not raw. None: the kind of file decides.
+        model: the model of the latent, one of `MODELS`. None: the file or its shape decides.
 
     Raises:
         WeightsError: not a latent file, a pickle, damaged, of an unknown model, or readable in two ways; the message
@@ -166,7 +167,7 @@ def _values(weights: Weights, kind: _Kind) -> Tensor:
     z = weights[kind.key]
     try:
         if not z.is_floating_point():
-            check_values(z)  # raises
+            check_values(z)  # raises; for float tensors it would refuse float8, which files may hold
         if 0 in z.shape:
             raise ValueError(f"This latent is empty, {list(z.shape)}.")
         z = z.float()

@@ -63,7 +63,7 @@ def with_less_memory(work: Callable[[M], Iterator[T]], executions: Sequence[Call
 def room_for(shape: Sequence[int], device: torch.device | str, what: str) -> Tensor:
     """Allocate an uninitialised float32 tensor, so that a lack of memory shows at once.
 
-    On a CPU, its pages take no memory before they are written.
+    On a CPU, its pages use no memory until they are written.
 
     Args:
         what: what the tensor is for, and what to do if it does not fit; completes "N GB of …".

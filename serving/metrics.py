@@ -90,7 +90,7 @@ def ssim(y_HWC: Tensor, x_HWC: Tensor) -> Tensor:
 
 
 def difference_picture(y: Tensor, x: Tensor, gain: float = 8) -> Tensor:
-    """The error as a picture in 0..1: grey where y and x agree, brighter or darker by `gain` times y − x."""
+    """The error of pixels in 0..1 as a picture in 0..1: grey plus `gain` times y − x."""
     return (0.5 + gain * (y - x)).clamp(0, 1)
 
 

@@ -31,7 +31,7 @@ class Planner:
     Args:
         free_memory: returns the bytes that are free for activations, or None if there is no limit. The fastest
             execution within them is used; if none fits, the one that needs least.
-        budget: bytes that activations may use; replaces `free_memory`. If nothing fits, a BudgetError.
+        budget: bytes that activations may use; replaces `free_memory`. If nothing fits, a BudgetError is raised.
         approximate: whether to use blended tiles if nothing exact fits; not in streams.
     """
 

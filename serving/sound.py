@@ -41,7 +41,7 @@ class Sound:
             logger.warning("Some samples of the sound are NaN or infinite; they are written as silence.")
 
     def frame(self, first: int, last: int) -> av.AudioFrame:
-        """The samples as an audio frame. NaN and infinite values, which encoders refuse, become silence."""
+        """The samples first:last as an audio frame. NaN and infinite values, which encoders refuse, become silence."""
         samples = self.samples[:, first:last].float().nan_to_num(0, 0, 0).cpu()
         interleaved = np.ascontiguousarray(samples.T.reshape(1, -1).numpy())
         frame = av.AudioFrame.from_ndarray(interleaved, format="flt", layout=LAYOUTS[len(samples)])

@@ -30,13 +30,13 @@ HIDDEN = ("vp8",)  # codecs whose packets may hold frames that are never shown
 class VideoIndex:
     """The frames of a video in the order in which they are shown.
 
-    Args:
+    Attributes:
         times: the time of each frame, in ticks; empty if the file has none.
         keys: the times of the key frames, at which decoding can begin, in order.
         tick: the unit of times, in seconds.
         count: number of frames.
         rate: frames per second.
-        back: key frames to seek back by: 1, or 2 if a seek lands behind the key frame that it asks for.
+        back: key frames to seek back by: 1, or 2 if a seek lands after the key frame that it asks for.
         lost: why the file is not complete; "" if it is.
     """
 

@@ -18,7 +18,7 @@ MOST_REFUSED = 0.1  # of the packets: a video with more damage is not fit to tra
 
 @contextmanager
 def open_video(path: str | os.PathLike) -> Iterator[Any]:
-    """Open a file; yields its av.VideoStream, or of several the one that players choose.
+    """Open a file and yield its av.VideoStream; if it has several, the one that players choose.
 
     Raises:
         WeightsError: no such file, not a video, HDR, or an unknown codec.
@@ -35,12 +35,12 @@ def open_video(path: str | os.PathLike) -> Iterator[Any]:
             raise WeightsError(f"{path}: has no video stream")
         if stream.codec_context is None:
             raise WeightsError(f"{path}: this FFmpeg cannot decode the codec of this video")
-        check_range(path, stream.codec_context)
+        check_sdr(path, stream.codec_context)
         stream.thread_type = "AUTO"
         yield stream
 
 
-def check_range(path: str | os.PathLike, context: Any) -> None:
+def check_sdr(path: str | os.PathLike, context: Any) -> None:
     """Raise if the video is HDR: unconverted it looks flat and grey, and there is no one right conversion to SDR.
 
     Raises:
@@ -89,7 +89,7 @@ class FrameDecoder:
     def _decode(self, packet: Any) -> list[Any]:
         frames = self.stream.decode(packet)
         for frame in frames:
-            check_range(self.path, frame)
+            check_sdr(self.path, frame)
         return frames
 
     def _check(self) -> None:

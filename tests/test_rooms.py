@@ -16,8 +16,8 @@ MAY_IMPORT = {
     "training": {"serving", "adapters", "kvae"},
 }
 MAY_NOT_KNOW = {
-    "kvae": {"comfy", "comfy_api", "folder_paths", "diffusers", "av", "accelerate"},
-    "adapters": {"comfy", "comfy_api", "folder_paths", "diffusers", "av", "accelerate"},
+    "kvae": {"comfy", "comfy_api", "folder_paths", "diffusers", "av", "accelerate", "numpy"},
+    "adapters": {"comfy", "comfy_api", "folder_paths", "diffusers", "av", "accelerate", "numpy"},
     "serving": {"comfy", "comfy_api", "folder_paths", "diffusers", "accelerate"},
     "nodes": {"diffusers", "accelerate"},
     "training": {"comfy", "comfy_api", "folder_paths"},

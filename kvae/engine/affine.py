@@ -21,8 +21,8 @@ ScaleShift = tuple[Tensor, Tensor]
 BATCH_NORM_DEVICES = ("cpu", "cuda")  # those with torch.batch_norm_update_stats
 
 
-class Affine:
-    """A norm of `source` as scale and shift: GroupNorm's from its statistics, combined with those of the latent.
+class NormAffine:
+    """A norm of `source` as scale and shift: GroupNorm's from its statistics, in the decoder with the latent's on top.
 
     Args:
         strips: bounds of the rows to compute at a time, if the source is not in memory.
@@ -51,7 +51,7 @@ class Affine:
         else:
             self.scale, self.shift = known or group_affine(inner, source, strips)  # type: ignore[arg-type]
 
-    def last_frames(self, frames: int, T: int) -> Affine:
+    def last_frames(self, frames: int, T: int) -> NormAffine:
         """The same norm for the last of T frames alone."""
         part = copy(self)
         if self.z is not None:
@@ -76,8 +76,7 @@ class Affine:
         shift = shift if self.shift is None else scale * self.shift + shift
         rows = torch.arange(lo, hi, device=z.device) // rate - lo // rate
         scale, shift = (self._spread(s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale * self.scale, shift))
-        for _ in apply_scale_shift(x_BCTHW, scale, shift, self.first, out=out):
-            pass
+        apply_scale_shift(x_BCTHW, scale, shift, self.first, out=out)
 
     def _spread(self, s_BCthw: Tensor) -> Tensor:
         """One value for each of the last frames, the first of which may lie inside a latent's block of frames."""

@@ -19,7 +19,7 @@ def wants_autograd_or_graph() -> bool:
 def conv3d(x_BiTHW: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int] = (1, 1, 1)) -> Tensor:
     """The result of `F.conv3d(x, weight, bias, stride)`: [B, i, T, H, W] → [B, o, T', H', W'].
 
-    With gradients, during graph capture, and on other devices than a CPU, it calls that function.
+    With gradients, during graph capture, and on devices other than a CPU, it calls that function.
     """
     if x_BiTHW.device.type != "cpu" or wants_autograd_or_graph():
         return F.conv3d(x_BiTHW, weight, bias, stride)

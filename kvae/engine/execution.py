@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from ..config import SEGMENT_FRAMES
 
-PAST_FRAMES = 2  # frames before its own that a 3x3x3 causal convolution reads
+PAST_FRAMES = 2  # past frames that a causal 3x3x3 convolution reads
 
 
 class Recompute(IntEnum):
@@ -31,8 +31,8 @@ class Execution:
         segment: frames in each segment after the first, which has one more. Models with GroupNorm require 16.
         strip_bytes: approximate size of a convolution's input and output for one strip.
         recompute: which feature maps are recomputed instead of held in memory.
-        tiles: rows and columns of tiles. Each tile is computed for the whole clip before the next (see `.tiles`).
-            Streams accept (1, 1) only.
+        tiles: number of rows and of columns of tiles. Each tile is computed for the whole clip before the next (see
+            `.tiles`). Streams accept (1, 1) only.
         overlap: latents that neighbouring tiles share. Tiles are blended there, and the result is not exact. GroupNorm
             then uses the statistics of a copy of the clip, shrunk to the size of a tile. None: each tile includes the
             halo that makes it exact; models with GroupNorm have no such tiles.

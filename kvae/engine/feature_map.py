@@ -31,7 +31,7 @@ class Materialized:
     """A feature map in memory.
 
     Args:
-        copied_frames: the most frames that `last_frames` is asked for, if they shall outlive the map; they are then
+        copied_frames: the most frames that `last_frames` is asked for, if they must outlive the map: they are then
             copied. None: they are views of the map.
     """
 

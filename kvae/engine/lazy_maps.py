@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..layers import CausalConv3d, ResnetBlock, empty_in_layout_of, fill_border
 from ..resample import Upsample
-from .affine import Affine
+from .affine import NormAffine
 from .convolution import conv3d
 from .execution import PAST_FRAMES
 from .feature_map import FeatureMap, Materialized, ReadRows
@@ -25,12 +25,12 @@ from .segment import SegmentRun
 
 
 class LazyConv:
-    """A causal convolution, on demand: of norm and SiLU of another feature map, or of the map itself without a norm.
+    """A causal convolution of another feature map, on demand; if a norm is given, norm and SiLU come first.
 
     Args:
         recompute_past: whether the next segment recomputes its past, the last two frames of this convolution's input.
-            Otherwise they are stored, strip by strip. They are stored too if the source has fewer than two frames, as
-            half of the past is then of the segment before.
+            Otherwise they are stored, strip by strip. They are stored too if the source has fewer than two frames,
+            since half of the past then belongs to the segment before.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class LazyConv:
             past = LazyPast(source.last_frames(PAST_FRAMES), self.affine.last_frames(PAST_FRAMES, T))
             segment.state.past_frames[conv.name] = past
 
-    def _affine(self, norm: nn.Module) -> Affine:
+    def _affine(self, norm: nn.Module) -> NormAffine:
         state = self.segment.state
         stats, key = state.norm_stats, (state.segments, self.conv.name)
         known = stats.get(key) if stats else None
         strips = self.segment.strips(self.source)
-        affine = Affine(norm, self.source, strips, self.segment.z_Bcthw, self.segment.first, known)
+        affine = NormAffine(norm, self.source, strips, self.segment.z_Bcthw, self.segment.first, known)
         if stats is not None and affine.shift is not None:
             stats[key] = affine.scale, affine.shift
         return affine
@@ -139,7 +139,7 @@ class LazyResBlock:
 class LazyPast:
     """The last frames of an earlier segment after norm and SiLU, on demand, with the statistics of that segment."""
 
-    def __init__(self, source: FeatureMap, affine: Affine):
+    def __init__(self, source: FeatureMap, affine: NormAffine):
         self.source, self.affine = source, affine
 
     def __call__(self, lo: int, hi: int) -> Tensor:
@@ -150,7 +150,7 @@ class LazyPast:
 
 
 class LazyUpsample:
-    """An upsampler's output: rows and columns on demand. Frames are doubled at once, while pictures are still small.
+    """An upsampler's output: rows and columns on demand. Frames are doubled beforehand, while pictures are still small.
 
     Args:
         copied_frames: the most frames that `last_frames` is asked for.
@@ -167,7 +167,8 @@ class LazyUpsample:
         self._copy: Tensor | None = None
         B, C, T, H, W = x.shape
         self.shape = torch.Size((B, C, T, 2 * H, 2 * W))
-        self.row_bytes = 3 * B * C * T * W * segment.element_size  # the row (2W), and its quarters as they come (W)
+        # a row of the result (2W), and the part that is being copied into it (W)
+        self.row_bytes = 3 * B * C * T * W * segment.element_size
 
     def last_frames(self, frames: int) -> LazyUpsample:
         """The last frames alone, from one copy that all calls share."""

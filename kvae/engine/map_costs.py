@@ -1,6 +1,6 @@
-"""Memory that feature maps on demand need while they are computed: a class for each class of `.lazy_maps`.
+"""Memory that feature maps need while they are computed on demand: one class for each feature map of `.lazy_maps`.
 
-Counted are the bytes of the tensors that are made, at the moment when they are most.
+Each class counts the bytes of the tensors that the map makes, at the moment when they are largest in sum.
 
     # B batch, C channels, T frames, H/W rows and columns, t/h/w of the latent
 """
@@ -25,6 +25,7 @@ class CostContext:
     Attributes:
         item_bytes: bytes of one value.
         batch_bytes: bytes of one value for all clips of the batch.
+        strip_bytes: see `Execution`.
         first: whether the segment starts the stream, so that there are no past frames.
         rms: whether the norms are RMS norms.
         latent: frames, rows and columns of the latent that conditions the norms, in the decoder.

@@ -1,4 +1,4 @@
-"""Choose how to compute a clip within a memory budget, by adding up beforehand what each execution needs.
+"""Choose how to compute a clip within a memory budget, by adding up beforehand the memory that each execution needs.
 
 plan = plan_decode(kvae, z.shape, budget=6_000_000_000)
 print(plan)                                # 16-frame segments, 64 MB strips, …; peak 5.80 GB
@@ -75,7 +75,7 @@ class BudgetError(ValueError):
 def plan_decode(
     kvae: KVAE, z_shape: Sequence[int], budget: int | None = None, stream: bool = False, approximate: bool = False
 ) -> Plan:
-    """The fastest way to decode latents of shape [B, c, t, h, w] within `budget` bytes. It is exact if any such fits.
+    """The fastest way to decode latents of shape [B, c, t, h, w] within `budget` bytes; exact, if an exact way fits.
 
     Args:
         budget: bytes in addition to the weights, the latents and the clip; None: as many as the fastest way needs.
@@ -84,7 +84,7 @@ def plan_decode(
 
     Raises:
         BudgetError: nothing fits the budget.
-        ValueError: the shape is not that of latents.
+        ValueError: the shape does not have five sides of at least 1.
     """
     _check_shape(z_shape)
     return _plan(kvae, kvae.decoder, z_shape, 1, budget, stream, approximate)
@@ -93,7 +93,7 @@ def plan_decode(
 def plan_encode(
     kvae: KVAE, x_shape: Sequence[int], budget: int | None = None, stream: bool = False, approximate: bool = False
 ) -> Plan:
-    """The fastest way to encode pixels of shape [B, 3, T, H, W] within `budget` bytes. It is exact if any such fits.
+    """The fastest way to encode pixels of shape [B, 3, T, H, W] within `budget` bytes; exact, if an exact way fits.
 
     Args:
         budget: bytes in addition to the weights, the latents and the clip; None: as many as the fastest way needs.
@@ -102,7 +102,7 @@ def plan_encode(
 
     Raises:
         BudgetError: nothing fits the budget.
-        ValueError: the shape is not that of pixels.
+        ValueError: the shape does not have five sides of at least 1.
     """
     _check_shape(x_shape)
     side, temporal_factor = kvae.config.spatial_factor, kvae.config.temporal_compress_times

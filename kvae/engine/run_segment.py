@@ -1,4 +1,4 @@
-"""Compute a segment for its result alone: the numbers of the modules' own `forward`, in less memory and time.
+"""Compute a segment without gradients: the result of the modules' own `forward`, in less memory and time.
 
 Every layer runs by strips of rows. The statistics of a GroupNorm are gathered over all strips before the first strip is
 normalised, so strips are exact. A block's output overwrites its inner feature map.
@@ -35,7 +35,7 @@ def run_segment(
     """
     decode = isinstance(coder, Decoder)
     segment = SegmentRun(execution, state, first, last, x_BCTHW.element_size(), x_BCTHW if decode else None)
-    # the frames that pixels are recomputed from, if any are, outlive the segment
+    # the next segment may recompute maps of full resolution from the last frames of pixels
     source = Materialized(x_BCTHW, PAST_FRAMES + frames_to_recompute(len(coder.full_resolution())))
     start = LazyConv(segment, source, coder.conv_in, None)
     h = _run_stages(segment, segment.materialize(start) if decode else start, coder)
@@ -46,7 +46,7 @@ def run_segment(
 
 
 def in_fastest_format(x_BCTHW: Tensor) -> Tensor:
-    """x in the memory format in which all that is computed from it is fastest."""
+    """x in the memory format that is fastest to compute with: channels-last on a CPU."""
     cpu = x_BCTHW.device.type == "cpu"
     return x_BCTHW.contiguous(memory_format=torch.channels_last_3d) if cpu else x_BCTHW
 
@@ -72,7 +72,7 @@ def _run_stages(segment: SegmentRun, h: FeatureMap, coder: Encoder | Decoder) ->
 
 
 def _run_block(segment: SegmentRun, source: FeatureMap, block: ResnetBlock) -> Materialized:
-    """A block's output, over its inner feature map or over its input if either has the same shape."""
+    """Compute a block's output, in the memory of its inner feature map or of its input if one has the same shape."""
     inner: FeatureMap
     upsampled = isinstance(source, LazyUpsample)
     inner = first = LazyConv(segment, source, block.conv1, block.norm1, recompute_past=upsampled)
@@ -87,7 +87,7 @@ def _run_block(segment: SegmentRun, source: FeatureMap, block: ResnetBlock) -> M
 
 
 def _run_downsample(segment: SegmentRun, source: FeatureMap, layer: Downsample) -> Materialized:
-    """Half the rows and columns, and half the frames if the layer says so, by strips."""
+    """Halve the rows and columns, and the frames if the layer does, by strips."""
     w, cache = layer.folded(), segment.state.cache
     B, _, T, H, W = source.shape
     past = cache.pop(layer.name, None)

@@ -1,7 +1,7 @@
 """The most memory that computing a segment needs, added up beforehand along the functions of `.run_segment`.
 
-Counted are the tensors that a segment makes: activations, the padded or converted segment itself, what the stream
-keeps, the result of the segment before, and on a CPU the workspace of `.winograd`. Not counted are the weights, the
+It counts the tensors that a segment makes: activations, the padded or converted segment itself, what the stream
+keeps, the result of the segment before, and on a CPU the workspace of `.winograd`. It does not count the weights, the
 latents, the clip, and what a convolution's kernel allocates for itself.
 """
 
@@ -46,7 +46,7 @@ class SegmentCost:
         self.length = execution.segment // (self.temporal_factor if self.decode else 1)
 
     def peak_bytes(self, T: int, H: int, W: int, first: bool, last: bool, tiled: bool = False) -> int:
-        """The peak of one segment with these sides as it enters the coder; `tiled`: of one tile of many."""
+        """The peak of one segment with these sides as it enters the coder; `tiled`: it is of one tile of many."""
         self.first, self.last, self.peak = first, last, 0
         latent = (T, H, W) if self.decode else None
         rms = not self.group_norm
@@ -152,7 +152,7 @@ class SegmentCost:
 
         Args:
             into: whether the map overwrites another.
-            add: the map that is added, and how many strips its addition makes in addition to its own.
+            add: the map that is added, and the number of strips that its shortcut makes, 0 or 1.
         """
         rows = strip_rows(source)
         strip, single = source.result(rows), rows == source.H

@@ -1,4 +1,4 @@
-"""Strips of rows: how a picture is cut, so that each layer needs memory for a strip at a time."""
+"""Strips of rows: how a picture is cut, so that each layer needs memory for one strip at a time."""
 
 from __future__ import annotations
 

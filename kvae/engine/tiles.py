@@ -33,7 +33,7 @@ class Part:
     weights: Tensor | None = None
 
     def put(self, out: Tensor) -> None:
-        """Write it into the full result, which must start as zeros if there are weights."""
+        """Write `x` into the full result, which must start as zeros if there are weights."""
         if self.weights is None:
             out[self.where] = self.x
         else:
@@ -45,9 +45,9 @@ class AxisTile:
     """A tile along one axis.
 
     Attributes:
-        outer: the latents that it is computed from.
+        outer: the latents that the tile is computed from.
         crop: which of the computed values are kept.
-        where: where in the result they belong.
+        where: the place of the kept values in the result.
         weights: of the kept values, if tiles are blended.
     """
 

@@ -112,7 +112,7 @@ def transform(x_THWi: Tensor, R: int, S: int, memory: Tensor) -> Tensor:
 
 
 def differences(x: Tensor, dim: int, count: int, out: Tensor) -> None:
-    """Of windows of 4 values along `dim`, 2 apart: (0) − (2), (1) + (2), (2) − (1), (1) − (3)."""
+    """Four differences of each window of 4 values along `dim`, 2 apart: (0) − (2), (1) + (2), (2) − (1), (1) − (3)."""
     windows = x.unfold(dim, 4, 2).narrow(dim, 0, count)
     a, b, c, d = windows.unbind(-1)
     torch.sub(a, c, out=out[0])
@@ -145,5 +145,5 @@ def combine(products_pTno: Tensor, bias: Tensor, out_THWo: Tensor) -> None:
 
 
 def sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the four values along the first axis: (0) + (1) + (2), (1) − (2) − (3)."""
+    """Two sums of the four values along the first axis: (0) + (1) + (2), (1) − (2) − (3)."""
     return (x[0] + x[1]).add_(x[2]), (x[1] - x[2]).sub_(x[3])

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...kvae.files import Weights, WeightsError, save_weights
+from ...kvae.errors import WeightsError
+from ...kvae.files import Weights, save_weights
 from ...kvae.foreign import build, parse_object
 from ..errors import UserError
 
