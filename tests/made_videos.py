@@ -13,8 +13,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 
 import needs
+from kvae_comfyui.serving.video_reader import read_pictures
 
 FFMPEG = shutil.which("ffmpeg")
 FIXED_POINT, ONE = 1 << 16, 1 << 30  # of a display matrix
@@ -36,6 +38,11 @@ def which(frames: Iterable[np.ndarray]) -> list[int]:
 
 def _digit(half: np.ndarray) -> int:
     return round((half.mean() - 20) / 14)
+
+
+def all_frames(path: Path) -> np.ndarray:
+    """All frames of a video, uint8 [T, H, W, 3], as the reader gives them."""
+    return np.stack([each.rgb for each in read_pictures(path, range(10**6))])
 
 
 def picture(height: int = 48, width: int = 64) -> np.ndarray:
@@ -110,3 +117,10 @@ def by_ffmpeg(path: Path, height: int, width: int, *filters: str) -> np.ndarray:
     """The frames as ffmpeg shows them, uint8 [T, H, W, 3]."""
     raw = ffmpeg(*("-i", str(path), *filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "-"))
     return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
+
+
+def sine(rate: float, channels: int = 2, seconds: float = 3.0) -> dict:
+    """A tone of 440 Hz, in each channel half as loud as in the channel before."""
+    time = torch.arange(round(seconds * rate)) / rate
+    loudness = 0.5 ** torch.arange(1, channels + 1)
+    return {"waveform": (loudness[:, None] * torch.sin(2 * torch.pi * 440 * time))[None], "sample_rate": rate}

@@ -20,6 +20,7 @@ SMALL = {
         padding="zeros",
     ),
 }
+VERSION_TWO = ["2.0-t4s8", "2.0-t4s16"]
 
 
 def small(name: str, **changes: int) -> KVAE:

@@ -24,6 +24,7 @@ from kvae_comfyui.kvae import load_kvae
 from .server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
+NATIVE = "KVAE (native)"  # what latents is called for KVAE's own
 TINY = ROOT / "training" / "tiny" / "assets" / "tiny_kvae.safetensors"
 
 
@@ -130,3 +131,9 @@ def info(server):
 def ours(info):
     """Schemas of this pack's nodes."""
     return {name: node for name, node in info.items() if node["python_module"].startswith("custom_nodes.kvae")}
+
+
+def with_hidden(cls):
+    """A node class as the executor prepares it, with no prompt to hide in files."""
+    hidden = type("Hidden", (), {"prompt": None, "extra_pnginfo": {"workflow": {"nodes": []}}})
+    return type(cls.__name__, (cls,), {"hidden": hidden})

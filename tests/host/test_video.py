@@ -1,10 +1,12 @@
-"""KVAE Decode to Video, with inputs that only the API allows and sound that models make."""
+"""KVAE Decode to Video writes the frames that KVAE Decode shows, with sound, or says why it cannot."""
 
 import av
 import pytest
 import torch
 
-from .test_nodes import NATIVE, with_hidden
+from kvae_comfyui.serving.sample_clip import sample_clip
+
+from .conftest import NATIVE, with_hidden
 
 OPTIONS = {"scaling": "raw", "memory_gb": 0.0, "fps": 24.0, "codec": "h264", "crf": 20, "filename_prefix": "odd/t"}
 
@@ -66,3 +68,52 @@ def test_names_are_counted_by_finished_videos_alone(decode, base):
     (base / "output" / "counted" / ".kvae-0123456789abcdef.partial").touch()
     videos = [path.name for path in decode(filename_prefix="counted/t") if path.suffix == ".mp4"]
     assert videos == ["t_00001_.mp4", "t_00002_.mp4"]
+
+
+def test_video_is_what_decode_shows(run, load, comfy, base):
+    vae = load(latents=NATIVE)
+    (latent,) = run("KVAEEncode", pixels=sample_clip(30, 64, 96), vae=vae)
+    (image,) = run("KVAEDecode", samples=latent, vae=vae, scaling="raw", memory_gb=0.0)
+    audio = {"waveform": torch.sin(torch.arange(96000) / 20)[None, None], "sample_rate": 48000}
+    node = with_hidden(comfy.classes["KVAEDecodeToVideo"])
+    options = {"fps": 25.0, "codec": "h264", "crf": 5, "filename_prefix": "shown/t"}
+    with torch.inference_mode():
+        out = node.execute(samples=latent, vae=vae, scaling="raw", memory_gb=0.0, audio=audio, **options)
+    (path,) = (base / "output" / "shown").iterdir()
+    assert out.args[0].get_dimensions() == (96, 64)
+    with av.open(str(path)) as video:
+        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)]
+        assert video.streams.video[0].average_rate == 25
+        assert video.streams.video[0].codec_context.colorspace == 1  # BT.709, so that players show the same colours
+        assert "workflow" in video.metadata
+    assert len(frames) == 30
+    with av.open(str(path)) as video:
+        seconds = sum(frame.samples for frame in video.decode(audio=0)) / 48000
+    assert abs(seconds - 30 / 25) < 0.05
+    error = torch.stack(frames).float() / 255 - image
+    assert error.square().mean().sqrt() < 0.06  # colour is halved in resolution
+    assert error.mean((0, 1, 2)).abs().max() < 0.01  # but not shifted
+
+
+@pytest.mark.parametrize("codec", ["h265", "av1"])
+def test_other_codecs(load, comfy, base, codec):
+    node = with_hidden(comfy.classes["KVAEDecodeToVideo"])
+    options = {"fps": 23.976, "codec": codec, "crf": 30, "filename_prefix": f"{codec}/t"}
+    with torch.inference_mode():
+        node.execute(
+            samples={"samples": torch.randn(1, 16, 1, 8, 8)}, vae=load(), scaling="raw", memory_gb=0.0, **options
+        )
+    (path,) = (base / "output" / codec).iterdir()
+    with av.open(str(path)) as video:
+        assert len(list(video.decode(video=0))) == 1
+        assert float(video.streams.video[0].average_rate) == pytest.approx(23.976, abs=1e-3)
+
+
+def test_a_cancelled_video_leaves_no_file(run, load, comfy, base):
+    vae = load(latents=NATIVE)
+    node = with_hidden(comfy.classes["KVAEDecodeToVideo"])
+    options = {"fps": 25.0, "codec": "h264", "crf": 5, "filename_prefix": "cancelled/t"}
+    comfy.management.interrupt_current_processing()
+    with torch.inference_mode(), pytest.raises(comfy.management.InterruptProcessingException):
+        node.execute(samples={"samples": torch.randn(1, 16, 7, 4, 4)}, vae=vae, scaling="raw", memory_gb=0.0, **options)
+    assert list((base / "output" / "cancelled").iterdir()) == []
