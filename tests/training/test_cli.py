@@ -2,25 +2,21 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 import needs
-from conftest import ROOT, make_videos
+from command import start
+from conftest import make_videos
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.vaes import TINY
 
 
-def command(*argv, env=None, **kwargs):
-    """The command as a user starts it: its code, and its error lines."""
-    process = subprocess.run(
-        [sys.executable, "-m", "training", *map(str, argv)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
-        stderr=subprocess.PIPE, timeout=300, **kwargs,
-    )  # fmt: skip
-    return process.returncode, process.stderr.decode().splitlines()
+def errors_of(*argv, **options):
+    """Run the command as a user does; return its exit code and its lines of error."""
+    process = start(*argv, **options)
+    _, err = process.communicate(timeout=300)
+    return process.returncode, err.splitlines()
 
 
 @needs.linux
@@ -29,7 +25,7 @@ def test_running_out_of_memory_is_one_line(tmp_path):
 
     (video,) = make_videos(tmp_path, 1, frames=9)
     size = ("--height", 8192, "--width", 8192, "--num-frames", 9, "--device", "cpu")
-    code, err = command(
+    code, err = errors_of(
         *("reconstruct", "--video-path", video, "--output", tmp_path / "out.mp4", *size),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)),
     )
@@ -40,7 +36,7 @@ def test_running_out_of_memory_is_one_line(tmp_path):
 
 def test_a_console_that_knows_ascii_alone_prints_any_name(tmp_path):
     os.mkdir(folder := tmp_path / "caf\udce9")
-    code, err = command("train", "--latent-root", folder, env={"PYTHONIOENCODING": "ascii"})
+    code, err = errors_of("train", "--latent-root", folder, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert code == 2
     assert len(err) == 1 and "caf\\udce9" in err[0] and "no .safetensors.zst files" in err[0]
 
@@ -51,7 +47,7 @@ def test_output_that_nobody_reads_is_one_line(tmp_path):
     shutil.copyfile(TINY["kvae"], tmp_path / "KVAE-3D-1.0.safetensors")
     read, write = os.pipe()
     os.close(read)
-    code, err = command("fetch", "--model", "KVAE-3D-1.0", "--output", tmp_path, stdout=write)
+    code, err = errors_of("fetch", "--model", "KVAE-3D-1.0", "--output", tmp_path, stdout=write)
     os.close(write)
     assert (code, err) == (2, ["error: nobody reads the output any longer"])
 

@@ -2,30 +2,22 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import needs
 from at_step import after_steps, at_step, ctrl_c
+from command import refusal
 from conftest import ROOT, make_videos, shared
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae import KVAE, load_kvae, save_kvae
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
-from kvae_comfyui.training.evaluate.originals import original_frames
 from kvae_comfyui.training.evaluate.report import write_report
-from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae
+from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS
 from small_models import SMALL
 
 SIZE = ["--num-frames", "9", "--height", "48", "--width", "64", "--device", "cpu"]
@@ -84,55 +76,9 @@ def test_extract_mirrors_the_videos_and_resumes(job, capsys):
     assert [p.read_bytes() for p in paths if p != paths[2]] == before
 
 
-def test_extract_adds_mirror_images(tmp_path, capsys):
-    make_videos(tmp_path / "videos", 1, frames=18)
-    options = [*roots(tmp_path), *SIZE, "--clips-per-video", "2"]
-    assert main(["extract", *options]) == 0
-    assert main(["extract", *options, "--mirror", "yes"]) == 0
-    assert "2 pairs extracted, 2 already there, 0 skipped" in capsys.readouterr().out
-    pairs = {path.name.split(".", 1)[1]: read_pair(path) for path in find_pairs(tmp_path / "latents")}
-    assert set(pairs) == {f"{n}{end}.safetensors.zst" for n in ("000", "001") for end in ("", ".mirrored")}
-    plain, mirrored = pairs["001.safetensors.zst"], pairs["001.mirrored.safetensors.zst"]
-    assert mirrored.source == replace(plain.source, mirrored=True)
-    videos = str(tmp_path / "videos")
-    frames = original_frames("", mirrored, videos)
-    assert torch.equal(frames, original_frames("", plain, videos).flip(-1))
-    z_h = load_hunyuan_vae("tiny", "cpu").encode(frames[None])[0]
-    torch.testing.assert_close(mirrored.z_h.float(), z_h, rtol=2e-3, atol=2e-3)
-    assert not torch.allclose(mirrored.z_h, plain.z_h, rtol=0.1, atol=0.1)
-
-
 def test_extract_refuses_to_mix_settings(job, capsys):
     assert main(["extract", *roots(job), *SIZE, "--sampling", "uniform"]) == 2
     assert "holds pairs made with other settings" in capsys.readouterr().err
-
-
-def test_extract_skips_broken_clips_and_says_so(tmp_path, capsys):
-    make_videos(tmp_path / "videos", 2)
-    (tmp_path / "videos" / "a.avi").write_text("no video")
-    assert main(["extract", *roots(tmp_path), *SIZE]) == 1
-    captured = capsys.readouterr()
-    assert captured.out.splitlines()[-1].startswith("2 pairs extracted, 0 already there, 1 skipped")
-    assert captured.err.count("a.avi: not a video") == 1
-    assert "not a video" in json.loads((tmp_path / "latents" / "manifest.json").read_text())["failed"]["a.avi"]
-
-
-def test_extract_pads_short_videos_and_records_it(tmp_path):
-    make_videos(tmp_path / "videos", 1, frames=7)
-    assert main(["extract", *roots(tmp_path), *SIZE]) == 0
-    source = read_pair(find_pairs(tmp_path / "latents")[0]).source
-    assert (source.frames, source.padded) == (7, 2)
-
-
-def test_posterior_samples_differ_from_the_mode_and_repeat(tmp_path):
-    make_videos(tmp_path / "videos", 2)
-    for name in ("mode", "sample", "again"):
-        mode = "mode" if name == "mode" else "sample"
-        out = ["--videos-root", str(tmp_path / "videos"), "--output-root", str(tmp_path / name)]
-        assert main(["extract", *out, *SIZE, "--posterior", mode]) == 0
-    mode, sample, again = (read_pair(find_pairs(tmp_path / n)[0]) for n in ("mode", "sample", "again"))
-    assert not torch.equal(sample.z_h, mode.z_h) and not torch.equal(sample.z_k, mode.z_k)
-    assert torch.equal(sample.z_h, again.z_h)
 
 
 def test_train_leaves_adapters_that_describe_themselves(job):
@@ -272,14 +218,6 @@ def test_demo(tmp_path, capsys):
     assert embedded["training"]["pairs"] > 200 and "embedded" in closing
 
 
-def refusal(argv, capsys):
-    """The one line an impossible command says."""
-    assert main(argv) == 2
-    err = capsys.readouterr().err.strip()
-    assert err.startswith("error: ") and "\n" not in err
-    return err
-
-
 def test_refusals_of_folders(job, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -345,62 +283,6 @@ def test_refusals_of_models(job, tmp_path, capsys):
     options = [*evaluate_options(job), "--kvae", str(tmp_path / "other.safetensors")]
     assert "made with another kvae" in refusal(["evaluate", *options], capsys)
     assert not (tmp_path / "out").exists()
-
-
-def command(*argv, **kwargs):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "training", *argv],
-        cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs,
-    )  # fmt: skip
-
-
-@needs.posix
-def test_killed_extraction_goes_on(tmp_path):
-    make_videos(tmp_path / "videos", 30)
-    argv = ["extract", *roots(tmp_path), *SIZE]
-    process = command(*argv)
-    deadline = time.time() + 120
-    while len(list((tmp_path / "latents").glob("*.zst"))) < 2 and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    done = find_pairs(tmp_path / "latents")
-    assert 2 <= len(done) < 30
-    assert all(read_pair(path).z_h.shape == (16, 3, 6, 8) for path in done)
-    process = command(*argv)
-    out, _ = process.communicate()
-    assert process.returncode == 0
-    assert f"{30 - len(done)} pairs extracted, {len(done)} already there, 0 skipped" in out
-
-
-@needs.posix
-def test_interrupt_and_full_disk_end_in_one_line(tmp_path):
-    make_videos(tmp_path / "videos", 30)
-    # a shell's background job ignores Ctrl-C, and its children with it
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = command("extract", *roots(tmp_path), *SIZE, preexec_fn=heed)
-    deadline = time.time() + 120
-    while not list((tmp_path / "latents").glob("*.zst")) and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130
-    assert err.splitlines()[-1] == "interrupted; the same command goes on from here"
-    assert "Traceback" not in err
-
-    import resource  # POSIX only
-
-    def no_room():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))  # the manifest fits, a pair does not
-
-    argv = ["extract", "--videos-root", str(tmp_path / "videos"), "--output-root", str(tmp_path / "full"), *SIZE]
-    process = command(*argv, preexec_fn=no_room)
-    _, err = process.communicate()
-    assert process.returncode == 2
-    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
-    assert not list((tmp_path / "full").iterdir())  # no pair, no manifest
 
 
 def test_trained_adapters_know_the_weights_of_the_vaes_and_evaluation_keeps_to_them(job, tmp_path, capsys):

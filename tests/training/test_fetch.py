@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import command
 import needs
 from conftest import ROOT
 from fake_hub import running
@@ -39,10 +40,7 @@ def start(hub, tmp_path):
     def start(model="KVAE-3D-1.0", **env):
         clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         env = clean | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"} | env
-        command = [sys.executable, "-m", "training", "fetch", "--model", model, "--output", str(tmp_path / "models")]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-        )
+        return command.start("fetch", "--model", model, "--output", tmp_path / "models", env=env)
 
     return start
 

@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import needs
 from at_step import after_steps, at_step, ctrl_c
+from command import refusal
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.training.adapters import train as training
 from kvae_comfyui.training.adapters.config import TrainConfig
@@ -62,14 +63,6 @@ def interrupt(folder):
     return folder / "out" / "h.resume.safetensors"
 
 
-def refusal(capsys, *argv):
-    capsys.readouterr()
-    assert train(*argv) == 2
-    err = capsys.readouterr().err.strip()
-    assert err.startswith("error: ") and "\n" not in err
-    return err
-
-
 def other_pairs(folder, change):
     """Change the pairs, and say what the line says of it."""
     if change == "more":
@@ -97,7 +90,7 @@ def test_a_training_does_not_go_on_with_other_pairs(folder, capsys, change):
     """And what the line says to do helps."""
     state = interrupt(folder)
     words = other_pairs(folder, change)
-    err = refusal(capsys, *options(folder))
+    err = refusal(["train", *options(folder)], capsys)
     assert f"{state}: an unfinished run {words}; delete the file to start anew" in err
     state.unlink()
     assert train(*options(folder)) == 0
@@ -141,12 +134,12 @@ def test_a_state_that_is_none_is_a_line(folder, capsys):
     good = state.read_bytes()
     for what in STATES_OF_OTHERS:
         damaged(state, what)
-        err = refusal(capsys, *options(folder))
+        err = refusal(["train", *options(folder)], capsys)
         assert "not the state of a training run" in err and "delete it to start anew" in err, what
         state.write_bytes(good)
     for data in (b"", good[: len(good) // 2], b"\xff" * 100):
         state.write_bytes(data)
-        assert "not the state of a training run" in refusal(capsys, *options(folder))
+        assert "not the state of a training run" in refusal(["train", *options(folder)], capsys)
     state.write_bytes(good)
     assert train(*options(folder)) == 0
 
@@ -206,7 +199,7 @@ def test_latents_without_variance_are_refused_before_the_training(folder, capsys
         z, flat = torch.randn(16, 3, 12, 14), torch.full((16, 3, 12, 14), value)
         pair = Pair(flat, z, None) if latent == "z_h" else Pair(z, flat, None)
         write_pair(folder / "pairs" / f"v{i:02d}.safetensors.zst", pair)
-    assert f"{latent} is the same everywhere" in refusal(capsys, *options(folder))
+    assert f"{latent} is the same everywhere" in refusal(["train", *options(folder)], capsys)
     assert not (folder / "out").exists()
 
 
@@ -232,7 +225,7 @@ def test_pairs_with_names_of_another_encoding_are_trained_on(folder):
 @pytest.mark.parametrize("part", ["pairs", "val"])
 def test_pairs_of_other_channels_are_refused_before_the_closed_form(folder, capsys, part):
     make_pairs(folder / part, 1, first=3, channels=8)
-    err = refusal(capsys, *options(folder))
+    err = refusal(["train", *options(folder)], capsys)
     assert f"{folder / part}: holds pairs of 8 and 16 channels; expected 16 (hunyuan_video) and 16 (kvae_3d_1.0)" in err
     assert not (folder / "out").exists()
 
@@ -251,7 +244,7 @@ def test_files_that_would_overwrite_each_other_are_refused(folder, capsys, monke
         ("out/h.safetensors", "out/h.resume.safetensors"),
     ):
         argv = [*options(folder), "--out-h2k", h2k, "--out-k2h", k2h]
-        assert "would overwrite the other" in refusal(capsys, *argv), (h2k, k2h)
+        assert "would overwrite the other" in refusal(["train", *argv], capsys), (h2k, k2h)
     assert not (folder / "out").exists()
 
 
@@ -268,13 +261,13 @@ def test_files_that_would_overwrite_each_other_are_refused(folder, capsys, monke
 )
 def test_numbers_that_no_training_can_have_are_refused(folder, capsys, name, values):
     for value in values:
-        assert name in refusal(capsys, *options(folder), f"{name}={value}"), value
+        assert name in refusal(["train", *options(folder), f"{name}={value}"], capsys), value
     assert not (folder / "out").exists()
 
 
 def test_a_training_that_diverges_ends_in_a_line_and_can_be_started_anew(folder, capsys):
     """What is saved would be the closed form, as if nothing had gone wrong."""
-    err = refusal(capsys, *options(folder, network="published"), "--lr", "1e30")
+    err = refusal(["train", *options(folder, network="published"), "--lr", "1e30"], capsys)
     assert "the error is nan" in err and "lower --lr" in err
     assert train(*options(folder, network="published"), "--lr", "1e-4") == 0
 

@@ -18,6 +18,7 @@ from kvae_comfyui.training.data.dataset import batches, open_pairs
 from kvae_comfyui.training.data.manifests import read_manifest
 from kvae_comfyui.training.data.pairs import Pair, Shape, Source, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.errors import UserError
+from packed_pairs import pack, unpack
 
 CPU = torch.device("cpu")
 
@@ -34,14 +35,6 @@ def make_pairs(folder, count=6, grid=(3, 4, 6)):
     return folder
 
 
-def pack(root, out):
-    return main(["pack", "--latent-root", str(root), "--output-root", str(out)])
-
-
-def unpack(root, out):
-    return main(["unpack", "--latent-root", str(root), "--output-root", str(out)])
-
-
 def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -49,19 +42,19 @@ def contents(folder):
 def test_packed_and_unpacked_the_files_are_the_same(tmp_path, monkeypatch):
     root = make_pairs(tmp_path / "pairs")
     monkeypatch.setattr(packing, "SHARD_BYTES", 8_000)  # two or three pairs
-    assert pack(root, tmp_path / "shards") == 0
+    assert pack(tmp_path) == 0
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    assert unpack(tmp_path / "shards", tmp_path / "again") == 0
-    assert contents(tmp_path / "again") == contents(root)
+    assert unpack(tmp_path) == 0
+    assert contents(tmp_path / "unpacked") == contents(root)
 
 
 def test_extractions_side_by_side_are_one_folder(tmp_path):
     """Other sizes of the same videos, each with its own manifest."""
     small, large = (make_pairs(tmp_path / "pairs" / size) for size in ("small", "large"))
     (small / "manifest.json").write_text((large / "manifest.json").read_text().replace("{}", '{"height": 64}', 1))
-    assert pack(tmp_path / "pairs", tmp_path / "shards") == 0
-    assert unpack(tmp_path / "shards", tmp_path / "again") == 0
-    assert contents(tmp_path / "again") == contents(tmp_path / "pairs")
+    assert pack(tmp_path) == 0
+    assert unpack(tmp_path) == 0
+    assert contents(tmp_path / "unpacked") == contents(tmp_path / "pairs")
     for root in (tmp_path / "pairs", tmp_path / "shards"):
         assert read_manifest(root)["settings"] == {"large": {}, "small": {"height": 64}}
         assert len(open_pairs(root)) == 12
@@ -73,7 +66,7 @@ def test_extractions_side_by_side_are_one_folder(tmp_path):
 
 def test_packed_pairs_are_read_as_files_are(tmp_path):
     files = open_pairs(make_pairs(tmp_path / "pairs"))
-    assert pack(tmp_path / "pairs", tmp_path / "shards") == 0
+    assert pack(tmp_path) == 0
     packed = open_pairs(tmp_path / "shards")
     assert (
         sorted(map(packed.name, range(6))) == [files.name(i) for i in range(6)] == [f"class/v{i}.000" for i in range(6)]
@@ -91,7 +84,7 @@ def test_packed_pairs_are_read_as_files_are(tmp_path):
 
 def test_the_index_says_what_the_channels_are(tmp_path):
     root = make_pairs(tmp_path / "pairs")
-    assert pack(root, tmp_path / "shards") == 0
+    assert pack(tmp_path) == 0
     values = torch.cat([read_pair(path).z_h.flatten(1) for path in find_pairs(root)], 1).double()
     index = json.loads((tmp_path / "shards" / "index.json").read_text())
     assert index["pairs"] == 6
@@ -105,15 +98,15 @@ def test_packing_goes_on_where_it_stopped_and_takes_new_pairs(tmp_path, monkeypa
     last = root / "class" / "v5.000.safetensors.zst"
     good = last.read_bytes()
     last.write_bytes(b"no pair")  # which ends the run when the shards before it are written
-    assert pack(root, tmp_path / "shards") == 2
+    assert pack(tmp_path) == 2
     with pytest.raises(UserError, match="no index.json in it"):
         open_pairs(tmp_path / "shards")
     last.write_bytes(good)
     before = contents(tmp_path / "shards")
     assert len([name for name in before if name.endswith(".safetensors")]) >= 2
-    assert pack(root, tmp_path / "shards") == 0
+    assert pack(tmp_path) == 0
     write_pair(root / "new.safetensors.zst", Pair(torch.randn(16, 3, 4, 6), torch.randn(8, 3, 4, 6), None))
-    assert pack(root, tmp_path / "shards") == 0
+    assert pack(tmp_path) == 0
     assert "1 pairs packed, 6 already there" in capsys.readouterr().out
     after = contents(tmp_path / "shards")
     assert all(after[name] == data for name, data in before.items())
@@ -149,7 +142,7 @@ def test_reading_crops_holds_nothing_of_the_clips(tmp_path):
 def test_refusals(tmp_path, capsys):
     root = make_pairs(tmp_path / "pairs")
     out = tmp_path / "shards"
-    assert pack(root, out) == 0
+    assert pack(tmp_path) == 0
     (shard, *_) = sorted(out.glob("*.safetensors"))
     data = shard.read_bytes()
     shard.write_bytes(data[: len(data) // 2])
@@ -164,9 +157,9 @@ def test_refusals(tmp_path, capsys):
         open_pairs(out)
     (root / "manifest.json").unlink()
     capsys.readouterr()
-    assert pack(root, out) == 2
+    assert pack(tmp_path) == 2
     assert "holds pairs made in another way" in capsys.readouterr().err
-    assert unpack(root, tmp_path / "again") == 2
+    assert unpack(tmp_path, shards="pairs") == 2
     assert "no index.json in it" in capsys.readouterr().err
 
 
@@ -177,7 +170,7 @@ def test_a_shard_cannot_write_outside_of_the_folder(tmp_path, capsys):
         shards.write_shard(out / "00000.safetensors", [{"clip": name, "source": None}], [Pair(z, z.clone(), None)])
         entry = {"file": "00000.safetensors", "pairs": 1, "z_h": list(z.shape), "z_k": list(z.shape)}
         (out / "index.json").write_text(json.dumps({"format": shards.FORMAT, "statistics": {}, "shards": [entry]}))
-        assert unpack(out, tmp_path / "a" / "b") == 2
+        assert unpack(tmp_path, "a/b") == 2
         assert "points outside --output-root; the shard is corrupt or malicious" in capsys.readouterr().err
     assert not list(tmp_path.rglob("escaped*"))
 
@@ -227,7 +220,7 @@ def test_training_from_shards_is_training_from_files(tmp_path):
     for i in range(6):
         z = torch.randn(16, 3, 12, 14)
         write_pair(tmp_path / "pairs" / f"v{i}.safetensors.zst", Pair(z, z.flip(0) ** 2, None))
-    assert pack(tmp_path / "pairs", tmp_path / "shards") == 0
+    assert pack(tmp_path) == 0
     logs = []
     for root in ("pairs", "shards"):
         out = tmp_path / f"from {root}"
