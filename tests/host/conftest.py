@@ -30,7 +30,7 @@ TINY = ROOT / "training" / "tiny" / "assets" / "tiny_kvae.safetensors"
 
 @pytest.fixture(scope="session")
 def comfyui_path() -> Path:
-    """The folder of ComfyUI."""
+    """The folder of ComfyUI; skips the test if COMFYUI_PATH is not set."""
     path = os.environ.get("COMFYUI_PATH")
     if not path:
         pytest.skip(needs.COMFYUI)
@@ -78,7 +78,7 @@ def comfy(comfyui_path, base):
 
 @pytest.fixture
 def run(comfy):
-    """Run one node as ComfyUI does, without gradients: run("VAEDecode", vae=…, samples=…) → a tuple of its outputs."""
+    """Run one node as ComfyUI does, without gradients: run("VAEDecode", vae=…, samples=…) returns its outputs."""
 
     def run(node_id: str, **inputs):
         cls = comfy.classes[node_id]
@@ -92,7 +92,7 @@ def run(comfy):
 
 @pytest.fixture
 def load(run):
-    """Load the tiny KVAE: load() behind the adapters, load(latents="KVAE (native)") without."""
+    """Load the tiny KVAE: load() with the adapters, load(latents=NATIVE) without."""
 
     def load(**inputs):
         defaults = {
@@ -110,20 +110,20 @@ def load(run):
 
 @pytest.fixture(scope="session")
 def tiny_kvae():
-    """The same weights outside ComfyUI."""
+    """The tiny KVAE outside ComfyUI."""
     return load_kvae(TINY)
 
 
 @pytest.fixture(scope="session")
 def server(comfyui_path, base):
-    """ComfyUI's server on the same base directory."""
+    """A ComfyUI server on the same base directory."""
     with Server(comfyui_path, base) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def info(server):
-    """Live schemas of all nodes."""
+    """Schemas of all nodes, from the server."""
     return server.get("/object_info")
 
 

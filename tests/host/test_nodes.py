@@ -1,4 +1,4 @@
-"""The pack's own nodes in ComfyUI, beyond Load KVAE."""
+"""The pack's nodes in ComfyUI, except Load KVAE, whose VAE test_vae.py tests."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from .conftest import NATIVE, with_hidden
 
 
 class Nested:
-    """Like ComfyUI's latents of video with audio."""
+    """A nested latent, as ComfyUI makes for video with audio."""
 
     is_nested = True
 
@@ -32,7 +32,7 @@ def test_encode_keeps_every_frame_and_decode_gives_them_back(run, load):
     assert torch.equal(image, whole[:11])
 
 
-def test_decode_takes_scaled_and_nested_latents_and_batches(run, load):
+def test_decode_accepts_scaled_and_nested_latents_and_batches(run, load):
     vae, z = load(), torch.randn(2, 16, 2, 4, 4)
     (image,) = run("KVAEDecode", samples={"samples": z}, vae=vae, scaling="raw", memory_gb=0.0)
     assert image.shape == (10, 32, 32, 3)
@@ -65,7 +65,7 @@ def test_inspect_says_what_it_is(run):
     assert "it looks raw" in report
 
 
-def test_save_and_load_a_latent(run, load, comfy, base):
+def test_a_saved_latent_loads_with_our_node_and_with_the_stock_node(run, load, comfy, base):
     (latent,) = run("KVAEEncode", pixels=sample_clip(6, 32, 32), vae=load(latents=NATIVE))
     node = with_hidden(comfy.classes["KVAESaveLatent"])
     out = node.execute(samples=latent, filename_prefix="latents/kept/KVAE")
@@ -83,7 +83,7 @@ def test_save_and_load_a_latent(run, load, comfy, base):
     assert "press R" in comfy.classes["KVAELoadLatent"].validate_inputs("absent.latent")
 
 
-def test_a_latent_that_can_be_read_in_two_ways_asks(run, base):
+def test_a_latent_that_can_be_read_in_two_ways_needs_a_model(run, base):
     path = base / "input" / "kandinsky.safetensors"
     save_file({"latents": torch.randn(1, 16, 31, 8, 16)}, path)
     try:
@@ -97,7 +97,7 @@ def test_a_latent_that_can_be_read_in_two_ways_asks(run, base):
         path.unlink()
 
 
-def test_compare_two_vaes(run, load):
+def test_compare_shows_two_vaes_and_their_difference(run, load):
     a, b = load(latents=NATIVE), load()
     pixels = sample_clip(6, 40, 48)
     both, difference, report = run("KVAECompare", vae_a=a, vae_b=b, pixels=pixels)
@@ -112,7 +112,7 @@ def test_compare_two_vaes(run, load):
             run("KVAECompare", vae_a=a, vae_b=b, **wrong)
 
 
-def test_compare_with_a_stock_vae(run, load):
+def test_compare_accepts_a_stock_vae(run, load):
     import comfy.sd
 
     # ComfyUI's small HunyuanVideo VAE, untrained

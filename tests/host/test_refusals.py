@@ -81,7 +81,7 @@ def test_a_bad_latent_is_refused_in_one_sentence(run, load, comfy, base, node, n
 
 @pytest.mark.parametrize("scaling", ["raw", "scaled"])
 def test_a_nan_in_the_second_clip_is_refused_before_the_first_is_decoded(run, load, scaling):
-    """Also by a stock decode after ours, which does not share our check."""
+    """VAEDecode refuses too, after KVAEDecode has used the same VAE: each checks the latent itself."""
     vae, z, seen = load(), torch.randn(2, 16, 2, 4, 4), []
     vae.first_stage_model.on_progress = lambda *done: seen.append(done)
     run("KVAEDecode", samples={"samples": z}, vae=vae, scaling=scaling, memory_gb=0.0)
@@ -148,7 +148,7 @@ def test_a_prefix_that_is_not_a_file_name_leaves_nothing(comfy, base, prefix, wo
 
 @pytest.fixture
 def elsewhere(base, tmp_path):
-    """A good latent file outside of ComfyUI's folders, and names that would lead to it."""
+    """Names that would lead to a good latent file outside ComfyUI's folders, and names that are not of a file."""
     path = tmp_path / "secret.latent"
     save_latent(path, torch.zeros(1, 16, 1, 4, 4), None, None, {})
     link = base / "input" / "link.latent"
@@ -168,7 +168,7 @@ def elsewhere(base, tmp_path):
 
 
 def test_latents_are_read_from_comfyuis_folders_alone(run, comfy, elsewhere):
-    """Both the check of the prompt and its run refuse other files, and do not tell whether they exist."""
+    """The validation of a prompt and its run refuse all other files in the same words, whether or not they exist."""
     node = comfy.classes["KVAELoadLatent"]
     for name in elsewhere:
         with pytest.raises(ValueError, match="no such latent file. Put it into ComfyUI's input folder"):

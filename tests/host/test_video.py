@@ -13,7 +13,7 @@ OPTIONS = {"scaling": "raw", "memory_gb": 0.0, "fps": 24.0, "codec": "h264", "cr
 
 @pytest.fixture
 def decode(load, comfy, base):
-    """Run the node on a small latent; returns the files in its folder."""
+    """Run the node on a small latent; returns the files in the output folder."""
 
     def run(**options):
         node = with_hidden(comfy.classes["KVAEDecodeToVideo"])
@@ -44,7 +44,7 @@ def decode(load, comfy, base):
         ({"filename_prefix": "a\0b/c"}, "not a name that a file can have"),
     ],
 )
-def test_what_cannot_be_written_is_said_before_decoding(decode, base, options, found):
+def test_a_video_that_cannot_be_written_is_refused_before_decoding(decode, base, options, found):
     before = set((base / "output").rglob("*"))
     with pytest.raises(ValueError, match=found) as error:
         decode(**options)
@@ -52,7 +52,7 @@ def test_what_cannot_be_written_is_said_before_decoding(decode, base, options, f
     assert not [path for path in set((base / "output").rglob("*")) - before if path.is_file()]
 
 
-def test_odd_sound_does_not_cost_the_video(decode):
+def test_a_video_is_written_whatever_its_sound(decode):
     waveform = torch.randn(1, 6, 192000) / 10
     waveform[0, 0, 5000] = torch.nan
     for n, rate in enumerate((192000, 12345)):
@@ -63,14 +63,14 @@ def test_odd_sound_does_not_cost_the_video(decode):
 
 
 def test_names_are_counted_by_finished_videos_alone(decode, base):
-    """A file that is being written, or that a kill has left, is hidden."""
+    """A file that is being written, or that a killed process left, is hidden and not counted."""
     decode(filename_prefix="counted/t")
     (base / "output" / "counted" / ".kvae-0123456789abcdef.partial").touch()
     videos = [path.name for path in decode(filename_prefix="counted/t") if path.suffix == ".mp4"]
     assert videos == ["t_00001_.mp4", "t_00002_.mp4"]
 
 
-def test_video_is_what_decode_shows(run, load, comfy, base):
+def test_a_video_has_the_frames_that_decode_shows(run, load, comfy, base):
     vae = load(latents=NATIVE)
     (latent,) = run("KVAEEncode", pixels=sample_clip(30, 64, 96), vae=vae)
     (image,) = run("KVAEDecode", samples=latent, vae=vae, scaling="raw", memory_gb=0.0)
@@ -96,7 +96,7 @@ def test_video_is_what_decode_shows(run, load, comfy, base):
 
 
 @pytest.mark.parametrize("codec", ["h265", "av1"])
-def test_other_codecs(load, comfy, base, codec):
+def test_a_video_may_be_h265_or_av1(load, comfy, base, codec):
     node = with_hidden(comfy.classes["KVAEDecodeToVideo"])
     options = {"fps": 23.976, "codec": codec, "crf": 30, "filename_prefix": f"{codec}/t"}
     with torch.inference_mode():

@@ -14,7 +14,7 @@ from kvae_comfyui.serving.fit import CROP, STRETCH, fit_picture, resize
 from kvae_comfyui.serving.video_reader import read_pictures
 from made_videos import all_frames, greys, make, picture, place
 
-TURNS = {  # of display matrices (a, b, c, d): what they do to a picture [H, W, 3]
+TURNS = {  # display matrix (a, b, c, d): its effect on a picture [H, W, 3]
     (1, 0, 0, 1): lambda x: x,
     (0, 1, -1, 0): lambda x: np.rot90(x, -1),  # clockwise
     (-1, 0, 0, -1): lambda x: np.rot90(x, 2),
@@ -59,7 +59,7 @@ def test_colours_are_those_of_the_tagged_matrix_and_range(tmp_path, matrix, full
 
 
 def interlaced(tmp_path: Path, count: int) -> tuple[Path, np.ndarray]:
-    """A video of a bar that moves by four pixels with each field, and its frames made of the first fields alone."""
+    """A video of a bar that moves by four pixels with each field, and its frames made from the first fields only."""
     fields = np.full((2 * count, 64, 256, 3), 60, np.uint8)
     for n, each in enumerate(fields):
         each[:, 4 * n % 224 : 4 * n % 224 + 32] = 200
@@ -91,14 +91,14 @@ def test_an_interlaced_frame_is_the_same_wherever_reading_began(tmp_path):
     woven = decoded(path)
     (plain, *_) = decoded(make(tmp_path / "plain.mp4", np.full((3, 64, 256, 3), 90, np.uint8)))
     assert woven[0].interlaced_frame and not plain.interlaced_frame
-    sequence = [woven[0], plain, woven[1], decoded(path)[1]]  # what stands still is woven, if it stood still before
+    sequence = [woven[0], plain, woven[1], decoded(path)[1]]  # bwdif weaves a still area only if it was still before
     for n, frame in enumerate(sequence):
         frame.pts, frame.time_base = n, Fraction(1, 25)
     whole = [to_picture(frame, None).rgb for frame, _ in deinterlace(sequence)]
     part = [to_picture(frame, None).rgb for frame, _ in deinterlace(sequence[1:])]
     assert [pts for _, pts in deinterlace(sequence)] == [0, 1, 2, 3]
     assert np.array_equal(np.stack(whole[1:]), np.stack(part))
-    assert np.array_equal(whole[1], to_picture(plain, None).rgb)  # and it stays as it is
+    assert np.array_equal(whole[1], to_picture(plain, None).rgb)  # a progressive frame is not changed
 
 
 def test_pixels_that_are_not_square_are_shown_square(tmp_path):

@@ -22,7 +22,7 @@ def tagged(matrix: str, limits: str, form: str = "yuv420p") -> str:
     return f"-vf scale=out_color_matrix={to}:out_range={limits},format={form} -colorspace {tag} -color_range {limits}"
 
 
-MADE = {  # name: (what ffmpeg reads, how it writes it)
+MADE = {  # name: (input of ffmpeg, options of its output)
     **{
         f"{matrix}-{limits}.mp4": (TEST, f"{tagged(matrix, limits)} -c:v libx264 -crf 5")
         for matrix in MATRICES
@@ -80,7 +80,7 @@ MADE = {  # name: (what ffmpeg reads, how it writes it)
         "-vf interlace=lowpass=0:scan=bff -flags +ilme+ildct -c:v mpeg2video -b:v 5M -g 12 -pix_fmt yuv420p",
     ),
 }
-COPIED = {  # name: (of which, options before it, options after it)
+COPIED = {  # name: (source file, options before it, options after it)
     "trimmed.mp4": ("h264.mp4", "-ss 2.1", "-t 1.6"),
     "trimmed.mov": ("h264.mov", "-ss 1.3", ""),
     "trimmed.mkv": ("h264.mkv", "-ss 2.1", "-t 1.6"),
@@ -95,7 +95,7 @@ COPIED = {  # name: (of which, options before it, options after it)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A function that makes a file by its name, once, and returns its path."""
+    """made(name) returns the path of a file; the first call makes the file."""
     folder = tmp_path_factory.mktemp("made")
 
     def get(name: str) -> Path:

@@ -17,8 +17,8 @@ from kvae_comfyui.serving.video_index import index_video
 from kvae_comfyui.serving.video_reader import read_pictures
 from made_videos import all_frames, greys, make, picture, remux, which
 
-FAR_IN = [100, 101, 102, 140, 179]  # of 180 frames: each but the second and third behind a key frame of its own
-KINDS = {  # container and codec: files whose packets say when their frames are shown, and others that do not
+FAR_IN = [100, 101, 102, 140, 179]  # of 180 frames; the first three share a key frame, the others have one each
+KINDS = {  # container and codec; some packets say when their frames are shown, others do not
     "h264.mp4": ("libx264", {"bf": "3", "g": "30", "x264-params": "open-gop=1"}),
     "h264.mkv": ("libx264", {"bf": "3", "g": "30"}),
     "h264.ts": ("libx264", {"bf": "3", "g": "30"}),
@@ -48,7 +48,7 @@ def test_frames_before_the_start_of_an_edit_list_are_not_shown(tmp_path):
 
 
 def test_frames_that_were_dropped_are_not_counted(tmp_path):
-    """The header of this AVI counts them."""
+    """The header of this AVI counts the dropped frames."""
     path = make(tmp_path / "a.avi", greys(20), "mjpeg", "yuvj420p", times=range(0, 60, 3))
     with av.open(str(path)) as file:
         assert file.streams.video[0].frames > 50
@@ -58,7 +58,7 @@ def test_frames_that_were_dropped_are_not_counted(tmp_path):
     assert [index.seconds(i) for i in range(20)] == [Fraction(3 * i, 25) for i in range(20)]
 
 
-def test_times_of_a_variable_frame_rate(tmp_path):
+def test_times_of_a_variable_frame_rate_are_exact(tmp_path):
     times = [*range(10), *range(10, 50, 4)]
     path = make(tmp_path / "a.mp4", greys(20), times=times)
     index = index_video(path)
@@ -84,7 +84,7 @@ def test_frames_far_into_a_file_are_those_that_reading_from_the_start_gives(tmp_
 
 
 def test_frames_far_into_a_file_are_reached_by_seeking(tmp_path):
-    """The frames before them cannot be decoded."""
+    """Frames before them cannot be decoded here, so reading from the start would fail."""
     source = make(tmp_path / "a.mp4", greys(110), options={"g": "10", "bf": "0"})
 
     def spoilt(n, packet):
@@ -141,7 +141,7 @@ def test_a_video_that_ends_before_its_sound_is_complete(tmp_path):
     assert (index_video(path).count, index_video(path).lost) == (10, "")
 
 
-def test_a_change_of_size_within_the_stream(tmp_path):
+def test_frames_may_change_size_within_the_stream(tmp_path):
     make(tmp_path / "small.avi", greys(5), "mjpeg", "yuvj420p")
     make(tmp_path / "large.avi", greys(10, 96, 128)[5:], "mjpeg", "yuvj420p")
     path = tmp_path / "both.mkv"

@@ -63,7 +63,7 @@ def test_frames_are_shown_at_their_times(tmp_path, times):
     index = index_video(tmp_path / "a.mp4")
     assert [index.seconds(i) for i in range(len(times))] == seconds
     with av.open(str(tmp_path / "a.mp4")) as file:
-        assert file.duration > seconds[-1] * 1_000_000  # so that players show the last one
+        assert file.duration > seconds[-1] * 1_000_000  # so that players show the last frame
 
 
 def test_frames_at_even_times_have_a_rate(tmp_path):
@@ -86,7 +86,7 @@ def test_the_file_is_tagged_with_matrix_and_range(tmp_path, codec):
         assert context.codec_tag == {"h264": "avc1", "h265": "hvc1", "av1": "av01"}[codec]
         assert file.metadata["workflow"] == "{}"
     data = path.read_bytes()
-    assert data.index(b"moov") < data.index(b"mdat")  # so that a page shows it before all is there
+    assert data.index(b"moov") < data.index(b"mdat")  # so that a page shows it before the download ends
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -1,4 +1,4 @@
-"""The command line itself: what becomes of errors that no command foresees, and of consoles that cannot print."""
+"""The command line itself: errors that no command expects, and consoles that cannot print every character."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ def errors_of(*argv, **options):
 
 
 @needs.linux
-def test_running_out_of_memory_is_one_line(tmp_path):
+def test_out_of_memory_is_an_error_of_one_line(tmp_path):
     import resource
 
     (video,) = make_videos(tmp_path, 1, frames=9)
@@ -34,7 +34,7 @@ def test_running_out_of_memory_is_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == [video]
 
 
-def test_a_console_that_knows_ascii_alone_prints_any_name(tmp_path):
+def test_a_console_that_prints_only_ascii_shows_any_name(tmp_path):
     os.mkdir(folder := tmp_path / "caf\udce9")
     code, err = errors_of("train", "--latent-root", folder, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert code == 2
@@ -42,8 +42,8 @@ def test_a_console_that_knows_ascii_alone_prints_any_name(tmp_path):
 
 
 @needs.posix
-def test_output_that_nobody_reads_is_one_line(tmp_path):
-    """As of `python -m training fetch … | head`."""
+def test_a_closed_output_is_an_error_of_one_line(tmp_path):
+    """As in `python -m training fetch … | head`."""
     shutil.copyfile(TINY["kvae"], tmp_path / "KVAE-3D-1.0.safetensors")
     read, write = os.pipe()
     os.close(read)
@@ -58,7 +58,7 @@ def test_names_cannot_command_a_terminal(tmp_path, capsys):
     assert err.count("\n") == 1 and "\x1b" not in err and "a\\x1b[31m\\nb" in err
 
 
-def test_every_command_says_what_it_takes(capsys):
+def test_every_command_lists_its_options(capsys):
     for name in ("extract", "pack", "unpack", "train", "evaluate", "reconstruct", "demo", "tiny", "fetch"):
         with pytest.raises(SystemExit) as end:
             main([name, "-h"])

@@ -1,4 +1,4 @@
-"""Training that is interrupted, goes on, or cannot: the right result, or one line before the work."""
+"""A training that is interrupted resumes to the same result; a training that cannot work is refused in one line."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def make_pairs(folder, count=6, first=0, width=14, channels=16):
 
 
 def options(folder, out="out", network="affine"):
-    """Each batch of two pairs; 3 steps an epoch for six pairs."""
+    """Options for batches of two pairs: six pairs give 3 steps in an epoch."""
     out = folder / out
     return [
         *("--latent-root", str(folder / "pairs"), "--val-latent-root", str(folder / "val"), "--device", "cpu"),
@@ -57,14 +57,14 @@ def train(*argv):
 
 
 def interrupt(folder):
-    """Train up to step 5, the second of the second epoch; its state is left."""
+    """Interrupt a training in step 5, the second of the second epoch; returns its state."""
     with at_step(4, ctrl_c):
         assert train(*options(folder)) == 130
     return folder / "out" / "h.resume.safetensors"
 
 
 def other_pairs(folder, change):
-    """Change the pairs, and say what the line says of it."""
+    """Change the pairs; returns the words with which a training refuses the change."""
     if change == "more":
         make_pairs(folder / "pairs", 8, first=6)
         return "had 6 training pairs, now 14"
@@ -86,8 +86,8 @@ def other_pairs(folder, change):
 
 
 @pytest.mark.parametrize("change", ["more", "fewer", "others", "larger", "validation", "VAEs"])
-def test_a_training_does_not_go_on_with_other_pairs(folder, capsys, change):
-    """And what the line says to do helps."""
+def test_a_training_does_not_resume_with_other_pairs(folder, capsys, change):
+    """The advice in the error helps."""
     state = interrupt(folder)
     words = other_pairs(folder, change)
     err = refusal(["train", *options(folder)], capsys)
@@ -97,7 +97,7 @@ def test_a_training_does_not_go_on_with_other_pairs(folder, capsys, change):
 
 
 def damaged(path, what):
-    """A state as others may have made it."""
+    """Damage a state in the given way."""
     tensors = load_file(path)
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -129,7 +129,7 @@ STATES_OF_OTHERS = [
 ]  # fmt: skip
 
 
-def test_a_state_that_is_none_is_a_line(folder, capsys):
+def test_a_malformed_state_is_an_error_of_one_line(folder, capsys):
     state = interrupt(folder)
     good = state.read_bytes()
     for what in STATES_OF_OTHERS:
@@ -144,8 +144,8 @@ def test_a_state_that_is_none_is_a_line(folder, capsys):
     assert train(*options(folder)) == 0
 
 
-def test_a_log_with_a_cut_last_line_does_not_hinder(folder):
-    """As a full disk leaves it; and rows that are none."""
+def test_a_damaged_log_does_not_stop_a_training(folder):
+    """The last line is cut off, as on a full disk, and other lines are not rows of a log."""
     interrupt(folder)
     log = folder / "out" / "train.jsonl"
     rows = read_log(log)
@@ -158,7 +158,7 @@ def test_a_log_with_a_cut_last_line_does_not_hinder(folder):
 
 
 def test_a_row_is_logged_once_wherever_a_run_is_killed(folder, monkeypatch):
-    """A timed save at the last step of an epoch; killed when the epoch's row is logged, before its own save."""
+    """A timed save happens at the last step of an epoch; the run is killed after the epoch's row, before its save."""
     assert train(*options(folder, "whole")) == 0
     monkeypatch.setattr(training, "SAVE_SECONDS", -1)
     log = folder / "out" / "train.jsonl"
@@ -183,8 +183,8 @@ def test_a_row_is_logged_once_wherever_a_run_is_killed(folder, monkeypatch):
 
 
 @needs.linux
-def test_a_resumed_run_does_not_keep_its_file_mapped(folder):
-    """Windows replaces no file that is mapped, and each save replaces this one."""
+def test_a_resumed_training_does_not_keep_its_state_file_mapped(folder):
+    """Windows cannot replace a mapped file, and every save replaces the state."""
     state = interrupt(folder)
     mapped = []
     with after_steps(lambda *_: mapped.append(str(state) in Path("/proc/self/maps").read_text())):
@@ -259,21 +259,21 @@ def test_files_that_would_overwrite_each_other_are_refused(folder, capsys, monke
         ("--batch-size", ("0", "-1")),
     ],
 )
-def test_numbers_that_no_training_can_have_are_refused(folder, capsys, name, values):
+def test_impossible_numbers_are_refused(folder, capsys, name, values):
     for value in values:
         assert name in refusal(["train", *options(folder), f"{name}={value}"], capsys), value
     assert not (folder / "out").exists()
 
 
-def test_a_training_that_diverges_ends_in_a_line_and_can_be_started_anew(folder, capsys):
-    """What is saved would be the closed form, as if nothing had gone wrong."""
+def test_a_diverging_training_ends_in_one_line_and_can_be_restarted(folder, capsys):
+    """Otherwise it would save the closed form, as if nothing had gone wrong."""
     err = refusal(["train", *options(folder, network="published"), "--lr", "1e30"], capsys)
     assert "the error is nan" in err and "lower --lr" in err
     assert train(*options(folder, network="published"), "--lr", "1e-4") == 0
 
 
 def test_a_video_with_dots_in_its_name_can_be_held_out(tmp_path):
-    """scene.0000a … scene.0005a are six videos; clips of one stay together, whatever its name."""
+    """scene.0000a … scene.0005a are six videos; clips of one video stay together, whatever its name."""
     z = torch.zeros(16, 3, 4, 4)
     for i in range(6):
         write_pair(tmp_path / f"scene.000{i}a.safetensors.zst", Pair(z, z.clone(), None))

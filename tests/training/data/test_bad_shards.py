@@ -1,4 +1,4 @@
-"""Shards and indexes that others wrote or damaged are refused in one line, which says what to do."""
+"""Malformed or damaged shards and indexes are refused, and the error says what to do."""
 
 import json
 
@@ -44,11 +44,11 @@ INDEXES_OF_OTHERS = [
 
 
 @pytest.mark.parametrize("text", INDEXES_OF_OTHERS, ids=range(len(INDEXES_OF_OTHERS)))
-def test_an_index_that_is_none_is_a_line(packed, text, capsys):
+def test_a_malformed_index_is_refused_and_packing_rebuilds_it(packed, text, capsys):
     (packed / "shards" / "index.json").write_text(text)
     with pytest.raises(UserError, match="not the index of packed pairs.*; pack them again"):
         open_pairs(packed / "shards")
-    assert pack(packed) == 0  # which makes it anew
+    assert pack(packed) == 0  # which writes a new index
     check_same(packed)
 
 
@@ -64,8 +64,8 @@ CLIPS_OF_OTHERS = [
 
 
 @pytest.mark.parametrize("text", CLIPS_OF_OTHERS, ids=range(len(CLIPS_OF_OTHERS)))
-def test_clips_that_are_no_list_of_names_are_a_line(packed, text, capsys):
-    """Fewer names than pairs would leave pairs out."""
+def test_a_malformed_list_of_clips_is_refused(packed, text, capsys):
+    """A list of fewer names than pairs would lose pairs."""
     shard = packed / "shards" / "00000.safetensors"
     replace_in_shard(shard, clips=torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8))
     for command in (unpack, pack):
@@ -77,7 +77,7 @@ def test_clips_that_are_no_list_of_names_are_a_line(packed, text, capsys):
     check_same(packed)
 
 
-def test_sources_of_others_are_left_out(packed):
+def test_malformed_sources_of_packed_clips_are_ignored(packed):
     sources = [None, [], {"video": "../../x", "first": 0}]
     text = json.dumps([{"clip": f"v{i}", "source": source} for i, source in enumerate(sources)])
     replace_in_shard(
@@ -95,13 +95,13 @@ def test_sources_of_others_are_left_out(packed):
         ({"z_h": torch.zeros(3, 16)}, "expected two"),
     ],
 )
-def test_a_shard_without_a_part_is_a_line(packed, capsys, tensors, words):
+def test_a_shard_with_a_missing_or_wrong_tensor_is_refused(packed, capsys, tensors, words):
     replace_in_shard(packed / "shards" / "00000.safetensors", **tensors)
     assert pack(packed) == 2
     assert words in capsys.readouterr().err
 
 
-def test_values_that_are_no_numbers_are_not_trained_on(packed):
+def test_packed_values_that_are_not_finite_are_refused(packed):
     z = load_file(packed / "shards" / "00000.safetensors")["z_h"]
     z[1, 0, 0, 0, 0] = float("nan")
     replace_in_shard(packed / "shards" / "00000.safetensors", z_h=z)

@@ -18,7 +18,7 @@ from kvae_comfyui.training.vaes import load_hunyuan_vae
 
 
 def extract(folder, *more, out="latents"):
-    """The command on the videos of a folder."""
+    """The words of the command for the videos of a folder."""
     return [
         *("extract", "--videos-root", str(folder / "videos"), "--output-root", str(folder / out), "--device", "cpu"),
         *("--num-frames", "9", "--height", "48", "--width", "64", *more),
@@ -52,14 +52,14 @@ def test_extract_skips_broken_clips_and_says_so(tmp_path, capsys):
     assert "not a video" in json.loads((tmp_path / "latents" / "manifest.json").read_text())["failed"]["a.avi"]
 
 
-def test_extract_pads_short_videos_and_records_it(tmp_path):
+def test_a_short_video_is_padded_and_says_so(tmp_path):
     make_videos(tmp_path / "videos", 1, frames=7)
     assert main(extract(tmp_path)) == 0
     source = read_pair(find_pairs(tmp_path / "latents")[0]).source
     assert (source.frames, source.padded) == (7, 2)
 
 
-def test_posterior_samples_differ_from_the_mode_and_repeat(tmp_path):
+def test_posterior_samples_differ_from_the_mode_and_are_reproducible(tmp_path):
     make_videos(tmp_path / "videos", 2)
     for name in ("mode", "sample", "again"):
         mode = "mode" if name == "mode" else "sample"
@@ -70,7 +70,7 @@ def test_posterior_samples_differ_from_the_mode_and_repeat(tmp_path):
 
 
 @needs.posix
-def test_killed_extraction_goes_on(tmp_path):
+def test_a_killed_extraction_continues(tmp_path):
     make_videos(tmp_path / "videos", 30)
     process = start(*extract(tmp_path))
     deadline = time.time() + 120
@@ -88,9 +88,9 @@ def test_killed_extraction_goes_on(tmp_path):
 
 
 @needs.posix
-def test_interrupt_and_full_disk_end_in_one_line(tmp_path):
+def test_ctrl_c_and_a_full_disk_end_in_one_line(tmp_path):
     make_videos(tmp_path / "videos", 30)
-    # a shell's background job ignores Ctrl-C, and its children with it
+    # a background job of a shell ignores Ctrl-C, and so do its children
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = start(*extract(tmp_path), preexec_fn=heed)
     deadline = time.time() + 120

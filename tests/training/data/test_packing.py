@@ -1,4 +1,4 @@
-"""Packing and unpacking: whatever was deleted, damaged, killed or written by others, no pair is lost or doubled."""
+"""Packing and unpacking lose and double no pair, whatever was deleted, damaged or killed."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_a_deleted_shard_is_packed_again_without_loss(packed, capsys, deleted):
     check_same(packed)
 
 
-def test_a_damaged_shard_is_named_and_what_is_said_of_it_helps(packed, capsys):
+def test_a_damaged_shard_is_named_and_the_advice_helps(packed, capsys):
     shard = packed / "shards" / "00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:5000])
     capsys.readouterr()
@@ -59,7 +59,7 @@ def test_a_copied_shard_is_refused(packed, capsys):
         open_pairs(packed / "shards")
     assert pack(packed) == 2
     assert "00001.safetensors: holds 'v3', as does 00001 (copy).safetensors; delete one" in capsys.readouterr().err
-    shard.unlink()  # either of them
+    shard.unlink()  # or the copy
     assert pack(packed) == 0
     check_same(packed)
 
@@ -68,14 +68,14 @@ def test_shards_that_an_unfinished_pack_added_are_not_overlooked(packed):
     index = (packed / "shards" / "index.json").read_bytes()
     make_pairs(packed / "pairs", ["v9"])
     assert pack(packed) == 0
-    (packed / "shards" / "index.json").write_bytes(index)  # as if killed just before
+    (packed / "shards" / "index.json").write_bytes(index)  # as if killed just before it was written
     with pytest.raises(UserError, match=r"00003.safetensors: is not in index.json; pack again"):
         open_pairs(packed / "shards")
     assert pack(packed) == 0
     check_same(packed)
 
 
-def test_unpacking_goes_on_and_takes_no_other_pair_for_its_own(packed, capsys):
+def test_unpacking_resumes_and_refuses_a_different_pair_of_the_same_name(packed, capsys):
     assert unpack(packed) == 0
     (packed / "unpacked" / "v4.safetensors.zst").unlink()
     capsys.readouterr()
@@ -90,7 +90,7 @@ def test_unpacking_goes_on_and_takes_no_other_pair_for_its_own(packed, capsys):
     assert "v4.safetensors.zst: not the pair that the shards hold under this name" in capsys.readouterr().err
 
 
-def test_pairs_and_shards_keep_to_folders_of_their_own(packed, capsys):
+def test_pairs_and_shards_need_separate_folders(packed, capsys):
     for out in ("pairs", "pairs/shards", "."):
         assert pack(packed, out) == 2
         assert "one lies in the other" in capsys.readouterr().err
@@ -99,7 +99,7 @@ def test_pairs_and_shards_keep_to_folders_of_their_own(packed, capsys):
         open_pairs(packed / "shards")
 
 
-def test_refusals_leave_nothing(tmp_path, capsys):
+def test_a_refusal_leaves_no_files(tmp_path, capsys):
     make_pairs(tmp_path / "pairs", ["a"])
     (tmp_path / "pairs" / "b.safetensors.zst").write_bytes(b"no pair")
     assert pack(tmp_path) == 2
@@ -116,14 +116,14 @@ def test_refusals_leave_nothing(tmp_path, capsys):
         assert line.startswith("error: ")
 
 
-def test_an_extraction_beside_the_others_can_be_packed_later(tmp_path, capsys):
+def test_another_extraction_can_be_packed_later(tmp_path, capsys):
     make_pairs(tmp_path / "pairs" / "wide", ["a"])
     assert pack(tmp_path) == 0
     make_pairs(tmp_path / "pairs" / "tall", ["a"])
     assert pack(tmp_path) == 0
     check_same(tmp_path)
     manifest = json.dumps(MANIFEST | {"settings": {"height": 64}})
-    (tmp_path / "pairs" / "wide" / "manifest.json").write_text(manifest)  # made otherwise since
+    (tmp_path / "pairs" / "wide" / "manifest.json").write_text(manifest)  # made with other settings since
     assert pack(tmp_path) == 2
     assert "holds pairs made in another way" in capsys.readouterr().err
 
@@ -140,8 +140,8 @@ def test_two_packs_do_not_write_at_once(packed, capsys):
 
 
 @needs.posix
-def test_a_killed_pack_leaves_nothing_that_the_next_one_does_not_clear(tmp_path):
-    """Killed while it writes a shard."""
+def test_the_next_pack_deletes_the_files_of_a_killed_pack(tmp_path):
+    """The first pack is killed while it writes a shard."""
     z = torch.ones(16, 33, 60, 80)
     for i in range(5):
         write_pair(tmp_path / "pairs" / f"v{i}.safetensors.zst", Pair(z * i, z, None))
