@@ -1,4 +1,4 @@
-"""Do something at a step of a training, from outside: PyTorch calls hooks after every step of an optimiser."""
+"""Act at a given step of a training, from outside: PyTorch calls hooks after every step of an optimiser."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ ctrl_c = partial(signal.raise_signal, signal.SIGINT)
 
 @contextmanager
 def after_steps(call: Callable[[int, Optimizer], object]) -> Iterator[None]:
-    """Until the context ends, call this after every step, with the number of steps and AdamW: each training has one."""
+    """Within the context, call `call(steps so far, AdamW)` after every step. Every training uses one AdamW."""
     steps = 0
 
     def count(optimiser: Optimizer, *_: object) -> None:
@@ -30,5 +30,5 @@ def after_steps(call: Callable[[int, Optimizer], object]) -> Iterator[None]:
 
 
 def at_step(step: int, action: Callable[[], object]):
-    """A context in which this happens at the end of a step, the first being 1."""
+    """A context in which `action` runs at the end of this step, counted from 1."""
     return after_steps(lambda steps, _: action() if steps == step else None)

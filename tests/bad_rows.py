@@ -1,8 +1,8 @@
-"""Bad input to commands: a row is a command, and the words of the line that it must end in.
+"""Bad input to commands: a row is a command, and words of the line of error with which it must end.
 
-To add one: `Row(command, words of the line, what to plant first)`. In a command, {d} is a folder of its own, {job} the
-folder of good things that all rows share, {h2k} and {k2h} its adapters; `plant` gets both folders. A row whose code
-is (0, 2) may also work: then the test asks only that it ends.
+To add one: `Row(command, words of the line, plant)`. In a command, {d} is an empty folder of this row, {job} is the
+folder of good files that all rows share, and {h2k} and {k2h} are its adapters. `plant` gets both folders and writes bad
+files into {d} before the command runs. A row with the code (0, 2) may also succeed: the test then checks that it ends.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import SUFFIX, Pair, Source, write_pair
 from kvae_comfyui.training.vaes import TINY_ADAPTERS, load_hunyuan_vae, load_kvae_for_training
 
-SECONDS = 60  # what hangs is broken off then
+SECONDS = 60  # time limit of a command
 SHAPE = (16, 3, 6, 8)
 SOURCE = Source("v_Wave_g01_c01.mp4", 0, 9, 0, 48, 64)
 
 
 def make_job(tmp_path_factory) -> Path:
-    """Videos, a pair of each, the same in a shard, and both embedded adapters."""
+    """Make videos, a pair of each, a shard of these pairs, and copies of both embedded adapters."""
     folder = tmp_path_factory.mktemp("job")
     make_videos(folder / "videos", 8, frames=9)
     generator = torch.Generator().manual_seed(0)
@@ -62,19 +62,19 @@ class Row:
     words: str = ""
     plant: Plant | None = None
     code: int | tuple[int, ...] = 2
-    leaves: tuple[str, ...] = ()  # what a refusal may leave, by the first part of its path
+    leaves: tuple[str, ...] = ()  # files and folders in {d} that a refusal may leave
 
     def name(self) -> str:
-        """For the test's id."""
+        """The id of the test."""
         return f"{self.command.split()[0]} {' '.join(self.command.split()[-2:])[:40]!a}"
 
 
 @contextmanager
 def broken_off(seconds: int) -> Iterator[None]:
-    """Whatever does not end raises."""
+    """Fail the test if the context lasts longer."""
 
     def stop(*_):
-        pytest.fail("it does not end")
+        pytest.fail(f"it does not end within {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
@@ -86,7 +86,7 @@ def broken_off(seconds: int) -> Iterator[None]:
 
 
 def files(folder: Path) -> dict[str, object]:
-    """All there is in a folder: of files the content, of anything else its kind."""
+    """Everything in a folder by its path: the content of a file, the mode of anything else."""
     found: dict[str, object] = {}
     for path in folder.rglob("*"):
         plain = path.is_file() and not path.is_symlink()
@@ -95,11 +95,13 @@ def files(folder: Path) -> dict[str, object]:
 
 
 def fill(command: str, d: Path, job: Path) -> list[str]:
+    """The words of a command, with its places filled in."""
     places = {"d": d, "job": job, "h2k": job / "h2k.safetensors", "k2h": job / "k2h.safetensors", "long": "n" * 300}
     return [word.format(**places, nul="\0", latin="caf\udce9") for word in shlex.split(command)]
 
 
 def check(row: Row, d: Path, job: Path, capsys) -> None:
+    """Run a row. A refusal ends in one line of error, says the row's words, and changes no file."""
     if row.plant:
         row.plant(d, job)
     good, before = files(job), files(d)
@@ -139,7 +141,7 @@ FETCH = "fetch --model KVAE-3D-1.0 --output {d}/m"
 MINE = " --latent-root {d}/latents"
 ON_PAIRS = (TRAIN + MINE, EVALUATE + MINE, PACK + MINE)
 NESTED = "[" * 100_000
-NO_OBJECTS = (NESTED, "{", "null", "[]", "3", '"text"')  # where a JSON object is expected
+NO_OBJECTS = (NESTED, "{", "null", "[]", "3", '"text"')  # none of them is a JSON object
 
 
 def plant_places(d: Path, job: Path) -> None:
@@ -150,7 +152,7 @@ def plant_places(d: Path, job: Path) -> None:
 
 
 def first_pair(content: bytes | None = None, name: str = "v_Wave_g01_c01") -> Plant:
-    """The first pair's content is this (None: a pipe)."""
+    """A copy of the pairs in which the first has this content and this name; with None it is a named pipe."""
 
     def plant(d: Path, job: Path) -> None:
         shutil.copytree(job / "latents", d / "latents")
@@ -165,7 +167,7 @@ def first_pair(content: bytes | None = None, name: str = "v_Wave_g01_c01") -> Pl
 
 
 def container(header: bytes, data: bytes = b"") -> bytes:
-    """Of safetensors."""
+    """The bytes of a safetensors file."""
     return len(header).to_bytes(8, "little") + header + data
 
 
@@ -186,7 +188,7 @@ def latents(dtype: torch.dtype = torch.float16, shape: tuple[int, ...] = SHAPE, 
 def weights_like(
     path: Path | None, name: str, change: Callable[[dict, dict], object], header: bytes | None = None
 ) -> Plant:
-    """{d}/NAME: a good file, of which tensors and metadata are changed; or a file of this header."""
+    """Write {d}/NAME: a good file with changed tensors and metadata, or a file with this header and no data."""
 
     def plant(d: Path, job: Path) -> None:
         if header is not None:
@@ -211,7 +213,7 @@ MY_ADAPTER = EVALUATE + " --adapter-h2k {d}/h2k.safetensors"
 
 
 def make_saved(job: Path, tmp_path_factory) -> Path:
-    """What a training leaves that Ctrl-C ended: its state and its log."""
+    """Interrupt a training with Ctrl-C; return the folder of its state and its log."""
     folder = tmp_path_factory.mktemp("saved")
     with at_step(1, ctrl_c):
         assert main(fill(TRAIN, folder, job)) == 130

@@ -1,4 +1,4 @@
-"""What the tests share: small models, and the folder of real clips where there is one."""
+"""Shared by all tests: a small model, generated videos, and the folder of real clips if there is one."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def _seeded():
 
 @pytest.fixture
 def small_kvae() -> KVAE:
-    """A KVAE-3D-1.0 of 32 channels with every weight at random, in a shape diffusers can take too."""
+    """A KVAE-3D-1.0 of 32 channels with random weights everywhere, in a shape that diffusers supports too."""
     kvae = KVAE(KVAEConfig((32, 64, 64, 64), (32, 64, 64, 64), num_res_blocks=1)).eval().requires_grad_(False)
     for parameter in kvae.parameters():
         if parameter.ndim < 2:
@@ -29,7 +29,7 @@ def small_kvae() -> KVAE:
 
 
 def shared(name: str) -> Path:
-    """A file or folder of the shared clips and weights; the test is skipped where it is absent."""
+    """A file or folder of the shared clips and weights; skips the test if it is absent."""
     path = SHARED / name
     if not path.exists():
         pytest.skip(f"needs shared/{name}: put the folder `shared`, with real clips and weights, next to this checkout")
@@ -37,7 +37,7 @@ def shared(name: str) -> Path:
 
 
 def moving_picture(frames: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """uint8 [3, T, H, W]: coloured waves that drift."""
+    """Coloured waves that drift, uint8 [3, T, H, W]."""
     rng = np.random.default_rng(seed)
     t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
     waves = [np.sin(x * a + y * b + t * c) for a, b, c in rng.uniform(0.05, 0.3, (3, 3))]
@@ -45,7 +45,7 @@ def moving_picture(frames: int, height: int, width: int, seed: int = 0) -> torch
 
 
 def make_videos(folder: Path, count: int, frames: int = 20, height: int = 48, width: int = 64) -> list[Path]:
-    """Small real mp4 files, UCF101's names: v_Wave_g01_c01.mp4 …"""
+    """Write small mp4 files with names as in UCF101: v_Wave_g01_c01.mp4 …"""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"v_Wave_g{i + 1:02d}_c01.mp4" for i in range(count)]
     for i, path in enumerate(paths):

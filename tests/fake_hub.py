@@ -16,7 +16,7 @@ class Hub(ThreadingHTTPServer):
         tag: the ETag to send instead of a file's sha256.
         accepts_ranges: whether a request may start within a file.
         cuts: positions in the file where the connection breaks, one for each of the first responses.
-        cut: the same for all later responses.
+        cut: position in the file where the connection of every later response breaks.
         stall: position after which nothing more is sent, while the connection stays open.
         surplus: number of bytes to send after the file, without announcing a length.
         requests: (method, path, token) of each request.
@@ -84,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         self.close_connection = True
         if hub.stall:
-            self.rfile.read(1)  # returns when the client is gone
+            self.rfile.read(1)  # returns when the client disconnects
 
     def log_message(self, *_):
         pass
@@ -92,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def running(files: dict[str, bytes]) -> Iterator[Hub]:
-    """A hub that serves `files` meanwhile."""
+    """Serve `files` within the context."""
     hub = Hub(files)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     yield hub

@@ -1,4 +1,4 @@
-"""Videos of every kind, made with PyAV alone or with ffmpeg where it is installed."""
+"""Videos of every kind, made with PyAV, or with ffmpeg if it is installed; frames and a tone to put in them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 
 import needs
+from kvae_comfyui.serving.video_reader import read_pictures
 
 FFMPEG = shutil.which("ffmpeg")
-FIXED_POINT, ONE = 1 << 16, 1 << 30  # of a display matrix
+FIXED_POINT, ONE = 1 << 16, 1 << 30  # the number 1 in a display matrix: 16.16, and 2.30 in its last column
 
 
 def greys(count: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """uint8 [T, H, W, 3]: the number of each frame, up to 255, as two digits in grey, left and right."""
+    """Frames that show their own number, up to 255, as two grey digits left and right. uint8 [T, H, W, 3]."""
     frames = np.empty((count, height, width, 3), np.uint8)
     for n, frame in enumerate(frames):
         frame[:, : width // 2], frame[:, width // 2 :] = 20 + 14 * (n // 16), 20 + 14 * (n % 16)
@@ -29,7 +31,7 @@ def greys(count: int, height: int = 48, width: int = 64) -> np.ndarray:
 
 
 def which(frames: Iterable[np.ndarray]) -> list[int]:
-    """The numbers of frames of `greys`."""
+    """The numbers that frames of `greys` show."""
     halves = [np.split(frame.astype(float), 2, axis=1) for frame in frames]
     return [16 * _digit(left) + _digit(right) for left, right in halves]
 
@@ -38,8 +40,13 @@ def _digit(half: np.ndarray) -> int:
     return round((half.mean() - 20) / 14)
 
 
+def all_frames(path: Path) -> np.ndarray:
+    """All frames of a video, uint8 [T, H, W, 3], as the reader gives them."""
+    return np.stack([each.rgb for each in read_pictures(path, range(10**6))])
+
+
 def picture(height: int = 48, width: int = 64) -> np.ndarray:
-    """uint8 [H, W, 3]: no turn and no mirror leaves it as it is."""
+    """A picture that every rotation and mirroring changes. uint8 [H, W, 3]."""
     y, x = np.mgrid[:height, :width]
     red, green = 40 + 160 * x / width, 40 + 160 * y / height
     blue = np.where((x < width // 3) & (y < height // 4), 220, 40)
@@ -57,7 +64,12 @@ def make(
     container: dict[str, str] | None = None,
     **context: Any,
 ) -> Path:
-    """A video of frames [H, W, 3], or av.VideoFrames, shown at these ticks of 1/rate; `context` are its tags."""
+    """Write a video of frames, uint8 [H, W, 3] or av.VideoFrame.
+
+    Args:
+        times: when to show each frame, in ticks of 1/rate; one a tick if it is not given.
+        context: attributes of the codec context, such as tags of colour.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     default = {"crf": "0"} if codec == "libx264" else {}
     with av.open(str(path), "w", options=container or {}) as file:
@@ -75,7 +87,7 @@ def make(
 
 
 def remux(source: Path, target: Path, change: Any, container: dict[str, str] | None = None) -> Path:
-    """The same packets in another file, each as `change(n, packet)` leaves it; None leaves it out."""
+    """Copy the packets to another file, each as `change(n, packet)` returns it; None leaves a packet out."""
     with av.open(str(source)) as old, av.open(str(target), "w", options=container or {}) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         for n, packet in enumerate(old.demux(video=0)):
@@ -89,7 +101,7 @@ def remux(source: Path, target: Path, change: Any, container: dict[str, str] | N
 
 
 def place(path: Path, a: int, b: int, c: int, d: int) -> Path:
-    """Give an mp4 that display matrix: x' = ax + cy, y' = bx + dy."""
+    """Give an mp4 the display matrix x' = ax + cy, y' = bx + dy."""
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 44
     matrix = a * FIXED_POINT, b * FIXED_POINT, 0, c * FIXED_POINT, d * FIXED_POINT, 0, 0, 0, ONE
@@ -99,7 +111,7 @@ def place(path: Path, a: int, b: int, c: int, d: int) -> Path:
 
 
 def ffmpeg(*arguments: str, into: Path | None = None) -> bytes:
-    """What ffmpeg writes; the test is skipped where it is not installed."""
+    """Run ffmpeg; returns its standard output. Skips the test if ffmpeg is not installed."""
     if FFMPEG is None:
         pytest.skip(needs.FFMPEG)
     command = [FFMPEG, "-v", "error", "-nostdin", "-y", *arguments, *([str(into)] if into else [])]
@@ -107,6 +119,13 @@ def ffmpeg(*arguments: str, into: Path | None = None) -> bytes:
 
 
 def by_ffmpeg(path: Path, height: int, width: int, *filters: str) -> np.ndarray:
-    """The frames as ffmpeg shows them, uint8 [T, H, W, 3]."""
+    """Frames of a video as ffmpeg shows them, uint8 [T, H, W, 3]."""
     raw = ffmpeg(*("-i", str(path), *filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "-"))
     return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
+
+
+def sine(rate: float, channels: int = 2, seconds: float = 3.0) -> dict:
+    """A tone of 440 Hz as AUDIO of ComfyUI; each channel is half as loud as the one before it."""
+    time = torch.arange(round(seconds * rate)) / rate
+    loudness = 0.5 ** torch.arange(1, channels + 1)
+    return {"waveform": (loudness[:, None] * torch.sin(2 * torch.pi * 440 * time))[None], "sample_rate": rate}

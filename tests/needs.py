@@ -1,4 +1,4 @@
-"""What a machine may lack for some of the tests. Each reason to skip a test says what would run it."""
+"""What some tests need and a machine may lack. Each reason to skip a test says what would run it."""
 
 from __future__ import annotations
 

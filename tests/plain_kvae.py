@@ -1,4 +1,4 @@
-"""KVAE-3D as in a textbook: the whole clip at once, no caches, no folding, one formula per layer.
+"""A plain KVAE-3D: the whole clip at once, no caches, no folding, one formula for each layer.
 
 A reference for tests, written from the published description, independently of the package. Weights come as a state
 dict; `config` is a KVAEConfig. It supports models with RMS norm only, which have no segments.

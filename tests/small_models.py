@@ -20,6 +20,7 @@ SMALL = {
         padding="zeros",
     ),
 }
+VERSION_TWO = ["2.0-t4s8", "2.0-t4s16"]
 
 
 def small(name: str, **changes: int) -> KVAE:
@@ -32,6 +33,7 @@ def small(name: str, **changes: int) -> KVAE:
 
 
 def clip(kvae: KVAE, frames: int, rows: int = 2, columns: int = 3, batch: int = 1) -> torch.Tensor:
+    """Random frames [B, 3, T, H, W] in [-1, 1]; rows and columns are counted in latents."""
     side = kvae.config.spatial_factor
     return torch.rand(batch, 3, frames, rows * side, columns * side) * 2 - 1
 
@@ -41,10 +43,12 @@ def latent(kvae: KVAE, frames: int, rows: int = 2, columns: int = 3, batch: int 
 
 
 def joined(stream):
+    """The parts of a stream of frames or posteriors, as one tensor."""
     parts = list(stream)
     return torch.cat([part.mean if isinstance(part, Posterior) else part for part in parts], dim=2)
 
 
 def assert_same(a, b, tolerance=1e-5):
+    """Check that two tensors have one shape, and differ by no more than this share of the norm of the second."""
     assert a.shape == b.shape
     assert ((a - b).norm() / b.norm()).item() <= tolerance

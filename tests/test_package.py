@@ -12,7 +12,7 @@ ASSETS = "training/tiny/assets/"
 
 
 def tracked(*options: str) -> set[str]:
-    """Tracked files; with options of `git ls-files`, some of them."""
+    """Tracked files, or those that options of `git ls-files` select."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", *options]
     done = subprocess.run(command, capture_output=True, check=True, text=True)
     return set(done.stdout.split("\0")) - {""}

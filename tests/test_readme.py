@@ -1,4 +1,4 @@
-"""The examples of the pages run; the commands, options, files, headings and benches that they name exist."""
+"""The examples in README and docs run; the commands, options, files, headings and benches that they name exist."""
 
 import os
 import re
@@ -20,10 +20,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"
 
 
 def run_python(text: str, folder: Path, hub: Path | None = None) -> str:
-    """What all Python blocks of a page print, run one after the other as one script, offline.
+    """Run all Python blocks of a page, in order, as one offline script; returns what they print.
 
     Args:
-        hub: the cache of the Hugging Face hub.
+        hub: a folder to use as the cache of the Hugging Face hub.
     """
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     code = code.replace('"training/', f'"{ROOT.as_posix()}/training/')  # run elsewhere, since they may write files
@@ -38,7 +38,7 @@ def test_the_python_example_runs(tmp_path):
 
 
 def test_the_line_for_the_real_weights_runs_as_it_stands(tmp_path):
-    """With a hub's cache that holds the small KVAE under the real one's name, and a CPU where there is no GPU."""
+    """The hub's cache holds the small KVAE under the name of the real one; without a GPU the line says "cpu"."""
     line = re.search(r'with the real one: (load_kvae\("KVAE-3D-1.0", torch.bfloat16, "cuda"\))', README)[1]
     folder = tmp_path / "hf" / "hub" / "models--kandinskylab--KVAE-3D-1.0"
     snapshot = folder / "snapshots" / ("0" * 40)
@@ -68,7 +68,7 @@ def test_the_example_of_the_adapters_runs(tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_option_named_exists(page, capsys):
+def test_every_option_that_a_page_names_exists(page, capsys):
     commands = re.findall(r"-m training (\w+)((?:[^\n`]*\\\n)*[^\n`]*)", page.read_text(encoding="utf-8"))
     for name, rest in (each for each in commands if each[0] != "COMMAND"):
         with pytest.raises(SystemExit):
@@ -78,7 +78,7 @@ def test_every_option_named_exists(page, capsys):
             assert option in shown, f"{name} {option}"
 
 
-def test_benches_and_their_options_exist():
+def test_benches_and_options_that_pages_name_exist():
     for page in PAGES:
         for name, rest in re.findall(r"-m benchmarks\.(\w+)([^`\n]*)", page.read_text(encoding="utf-8")):
             source = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
@@ -87,12 +87,12 @@ def test_benches_and_their_options_exist():
 
 
 def anchors(page: Path) -> set[str]:
-    """The headings of a page, as GitHub names them in links."""
+    """Headings of a page, spelt as in links on GitHub."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_links_and_files_exist():
+def test_links_and_files_that_pages_name_exist():
     for page in PAGES:
         for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
             file, _, anchor = link.partition("#")
@@ -104,6 +104,6 @@ def test_links_and_files_exist():
             assert made_up or (ROOT / name).exists(), f"{page}: {name}"
 
 
-def test_the_memory_table_is_what_is_planned():
+def test_the_memory_table_is_that_of_the_planner():
     page = (ROOT / "docs" / "comfyui.md").read_text(encoding="utf-8")
     assert page.split(START)[1].split(END)[0] == table()  # else run python -m benchmarks.memory_table

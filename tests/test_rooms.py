@@ -1,4 +1,4 @@
-"""Imports run one way: nodes and training → serving → adapters → kvae; and each room knows only what it may."""
+"""Imports run one way: nodes and training → serving → adapters → kvae; no room imports a library it must not know."""
 
 import ast
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ MAY_NOT_KNOW = {
 
 
 def imports(path: Path) -> Iterator[tuple[str, ...]]:
-    """What a file imports, as (package, module …): of this project from the checkout on, wherever the line stands."""
+    """Modules that a file imports, anywhere in it, as (package, module …); relative imports from the checkout on."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -45,7 +45,7 @@ def test_imports_run_one_way(room):
 
 
 def test_the_parts_of_training_know_no_command():
-    """Only the command line names commands; what all trainings share knows none of them."""
+    """training/runtime is shared by all trainings and imports none of them."""
     for path in (ROOT / "training" / "runtime").rglob("*.py"):
         inside = {name[1] for name in imports(path) if name[0] == "training" and len(name) > 1}
         assert inside <= {"runtime", "errors", "options"}, path

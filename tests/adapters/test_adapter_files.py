@@ -23,7 +23,7 @@ H, K = latent_space("hunyuan_video"), latent_space("kvae_3d_1.0")
 
 
 @pytest.mark.parametrize("network", [Affine(16, 16, 1), Residual(16, 16, 8, 1), PointwiseNet(16, 16)], ids=type)
-def test_round_trip(tmp_path, network):
+def test_a_pair_survives_writing_and_reading(tmp_path, network):
     adapter = LatentAdapter(network, H, K, training={"pairs": 7}, metrics={"val_mse": 0.25})
     save_adapter(tmp_path / "a.safetensors", adapter)
     loaded = load_adapter(tmp_path / "a.safetensors", ("hunyuan_video", "kvae_3d_1.0"))

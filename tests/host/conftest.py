@@ -24,12 +24,13 @@ from kvae_comfyui.kvae import load_kvae
 from .server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
+NATIVE = "KVAE (native)"  # what latents is called for KVAE's own
 TINY = ROOT / "training" / "tiny" / "assets" / "tiny_kvae.safetensors"
 
 
 @pytest.fixture(scope="session")
 def comfyui_path() -> Path:
-    """The folder of ComfyUI."""
+    """The folder of ComfyUI; skips the test if COMFYUI_PATH is not set."""
     path = os.environ.get("COMFYUI_PATH")
     if not path:
         pytest.skip(needs.COMFYUI)
@@ -77,7 +78,7 @@ def comfy(comfyui_path, base):
 
 @pytest.fixture
 def run(comfy):
-    """Run one node as ComfyUI does, without gradients: run("VAEDecode", vae=…, samples=…) → a tuple of its outputs."""
+    """Run one node as ComfyUI does, without gradients: run("VAEDecode", vae=…, samples=…) returns its outputs."""
 
     def run(node_id: str, **inputs):
         cls = comfy.classes[node_id]
@@ -91,7 +92,7 @@ def run(comfy):
 
 @pytest.fixture
 def load(run):
-    """Load the tiny KVAE: load() behind the adapters, load(latents="KVAE (native)") without."""
+    """Load the tiny KVAE: load() with the adapters, load(latents=NATIVE) without."""
 
     def load(**inputs):
         defaults = {
@@ -109,20 +110,20 @@ def load(run):
 
 @pytest.fixture(scope="session")
 def tiny_kvae():
-    """The same weights outside ComfyUI."""
+    """The tiny KVAE outside ComfyUI."""
     return load_kvae(TINY)
 
 
 @pytest.fixture(scope="session")
 def server(comfyui_path, base):
-    """ComfyUI's server on the same base directory."""
+    """A ComfyUI server on the same base directory."""
     with Server(comfyui_path, base) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def info(server):
-    """Live schemas of all nodes."""
+    """Schemas of all nodes, from the server."""
     return server.get("/object_info")
 
 
@@ -130,3 +131,9 @@ def info(server):
 def ours(info):
     """Schemas of this pack's nodes."""
     return {name: node for name, node in info.items() if node["python_module"].startswith("custom_nodes.kvae")}
+
+
+def with_hidden(cls):
+    """A node class as the executor prepares it, with no prompt to hide in files."""
+    hidden = type("Hidden", (), {"prompt": None, "extra_pnginfo": {"workflow": {"nodes": []}}})
+    return type(cls.__name__, (cls,), {"hidden": hidden})

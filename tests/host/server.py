@@ -1,4 +1,4 @@
-"""A private ComfyUI server on loopback, and prompts queued on it. Standard library only."""
+"""A private ComfyUI server on loopback, and a queue of prompts for it. Standard library only."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ RUN_SECONDS = 300
 
 
 class Server:
-    """ComfyUI with the given base directory, as a context manager. Only its own process is ever signalled.
+    """ComfyUI with the given base directory, as a context manager. It signals only its own process.
 
     Args:
-        device: the option that sets where it computes: --cpu; on a GPU --lowvram, --novram …
+        device: the option that chooses the device: --cpu, or --lowvram, --novram … on a GPU.
     """
 
     def __init__(self, comfyui: Path, base: Path, device: str = "--cpu"):
@@ -69,7 +69,7 @@ class Server:
             return answer.read()
 
     def post(self, path: str, data: dict):
-        """JSON answer to a POST, refusals (400) included."""
+        """JSON answer to a POST, also if the status is 400."""
         request = urllib.request.Request(self._url(path), json.dumps(data).encode())
         request.add_header("Content-Type", "application/json")
         try:

@@ -1,4 +1,4 @@
-"""Kandinsky 5 image to video with KVAE: ComfyUI's own nodes from the image to the frames, on an untrained model."""
+"""Kandinsky 5 image to video with KVAE, from the image to the frames, in ComfyUI's own nodes on an untrained model."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from kvae_comfyui.serving.sample_clip import sample_clip
 
 
-def test_kandinsky5_image_to_video(run, load):
+def test_kandinsky_5_makes_a_video_from_an_image(run, load):
     pytest.importorskip("comfy.ldm.kandinsky5.model", reason="needs a ComfyUI with Kandinsky 5")
     vae, model = load(), untrained_kandinsky5()
     image = sample_clip(1, 64, 64)
@@ -29,7 +29,7 @@ def test_kandinsky5_image_to_video(run, load):
 
 
 def untrained_kandinsky5():
-    """The video DiT as ComfyUI's loader detects it, one block deep, as a MODEL."""
+    """A MODEL of the video DiT, one block deep, as ComfyUI's loader detects it."""
     import comfy.ops
     import comfy.sd
     from comfy.ldm.kandinsky5.model import Kandinsky5

@@ -1,4 +1,4 @@
-"""The VAE of Load KVAE in ComfyUI's own nodes."""
+"""The VAE that Load KVAE returns, in ComfyUI's own nodes."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_stock_encode_is_hybrid_encode(run, load, hybrid):
     assert torch.equal(latent["samples"], expected)
 
 
-def test_native_latents_and_frames_beyond_4n_1(run, load, tiny_kvae):
+def test_native_latents_are_those_of_kvae_and_stock_encode_drops_frames_beyond_4n_1(run, load, tiny_kvae):
     clip = sample_clip(12, 32, 48)
     (latent,) = run("VAEEncode", vae=load(latents="KVAE (native)"), pixels=clip)
     with torch.no_grad():
@@ -57,14 +57,14 @@ def test_batches_are_decoded_one_by_one(run, load):
     assert torch.equal(image, torch.cat(one))
 
 
-def test_stock_tiles_are_our_own(run, load):
+def test_stock_tiled_nodes_use_our_tiles(run, load):
     vae = load()
     z = torch.randn(1, 16, 7, 12, 12)
     served = vae.first_stage_model
     with torch.no_grad():
         expected = to_image(served.decode_tiled(z, 8, 8, 2))[0].movedim(0, -1)
     (image,) = run("VAEDecodeTiled", vae=vae, samples={"samples": z}, tile_size=64, overlap=16, temporal_size=8)
-    assert torch.equal(image, expected)  # tiles in time are left out: the clip is streamed
+    assert torch.equal(image, expected)  # the clip is streamed, so there are no tiles in time
     options = {"tile_size": 64, "overlap": 16, "temporal_size": 8, "temporal_overlap": 4}
     clip = sample_clip(9, 96, 96)
     (latent,) = run("VAEEncodeTiled", vae=vae, pixels=clip, **options)
@@ -73,7 +73,7 @@ def test_stock_tiles_are_our_own(run, load):
     assert torch.equal(latent["samples"], expected)
 
 
-def test_another_adapter_does_not_load_the_kvae_again(load, base, run):
+def test_two_adapters_share_one_kvae(load, base, run):
     folder = base / "models" / "latent_adapters"
     direction = latent_space("hunyuan_video"), latent_space("kvae_3d_1.0")
     torch.manual_seed(2)
@@ -118,7 +118,7 @@ def test_image_to_video_conditioning_is_vae_encode(run, load, comfy, node):
     assert torch.equal(found, expected["samples"])
 
 
-def test_cancel_stops_within_a_segment(comfy, run, load, monkeypatch):
+def test_cancel_stops_after_the_current_segment(comfy, run, load, monkeypatch):
     vae, seen = load(), []
 
     def one_then_cancel(done, total):
@@ -132,7 +132,7 @@ def test_cancel_stops_within_a_segment(comfy, run, load, monkeypatch):
     assert seen == [(5, 7)]
 
 
-def test_out_of_memory_goes_on_with_tiles(run, load, monkeypatch):
+def test_out_of_memory_falls_back_to_tiles(run, load, monkeypatch):
     vae = load()
     decode = vae.first_stage_model.decode
 
@@ -147,7 +147,7 @@ def test_out_of_memory_goes_on_with_tiles(run, load, monkeypatch):
     assert image.isfinite().all()
 
 
-def test_memory_estimates_grow_with_the_picture_not_with_the_length(load):
+def test_memory_estimates_grow_with_the_picture_and_not_with_the_length(load):
     vae = load()
     decode, encode = vae.memory_used_decode, vae.memory_used_encode
     assert decode((1, 16, 31, 60, 90), torch.bfloat16) == decode((1, 16, 61, 60, 90), torch.bfloat16)
@@ -159,7 +159,7 @@ def test_memory_estimates_grow_with_the_picture_not_with_the_length(load):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_saved_vae_loads_again(run, load, comfy, base, tiny_kvae, dtype):
-    """Its config too, which ComfyUI's Save VAE knows nothing of: the tiny KVAE has 8 groups in its norms, not 32."""
+    """Its config too, which ComfyUI's Save VAE does not write: the norms of the tiny KVAE have 8 groups, not 32."""
     import comfy_extras.nodes_model_merging as merging
 
     first = load(dtype=dtype)
@@ -188,7 +188,9 @@ def test_an_adapter_for_other_weights_is_refused_and_not_found(load, base):
     direction = latent_space("hunyuan_video"), latent_space("kvae_3d_1.0")
     save_adapter(other, LatentAdapter(Affine(16, 16), *direction, weights=weights))
     try:
-        assert load().first_stage_model.vae.decode_adapter.metrics == {"psnr": 12.5}  # auto takes the one that fits
+        assert load().first_stage_model.vae.decode_adapter.metrics == {
+            "psnr": 12.5
+        }  # auto chooses the adapter that fits
         with pytest.raises(ValueError, match="made for a kvae_3d_1.0 VAE with other weights"):
             load(decode_adapter=other.name)
         aside = [path.rename(path.with_suffix(".aside")) for path in folder.glob("?2?.safetensors")]
@@ -225,7 +227,7 @@ def test_wrong_latents_are_named(run, load, samples, message):
             run(node, vae=vae, samples={"samples": samples}, **extra)
 
 
-def test_the_included_kvae_takes_the_adapters_that_came_with_it(run, load):
+def test_the_included_kvae_uses_the_included_adapters(run, load):
     vae = load(kvae_name="tiny KVAE (included)")
     clip = sample_clip(9, 64, 96)
     (latent,) = run("KVAEEncode", pixels=clip, vae=vae)

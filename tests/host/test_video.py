@@ -1,17 +1,19 @@
-"""KVAE Decode to Video, with inputs that only the API allows and sound that models make."""
+"""KVAE Decode to Video writes the frames that KVAE Decode shows, with sound, or says why it cannot."""
 
 import av
 import pytest
 import torch
 
-from .test_nodes import NATIVE, with_hidden
+from kvae_comfyui.serving.sample_clip import sample_clip
+
+from .conftest import NATIVE, with_hidden
 
 OPTIONS = {"scaling": "raw", "memory_gb": 0.0, "fps": 24.0, "codec": "h264", "crf": 20, "filename_prefix": "odd/t"}
 
 
 @pytest.fixture
 def decode(load, comfy, base):
-    """Run the node on a small latent; returns the files in its folder."""
+    """Run the node on a small latent; returns the files in the output folder."""
 
     def run(**options):
         node = with_hidden(comfy.classes["KVAEDecodeToVideo"])
@@ -42,7 +44,7 @@ def decode(load, comfy, base):
         ({"filename_prefix": "a\0b/c"}, "not a name that a file can have"),
     ],
 )
-def test_what_cannot_be_written_is_said_before_decoding(decode, base, options, found):
+def test_a_video_that_cannot_be_written_is_refused_before_decoding(decode, base, options, found):
     before = set((base / "output").rglob("*"))
     with pytest.raises(ValueError, match=found) as error:
         decode(**options)
@@ -50,7 +52,7 @@ def test_what_cannot_be_written_is_said_before_decoding(decode, base, options, f
     assert not [path for path in set((base / "output").rglob("*")) - before if path.is_file()]
 
 
-def test_odd_sound_does_not_cost_the_video(decode):
+def test_a_video_is_written_whatever_its_sound(decode):
     waveform = torch.randn(1, 6, 192000) / 10
     waveform[0, 0, 5000] = torch.nan
     for n, rate in enumerate((192000, 12345)):
@@ -61,8 +63,57 @@ def test_odd_sound_does_not_cost_the_video(decode):
 
 
 def test_names_are_counted_by_finished_videos_alone(decode, base):
-    """A file that is being written, or that a kill has left, is hidden."""
+    """A file that is being written, or that a killed process left, is hidden and not counted."""
     decode(filename_prefix="counted/t")
     (base / "output" / "counted" / ".kvae-0123456789abcdef.partial").touch()
     videos = [path.name for path in decode(filename_prefix="counted/t") if path.suffix == ".mp4"]
     assert videos == ["t_00001_.mp4", "t_00002_.mp4"]
+
+
+def test_a_video_has_the_frames_that_decode_shows(run, load, comfy, base):
+    vae = load(latents=NATIVE)
+    (latent,) = run("KVAEEncode", pixels=sample_clip(30, 64, 96), vae=vae)
+    (image,) = run("KVAEDecode", samples=latent, vae=vae, scaling="raw", memory_gb=0.0)
+    audio = {"waveform": torch.sin(torch.arange(96000) / 20)[None, None], "sample_rate": 48000}
+    node = with_hidden(comfy.classes["KVAEDecodeToVideo"])
+    options = {"fps": 25.0, "codec": "h264", "crf": 5, "filename_prefix": "shown/t"}
+    with torch.inference_mode():
+        out = node.execute(samples=latent, vae=vae, scaling="raw", memory_gb=0.0, audio=audio, **options)
+    (path,) = (base / "output" / "shown").iterdir()
+    assert out.args[0].get_dimensions() == (96, 64)
+    with av.open(str(path)) as video:
+        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)]
+        assert video.streams.video[0].average_rate == 25
+        assert video.streams.video[0].codec_context.colorspace == 1  # BT.709, so that players show the same colours
+        assert "workflow" in video.metadata
+    assert len(frames) == 30
+    with av.open(str(path)) as video:
+        seconds = sum(frame.samples for frame in video.decode(audio=0)) / 48000
+    assert abs(seconds - 30 / 25) < 0.05
+    error = torch.stack(frames).float() / 255 - image
+    assert error.square().mean().sqrt() < 0.06  # colour is halved in resolution
+    assert error.mean((0, 1, 2)).abs().max() < 0.01  # but not shifted
+
+
+@pytest.mark.parametrize("codec", ["h265", "av1"])
+def test_a_video_may_be_h265_or_av1(load, comfy, base, codec):
+    node = with_hidden(comfy.classes["KVAEDecodeToVideo"])
+    options = {"fps": 23.976, "codec": codec, "crf": 30, "filename_prefix": f"{codec}/t"}
+    with torch.inference_mode():
+        node.execute(
+            samples={"samples": torch.randn(1, 16, 1, 8, 8)}, vae=load(), scaling="raw", memory_gb=0.0, **options
+        )
+    (path,) = (base / "output" / codec).iterdir()
+    with av.open(str(path)) as video:
+        assert len(list(video.decode(video=0))) == 1
+        assert float(video.streams.video[0].average_rate) == pytest.approx(23.976, abs=1e-3)
+
+
+def test_a_cancelled_video_leaves_no_file(run, load, comfy, base):
+    vae = load(latents=NATIVE)
+    node = with_hidden(comfy.classes["KVAEDecodeToVideo"])
+    options = {"fps": 25.0, "codec": "h264", "crf": 5, "filename_prefix": "cancelled/t"}
+    comfy.management.interrupt_current_processing()
+    with torch.inference_mode(), pytest.raises(comfy.management.InterruptProcessingException):
+        node.execute(samples={"samples": torch.randn(1, 16, 7, 4, 4)}, vae=vae, scaling="raw", memory_gb=0.0, **options)
+    assert list((base / "output" / "cancelled").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Workflows of the pack: found, fitting the live schemas and wired; the one that needs no downloads runs."""
+"""The pack's workflows are found, fit the server's schemas and are wired; the one without downloads runs."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-IN_THE_PAGE = {"MarkdownNote", "Note"}  # node types that only the page knows
+IN_THE_PAGE = {"MarkdownNote", "Note"}  # node types that exist only in the frontend
 OFFICIAL = {
     "HunyuanVideo text to video": "hunyuan_video_text_to_video",
     "Kandinsky 5 text to video": "video_kandinsky5_t2v",
@@ -142,7 +142,7 @@ def nodes_of(workflow: dict) -> list[dict]:
 
 
 def as_list(link: list | dict) -> list:
-    """[id, source node, output, target node, input, …] of a link, which subgraphs write as a dict."""
+    """A link as [id, source node, output, target node, input, …]; subgraphs write it as a dict."""
     if isinstance(link, list):
         return link
     return [link[key] for key in ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")]
@@ -165,7 +165,7 @@ def is_widget(spec: list) -> bool:
 
 
 def to_api(workflow: dict, info: dict) -> dict:
-    """Convert a workflow of the page to a prompt; only flat workflows without muted nodes."""
+    """Convert a workflow to a prompt. Only for workflows without subgraphs and muted nodes."""
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:

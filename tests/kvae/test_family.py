@@ -1,4 +1,4 @@
-"""All models of the family: exact for any segments, strips and tiles, in memory that does not grow with the clip."""
+"""All models of the family: exact for any segments and strips, in memory that does not grow with the clip."""
 
 import copy
 
@@ -7,11 +7,9 @@ import torch
 
 import plain_kvae
 from kvae_comfyui.benchmarks.storages import PeakMemory
-from kvae_comfyui.kvae import FAMILY, KVAE, Execution, GroupNormStats, Recompute
-from kvae_comfyui.kvae.engine.tiles import needed_to_decode, needed_to_encode
-from small_models import SMALL, assert_same, clip, joined, latent, small
+from kvae_comfyui.kvae import FAMILY, KVAE, Execution, Recompute
+from small_models import SMALL, VERSION_TWO, assert_same, clip, joined, latent, small
 
-TWO = ["2.0-t4s8", "2.0-t4s16"]
 STRIPS = [Execution(strip_bytes=1, recompute=level) for level in Recompute]  # two rows at a time
 
 
@@ -27,7 +25,7 @@ def test_parameters_and_keys_are_as_published(name, parameters, keys):
     assert kvae.config.spatial_factor == (16 if name.endswith("s16") else 8)
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", VERSION_TWO)
 @pytest.mark.parametrize("frames", [1, 5, 17, 25])
 def test_version_two_equals_the_plain_model_on_the_whole_clip(name, frames):
     kvae = small(name)
@@ -39,7 +37,7 @@ def test_version_two_equals_the_plain_model_on_the_whole_clip(name, frames):
     assert_same(kvae.decode(z), plain_kvae.decode(state, kvae.config, z))
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", VERSION_TWO)
 @pytest.mark.parametrize("segment", [4, 8, 12])
 def test_version_two_gives_the_same_for_every_segment_length(name, segment):
     kvae = small(name)
@@ -119,24 +117,6 @@ def test_past_frames_may_be_recomputed(name):
     x, z = clip(kvae, 37), latent(kvae, 10)
     assert_same(kvae.encode(x, execution), kvae.encode(x))
     assert_same(kvae.decode(z, execution), kvae.decode(z))
-
-
-def test_tiles_of_version_one_are_exact_with_statistics_of_the_whole_picture():
-    kvae = small("1.0")
-    z = latent(kvae, 6, rows=28)
-    x = clip(kvae, 21, rows=28)
-    for stream, source, needed, side in (
-        (kvae.decode_stream, z, needed_to_decode, 8),
-        (kvae.encode_stream, x, needed_to_encode, 1),
-    ):
-        stats = GroupNormStats()
-        whole = joined(stream(source, norm_stats=stats))
-        _, end = needed(kvae.config, (0, 2))
-        assert end < 28
-        tile = source[:, :, :, : end * (8 // side)]
-        assert_same(joined(stream(tile, norm_stats=stats))[:, :, :, : 2 * side], whole[:, :, :, : 2 * side])
-        own = joined(stream(tile))[:, :, :, : 2 * side]
-        assert (own - whole[:, :, :, : 2 * side]).norm() > 1e-3 * own.norm()
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -296,54 +276,3 @@ def test_a_segment_can_be_exported_and_compiled(name):
     compiled = torch.compile(Segment(), backend="aot_eager", fullgraph=True)
     for later in (exported, compiled):
         assert_same(torch.cat([first, later(z[:, :, 5:], cache)[0]], 2), expected)
-
-
-@pytest.mark.parametrize("name", TWO)
-def test_tiles_of_version_two_are_exact(name):
-    kvae = small(name)
-    x, z = clip(kvae, 6, 46, 2), latent(kvae, 2, 46, 2)
-    reported = []
-    assert_same(kvae.decode(z, Execution(tiles=(2, 2)), reported.append), kvae.decode(z))
-    assert reported[-1] == 5 and reported == sorted(reported)
-    x = x[..., :-3, :-1]  # sides that are not a multiple of a latent
-    assert_same(kvae.encode(x, Execution(tiles=(2, 1))), kvae.encode(x))
-    with pytest.raises(ValueError, match="a stream yields whole pictures"):
-        next(kvae.decode_stream(z, Execution(tiles=(2, 1))))
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_blended_tiles_are_close_and_exact_with_an_overlap_of_twice_the_halo(name):
-    """Exact if no norm runs over the picture: the values that are blended are then the same in both tiles."""
-    kvae = small(name)
-    x, z = clip(kvae, 6, 46, 2), latent(kvae, 2, 46, 2)
-    reported = []
-    for run, source, halo in ((kvae.decode, z, 18), (kvae.encode, x, 14)):
-        whole, few, many = run(source), *(run(source, Execution(tiles=(2, 1), overlap=n)) for n in (2, 2 * halo))
-        assert 0 < (few - whole).norm() < 0.5 * whole.norm()
-        if kvae.config.norm_is_per_position:
-            middle = whole.shape[3] // 2
-            assert_same(many[:, :, :, middle], whole[:, :, :, middle])
-    kvae.decode(z, Execution(tiles=(2, 1), overlap=4), reported.append)
-    assert reported[-1] == 5 and reported == sorted(reported)
-
-
-def test_version_one_has_no_exact_tiles():
-    with pytest.raises(ValueError, match="this model has GroupNorm over the whole picture, so tiles cannot be exact"):
-        small("1.0").decode(torch.randn(1, 16, 1, 4, 4), Execution(tiles=(2, 1)))
-
-
-@pytest.mark.parametrize("name", TWO)
-def test_halos_are_all_that_is_needed_and_no_more(name):
-    """A gradient shows on which latents a pixel depends, and on which pixels a latent does."""
-    config = SMALL[name]
-    kvae = small(name)
-    side, middle = config.spatial_factor, 20
-    z = latent(kvae, 1, 41, 1).requires_grad_()
-    rows = kvae.decode(z)[..., middle * side : (middle + 1) * side, :].abs().sum()
-    reached = torch.autograd.grad(rows, z)[0].abs().sum((0, 1, 2, 4)).nonzero()
-    lo, hi = needed_to_decode(config, (middle, middle + 1))
-    assert (reached.min(), reached.max() + 1) == (lo, hi)
-    x = clip(kvae, 1, 41, 1).requires_grad_()
-    reached = torch.autograd.grad(kvae.encode(x)[..., middle, :].abs().sum(), x)[0].abs().sum((0, 1, 2, 4)).nonzero()
-    lo, hi = needed_to_encode(config, (middle, middle + 1))
-    assert (reached.min() // side, reached.max() // side + 1) == (lo, hi)

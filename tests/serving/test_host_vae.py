@@ -1,4 +1,4 @@
-"""HostVAE: HybridVAE bit for bit, segment by segment, by tiles, and within the memory that a host grants."""
+"""HostVAE equals HybridVAE bit for bit, in segments or tiles, and stays within the memory that a host grants."""
 
 from itertools import pairwise
 
@@ -28,7 +28,7 @@ def host(small_kvae):
     return HostVAE(small_kvae, adapter("hunyuan_video", "kvae_3d_1.0"), adapter("kvae_3d_1.0", "hunyuan_video"))
 
 
-def test_a_host_gets_what_hybrid_vae_gives_and_a_report_after_each_segment(host):
+def test_host_vae_equals_hybrid_vae_and_reports_progress_after_each_segment(host):
     seen = []
     host.on_progress = lambda done, total: seen.append((done, total))
     z = torch.randn(1, 16, 7, 4, 4)
@@ -132,12 +132,12 @@ def test_a_budget_holds_or_is_refused_with_the_least_that_is_needed(small_kvae):
         host.planner.budget = 1
         with pytest.raises(BudgetError) as caught:
             host.decode(z)
-        host.planner.budget = caught.value.least.peak  # what the message offers is enough
+        host.planner.budget = caught.value.least.peak  # the minimum that the message states is enough
         assert host.memory_used_decode(z.shape, torch.float32) <= host.planner.budget < unlimited
         torch.testing.assert_close(host.decode(z), whole, rtol=0, atol=1e-4)
 
 
-def test_out_of_memory_goes_on_with_less_and_loses_nothing(small_kvae, caplog):
+def test_out_of_memory_continues_with_less_memory_and_loses_no_frame(small_kvae, caplog):
     host, z = HostVAE(small_kvae), torch.randn(1, 16, 10, 4, 4)
     decode_stream, executions, seen = small_kvae.decode_stream, [], []
     host.on_progress = lambda done, total: seen.append((done, total))
@@ -162,7 +162,7 @@ def test_out_of_memory_goes_on_with_less_and_loses_nothing(small_kvae, caplog):
             assert executions[1] == caught.value.least.execution
             assert [record.levelname for record in caplog.records] == ["WARNING"]
         small_kvae.decode_stream = lambda *_: exec("raise torch.OutOfMemoryError", {"torch": torch})
-        with pytest.raises(torch.OutOfMemoryError):  # for the host, which goes on with tiles
+        with pytest.raises(torch.OutOfMemoryError):  # for the host, which then uses tiles
             host.decode(z)
 
 
@@ -187,7 +187,7 @@ def test_blended_tiles_are_used_only_if_asked_for_and_stay_within_the_budget(sma
             x = host.decode(z)
         assert memory.peak - x.nbytes <= host.planner.budget
         assert 0 < (x - whole).norm() < 0.2 * whole.norm()
-        with pytest.raises(BudgetError):  # a stream has no tiles: its frames come whole
+        with pytest.raises(BudgetError):  # a stream yields whole frames, so it has no tiles
             list(host.decode_stream(z))
 
 
@@ -214,7 +214,7 @@ def test_a_tile_is_decoded_by_itself_and_through_the_whole_clip(small_kvae):
         for tile in (slice(0, 5), slice(3, 8)):
             parts = list(small_kvae.decode_stream(z[..., tile], norm_stats=norms))
             expected = from_kvae_pixels(torch.cat(parts, dim=2))
-            alone = slice(0, 24) if tile.start == 0 else slice(40, 64)  # where the other tile does not reach
+            alone = slice(0, 24) if tile.start == 0 else slice(40, 64)  # the part that the other tile does not cover
             torch.testing.assert_close(x[..., alone], expected[..., alone.start - 8 * tile.start :][..., :24])
 
 

@@ -7,12 +7,12 @@ from kvae_comfyui.serving.inspect import describe
 Z = torch.randn(1, 16, 3, 8, 8)
 
 
-def test_size_and_number_of_clips():
+def test_the_report_states_frames_size_and_number_of_clips():
     assert "It decodes to 9 frames of 64 x 64 pixels, 1 clip." in describe(Z)
     assert "It decodes to 1 frame of 64 x 48 pixels, 2 clips." in describe(torch.randn(2, 32, 1, 3, 4))
 
 
-def test_raw_is_told_from_scaled_by_the_deviation():
+def test_raw_and_scaled_latents_are_distinguished_by_their_deviation():
     assert "it looks scaled" in describe(Z)
     assert "it looks raw" in describe(Z / 0.476986)
 
@@ -23,7 +23,7 @@ def test_a_stated_space_is_not_guessed():
     assert "hunyuan_video" not in report
 
 
-def test_latents_that_will_not_decode():
+def test_latents_that_cannot_be_decoded_are_reported():
     assert "not sampled yet" in describe(torch.zeros(1, 16, 3, 8, 8))
     z = Z.clone()
     z[0, 0, 0, 0, 0] = float("inf")

@@ -35,7 +35,7 @@ def save(tmp_path):
         ({"latent": (32, 2, 4, 6)}, {}, "musubi-tuner latent", (1, 32, 2, 4, 6), 1 / SCALE_15, None),
         ({"latent": (1, 32, 2, 4, 6)}, {}, "musubi-tuner latent", (1, 32, 2, 4, 6), 1 / SCALE_15, None),
         ({"latent": (16, 16, 4, 16)}, {}, "musubi-tuner latent", (1, 16, 16, 4, 16), 1 / SCALE, None),
-        # its caches
+        # musubi-tuner's caches
         ({"latents_2x4x6_bfloat16": (16, 2, 4, 6)}, "hunyuan_video", "cache of", (1, 16, 2, 4, 6), 1, "hunyuan_video"),
         (
             {"latents_2x4x16_float16": (32, 2, 4, 16), "siglip_float16": (7, 3)},
@@ -61,7 +61,7 @@ def save(tmp_path):
         ({"latents": (1, 31, 8, 12, 16)}, {}, "single tensor", (1, 16, 31, 8, 12), 1 / SCALE, None),
         ({"latents": (2, 5, 64, 96, 16)}, {}, "single tensor", (2, 16, 5, 64, 96), 1 / SCALE, None),
         ({"latents": (61, 64, 96, 16)}, {}, "single tensor", (1, 16, 61, 64, 96), 1 / SCALE, None),
-        # image latents stay what they are
+        # image latents are not changed
         ({"latents": (1, 4, 64, 64)}, {}, "single tensor", (1, 4, 64, 64), 1, None),
         ({"latents": (1, 16, 96, 64)}, {}, "single tensor", (1, 16, 96, 64), 1, None),
     ],

@@ -1,4 +1,4 @@
-"""Metrics of errors that are known, and SSIM against torchmetrics."""
+"""Metrics give the known values of known errors; SSIM is compared with torchmetrics."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_an_alternating_error_flickers():
     assert compare(X + 0.1 * ALTERNATING, X)["flicker"] == pytest.approx(51, abs=1e-3)
 
 
-def test_equal_videos():
+def test_equal_videos_have_no_error():
     found = compare(X, X)
     assert (found["ssim"], found["flicker"]) == (pytest.approx(1), 0)
     assert found["psnr"] == pytest.approx(138.13, abs=0.01)
@@ -36,7 +36,7 @@ def test_videos_of_two_shapes_are_refused():
         compare(X[:1], X)
 
 
-def test_metrics_of_whole_clips_are_those_of_compare():
+def test_metrics_of_clips_equal_those_of_compare():
     """The two differ in layout, units and precision, but not in meaning."""
     y = (X + 0.05 * torch.randn(X.shape)).clamp(0, 1)
     expected = compare(y, X)
@@ -47,7 +47,7 @@ def test_metrics_of_whole_clips_are_those_of_compare():
 
 
 @pytest.mark.parametrize("noise", [0.01, 0.05, 0.3])
-def test_ssim_is_that_of_torchmetrics(noise):
+def test_ssim_equals_that_of_torchmetrics(noise):
     torchmetrics = needs.package("torchmetrics.functional.image", "requirements-training.txt")
     x = sample_clip(1, 40, 50)[0]
     y = (x + noise * torch.randn(40, 50, 3)).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""If memory runs out, the failed try is freed before the next one: when decoding, streaming and encoding."""
+"""If decoding, streaming or encoding runs out of memory, the failed try is freed before the next one."""
 
 import subprocess
 import sys
@@ -63,7 +63,7 @@ def test_tensors_of_a_failed_try_are_freed_before_the_next(small_kvae, caplog, w
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_last_error_is_the_same_on_every_device_and_holds_no_tensors(small_kvae, way):
-    """Hosts go on with tiles, perhaps inside their own `except`."""
+    """Hosts catch it and decode in tiles, perhaps inside their own `except`."""
     host, z, x = HostVAE(small_kvae), torch.randn(1, 16, 6, 4, 4), torch.rand(1, 3, 21, 32, 32)
     card = Card(small_kvae, "DefaultCPUAllocator: can't allocate memory", RuntimeError)
     card.failures = 2

@@ -1,4 +1,4 @@
-"""Planner: the memory of published models, and the executions chosen for it."""
+"""Planner: the memory that published models need, and the executions that it chooses."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_memory_grows_with_the_picture_and_hardly_with_the_length(published):
     assert host.memory_used_decode(Z, torch.float32) == 2 * host.memory_used_decode(Z, BF16)
 
 
-def test_the_fastest_execution_that_fits_is_used_and_the_least_if_none_does(published):
+def test_the_fastest_execution_that_fits_is_used_or_the_smallest_if_none_fits(published):
     levels = []
     for free in (None, 12 << 30, 1):
         first, least = Planner(published, lambda free=free: free).executions(plan_decode, Z, stream=True)
@@ -49,7 +49,7 @@ def test_a_budget_includes_the_workspace(published):
 
 @pytest.mark.parametrize("budget", [None, 30 << 30])
 def test_a_decode_is_planned_once(published, budget):
-    """A host asks for the bytes, frees them, and decodes."""
+    """A host asks how many bytes a decode needs, frees them, and decodes."""
     planned = []
 
     def plan(*args, **options):
@@ -63,7 +63,7 @@ def test_a_decode_is_planned_once(published, budget):
     assert len(planned) == 1
     published_in_float32 = planner.kvae.float()
     assert planner.memory(plan, Z, torch.float32) > 0
-    assert len(planned) == 2  # other weights, other plan
+    assert len(planned) == 2  # another dtype of the weights needs another plan
     published_in_float32.to(BF16)
 
 

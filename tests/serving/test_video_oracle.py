@@ -9,7 +9,7 @@ import pytest
 from kvae_comfyui.kvae import WeightsError
 from kvae_comfyui.serving.video_index import index_video
 from kvae_comfyui.serving.video_reader import read_pictures
-from made_videos import by_ffmpeg, ffmpeg
+from made_videos import all_frames, by_ffmpeg, ffmpeg
 
 TEST, RATE = "testsrc2=s=160x128:r=25:d=3", "testsrc2=s=160x128:r=30000/1001:d=3"
 SMOOTH = f"{TEST},gblur=sigma=2"  # swscale's versions place colours of half the resolution differently, by half a pixel
@@ -22,7 +22,7 @@ def tagged(matrix: str, limits: str, form: str = "yuv420p") -> str:
     return f"-vf scale=out_color_matrix={to}:out_range={limits},format={form} -colorspace {tag} -color_range {limits}"
 
 
-MADE = {  # name: (what ffmpeg reads, how it writes it)
+MADE = {  # name: (input of ffmpeg, options of its output)
     **{
         f"{matrix}-{limits}.mp4": (TEST, f"{tagged(matrix, limits)} -c:v libx264 -crf 5")
         for matrix in MATRICES
@@ -80,7 +80,7 @@ MADE = {  # name: (what ffmpeg reads, how it writes it)
         "-vf interlace=lowpass=0:scan=bff -flags +ilme+ildct -c:v mpeg2video -b:v 5M -g 12 -pix_fmt yuv420p",
     ),
 }
-COPIED = {  # name: (of which, options before it, options after it)
+COPIED = {  # name: (source file, options before it, options after it)
     "trimmed.mp4": ("h264.mp4", "-ss 2.1", "-t 1.6"),
     "trimmed.mov": ("h264.mov", "-ss 1.3", ""),
     "trimmed.mkv": ("h264.mkv", "-ss 2.1", "-t 1.6"),
@@ -95,7 +95,7 @@ COPIED = {  # name: (of which, options before it, options after it)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A function that makes a file by its name, once, and returns its path."""
+    """made(name) returns the path of a file; the first call makes the file."""
     folder = tmp_path_factory.mktemp("made")
 
     def get(name: str) -> Path:
@@ -116,7 +116,7 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("name", [*MADE, *COPIED])
 def test_frames_are_those_that_ffmpeg_shows(made, name):
     path = made(name)
-    frames = np.stack([each.rgb for each in read_pictures(path, range(10**6))])
+    frames = all_frames(path)
     filters = ["-vf", "bwdif=mode=send_frame:deint=interlaced"] if "interlaced" in name else []
     expected = by_ffmpeg(path, *frames.shape[1:3], *filters)
     assert frames.shape == expected.shape
@@ -164,7 +164,7 @@ def test_a_damaged_file_has_as_many_frames_as_in_ffmpeg(made, tmp_path, name):
     data[at : at + 200] = rng.integers(0, 256, 200, np.uint8).tobytes()
     path = tmp_path / name
     path.write_bytes(data)
-    frames = np.stack([each.rgb for each in read_pictures(path, range(10**6))])
+    frames = all_frames(path)
     assert len(frames) == len(by_ffmpeg(path, *frames.shape[1:3]))
 
 

@@ -9,28 +9,16 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import torch
 
 from conftest import ROOT
 from kvae_comfyui.kvae import WeightsError
-from kvae_comfyui.serving.display import Picture, deinterlace, to_picture
-from kvae_comfyui.serving.fit import CROP, STRETCH, fit_picture, resize
+from kvae_comfyui.serving.fit import fit_picture
 from kvae_comfyui.serving.video_index import index_video
 from kvae_comfyui.serving.video_reader import read_pictures
-from made_videos import greys, make, picture, place, remux, which
+from made_videos import all_frames, greys, make, picture, remux, which
 
-FAR_IN = [100, 101, 102, 140, 179]  # of 180 frames: each but the second and third behind a key frame of its own
-TURNS = {  # of display matrices (a, b, c, d): what they do to a picture [H, W, 3]
-    (1, 0, 0, 1): lambda x: x,
-    (0, 1, -1, 0): lambda x: np.rot90(x, -1),  # clockwise
-    (-1, 0, 0, -1): lambda x: np.rot90(x, 2),
-    (0, -1, 1, 0): np.rot90,
-    (-1, 0, 0, 1): lambda x: x[:, ::-1],
-    (1, 0, 0, -1): lambda x: x[::-1],
-    (0, 1, 1, 0): lambda x: x.swapaxes(0, 1),
-    (0, -1, -1, 0): lambda x: np.rot90(x, 2).swapaxes(0, 1),
-}
-KINDS = {  # container and codec: files whose packets say when their frames are shown, and others that do not
+FAR_IN = [100, 101, 102, 140, 179]  # of 180 frames; the first three share a key frame, the others have one each
+KINDS = {  # container and codec; some packets say when their frames are shown, others do not
     "h264.mp4": ("libx264", {"bf": "3", "g": "30", "x264-params": "open-gop=1"}),
     "h264.mkv": ("libx264", {"bf": "3", "g": "30"}),
     "h264.ts": ("libx264", {"bf": "3", "g": "30"}),
@@ -42,42 +30,6 @@ KINDS = {  # container and codec: files whose packets say when their frames are 
     "vp9.webm": ("libvpx-vp9", {"lag-in-frames": "16", "g": "40", "deadline": "realtime", "cpu-used": "8"}),
     "mjpeg.avi": ("mjpeg", {}),
 }
-
-
-def all_of(path: Path) -> np.ndarray:
-    return np.stack([each.rgb for each in read_pictures(path, range(10**6))])
-
-
-@pytest.mark.parametrize("matrix", TURNS, ids=str)
-def test_frames_are_rotated_and_mirrored_as_the_file_says(tmp_path, matrix):
-    path = place(make(tmp_path / "a.mp4", [picture()] * 3), *matrix)
-    (first, *_) = all_of(path)
-    expected = TURNS[matrix](picture())
-    assert first.shape == expected.shape
-    assert np.abs(first.astype(int) - expected).mean() < 1
-
-
-@pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
-@pytest.mark.parametrize("matrix", ["BT.601", "BT.709", "BT.2020", "untagged"])
-def test_colours_are_those_of_the_tagged_matrix_and_range(tmp_path, matrix, full):
-    """Expected values by the standards: Y = Kr R + Kg G + Kb B; Cb and Cr are the scaled differences to B and R."""
-    number, kr, kb = {
-        "BT.601": (6, 0.299, 0.114),
-        "BT.709": (1, 0.2126, 0.0722),
-        "BT.2020": (9, 0.2627, 0.0593),
-        "untagged": (2, 0.299, 0.114),
-    }[matrix]
-    rgb = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).repeat(8, 0).repeat(8, 1)
-    r, g, b = (rgb / 255).transpose(2, 0, 1)
-    y = kr * r + (1 - kr - kb) * g + kb * b
-    cb, cr = (b - y) / (2 - 2 * kb), (r - y) / (2 - 2 * kr)
-    luma, chroma, black = (255, 255, 0) if full else (219, 224, 16)
-    planes = np.stack([black + luma * y, 128 + chroma * cb, 128 + chroma * cr]).round().clip(0, 255).astype(np.uint8)
-    frame = av.VideoFrame.from_ndarray(planes, format="yuv444p")
-    tags = {"colorspace": number, "color_range": 2 if full else 1}
-    for name, codec in (("a.mp4", "libx264"), ("a.mkv", "ffv1")):  # full range is a format of its own in the first
-        path = make(tmp_path / name, [frame] * 2, codec, **tags)
-        assert np.abs(all_of(path)[0].astype(int) - rgb).max() <= 3
 
 
 def test_frames_before_the_start_of_an_edit_list_are_not_shown(tmp_path):
@@ -92,21 +44,21 @@ def test_frames_before_the_start_of_an_edit_list_are_not_shown(tmp_path):
     with av.open(str(path)) as file:
         assert file.streams.video[0].frames == 60
     assert index_video(path).count == 30
-    assert which(all_of(path)) == list(range(30, 60))
+    assert which(all_frames(path)) == list(range(30, 60))
 
 
 def test_frames_that_were_dropped_are_not_counted(tmp_path):
-    """The header of this AVI counts them."""
+    """The header of this AVI counts the dropped frames."""
     path = make(tmp_path / "a.avi", greys(20), "mjpeg", "yuvj420p", times=range(0, 60, 3))
     with av.open(str(path)) as file:
         assert file.streams.video[0].frames > 50
     index = index_video(path)
     assert (index.count, index.lost) == (20, "")
-    assert which(all_of(path)) == list(range(20))
+    assert which(all_frames(path)) == list(range(20))
     assert [index.seconds(i) for i in range(20)] == [Fraction(3 * i, 25) for i in range(20)]
 
 
-def test_times_of_a_variable_frame_rate(tmp_path):
+def test_times_of_a_variable_frame_rate_are_exact(tmp_path):
     times = [*range(10), *range(10, 50, 4)]
     path = make(tmp_path / "a.mp4", greys(20), times=times)
     index = index_video(path)
@@ -125,14 +77,14 @@ def test_frames_far_into_a_file_are_those_that_reading_from_the_start_gives(tmp_
     form = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     moving = [np.roll(picture(), n, axis=1) for n in range(180)]
     path = make(tmp_path / kind, moving, codec, form, options=options)
-    whole = all_of(path)
+    whole = all_frames(path)
     assert len(whole) == index_video(path).count == 180
     assert np.array_equal(np.stack([each.rgb for each in read_pictures(path, FAR_IN)]), whole[FAR_IN])
     assert list(read_pictures(path, [180, 500])) == []
 
 
 def test_frames_far_into_a_file_are_reached_by_seeking(tmp_path):
-    """The frames before them cannot be decoded."""
+    """Frames before them cannot be decoded here, so reading from the start would fail."""
     source = make(tmp_path / "a.mp4", greys(110), options={"g": "10", "bf": "0"})
 
     def spoilt(n, packet):
@@ -145,7 +97,7 @@ def test_frames_far_into_a_file_are_reached_by_seeking(tmp_path):
     path = remux(source, tmp_path / "spoilt.mp4", spoilt)
     assert which(each.rgb for each in read_pictures(path, [0, 98, 99, 100])) == [0, 98, 99, 100]
     with pytest.raises(WeightsError, match="damaged: .* packets do not decode"):
-        all_of(path)
+        all_frames(path)
 
 
 def test_a_packet_that_does_not_decode_is_skipped(tmp_path):
@@ -159,7 +111,7 @@ def test_a_packet_that_does_not_decode_is_skipped(tmp_path):
         return broken
 
     path = remux(source, tmp_path / "spoilt.mp4", spoilt)
-    assert which(all_of(path)) == [n for n in range(60) if n != 20]
+    assert which(all_frames(path)) == [n for n in range(60) if n != 20]
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.avi"])
@@ -189,7 +141,7 @@ def test_a_video_that_ends_before_its_sound_is_complete(tmp_path):
     assert (index_video(path).count, index_video(path).lost) == (10, "")
 
 
-def test_a_change_of_size_within_the_stream(tmp_path):
+def test_frames_may_change_size_within_the_stream(tmp_path):
     make(tmp_path / "small.avi", greys(5), "mjpeg", "yuvj420p")
     make(tmp_path / "large.avi", greys(10, 96, 128)[5:], "mjpeg", "yuvj420p")
     path = tmp_path / "both.mkv"
@@ -210,89 +162,6 @@ def test_a_change_of_size_within_the_stream(tmp_path):
     assert {fit_picture(each, 24, 32).shape for each in pictures} == {(3, 24, 32)}
 
 
-def interlaced(tmp_path: Path, count: int) -> tuple[Path, np.ndarray]:
-    """A video of a bar that moves by four pixels with each field, and its frames made of the first fields alone."""
-    fields = np.full((2 * count, 64, 256, 3), 60, np.uint8)
-    for n, each in enumerate(fields):
-        each[:, 4 * n % 224 : 4 * n % 224 + 32] = 200
-    woven = fields[::2].copy()
-    woven[:, ::2] = fields[1::2, ::2]  # PyAV's encoder puts the lower field first
-    options = {"g": "12", "bf": "0", "flags": "+ildct"}
-    return make(tmp_path / "a.mp4", woven, options=options), fields[::2]
-
-
-def test_interlaced_frames_have_no_comb(tmp_path):
-    path, expected = interlaced(tmp_path, 40)
-    frames = all_of(path)
-    assert frames.shape == expected.shape
-    error = np.abs(frames.astype(int) - expected)
-    assert error[:, 1::2].max() <= 2  # the first field is as it was
-    assert error.mean() < 1  # a bar that is woven is off by 140 in 1.6 % of all pixels
-    assert np.array_equal(np.stack([each.rgb for each in read_pictures(path, [36, 37, 38, 39])]), frames[36:])
-
-
-@pytest.mark.skipif(av.library_versions["libavfilter"] < (11, 14), reason="needs libavfilter 11.14 or newer")
-def test_an_interlaced_frame_is_the_same_wherever_reading_began(tmp_path):
-    """After a frame that is not interlaced, whether or not interlaced frames came before it."""
-
-    def decoded(path: Path) -> list[av.VideoFrame]:
-        with av.open(str(path)) as file:
-            return list(file.decode(video=0))
-
-    path, _ = interlaced(tmp_path, 4)
-    woven = decoded(path)
-    (plain, *_) = decoded(make(tmp_path / "plain.mp4", np.full((3, 64, 256, 3), 90, np.uint8)))
-    assert woven[0].interlaced_frame and not plain.interlaced_frame
-    sequence = [woven[0], plain, woven[1], decoded(path)[1]]  # what stands still is woven, if it stood still before
-    for n, frame in enumerate(sequence):
-        frame.pts, frame.time_base = n, Fraction(1, 25)
-    whole = [to_picture(frame, None).rgb for frame, _ in deinterlace(sequence)]
-    part = [to_picture(frame, None).rgb for frame, _ in deinterlace(sequence[1:])]
-    assert [pts for _, pts in deinterlace(sequence)] == [0, 1, 2, 3]
-    assert np.array_equal(np.stack(whole[1:]), np.stack(part))
-    assert np.array_equal(whole[1], to_picture(plain, None).rgb)  # and it stays as it is
-
-
-def test_pixels_that_are_not_square_are_shown_square(tmp_path):
-    """A circle stored with pixels of 2:1 is a circle again; a rotation also rotates the shape of the pixels."""
-    y, x = np.mgrid[:96, :96] - 47.5
-    disc = np.where(x**2 + y**2 < 30**2, 220, 30).astype(np.uint8)[..., None].repeat(3, -1)
-    narrow = disc.reshape(96, 48, 2, 3).mean(2).astype(np.uint8)
-    path = make(tmp_path / "a.mp4", [narrow] * 3, sample_aspect_ratio=Fraction(2))
-    target = torch.from_numpy(disc).permute(2, 0, 1)
-    for matrix in ((1, 0, 0, 1), (0, 1, -1, 0)):
-        (first, *_) = read_pictures(place(path, *matrix), range(3))
-        assert (fit_picture(first, 96, 96, CROP).float() - target).abs().mean() < 4
-    assert first.pixel_aspect == Fraction(1, 2)
-
-
-def test_crop_keeps_the_middle_and_stretch_keeps_everything():
-    wide = Picture(np.arange(200, dtype=np.uint8)[None, :, None].repeat(100, 0).repeat(3, 2))
-    assert fit_picture(wide, 50, 50, CROP)[0, 0, [0, -1]].tolist() == [51, 148]
-    assert fit_picture(wide, 100, 100, CROP).shape == (3, 100, 100)
-    assert torch.equal(fit_picture(wide, 100, 100, CROP)[0, 0], torch.arange(50, 150).byte())
-    assert torch.equal(fit_picture(wide, 100, 200, CROP), fit_picture(wide, 100, 200, STRETCH))
-    assert fit_picture(wide, 50, 50, STRETCH)[0, 0, [0, -1]].tolist() == [2, 197]
-    nearly = Picture(wide.rgb, Fraction(4096, 4083))  # as some of UCF101
-    assert torch.equal(fit_picture(nearly, 100, 200, CROP)[0, 0], torch.arange(200).byte())
-    tall = Picture(wide.rgb.swapaxes(0, 1).copy())
-    assert torch.equal(fit_picture(tall, 100, 100, CROP)[0, :, 0], torch.arange(50, 150).byte())
-
-
-def test_resizing_keeps_the_mean():
-    x = torch.from_numpy(picture(96, 128)).permute(2, 0, 1)
-    y = resize(x, 24, 40)
-    assert y.shape == (3, 24, 40)
-    torch.testing.assert_close(y.float().mean((1, 2)), x.float().mean((1, 2)), rtol=0.02, atol=1)
-
-
-@pytest.mark.parametrize(("number", "name"), [(16, "PQ"), (18, "HLG")])
-def test_hdr_is_refused_by_name(tmp_path, number, name):
-    path = make(tmp_path / "a.mp4", greys(3), color_trc=number, colorspace=9, color_primaries=9)
-    with pytest.raises(WeightsError, match=f"a.mp4: HDR \\({name}\\) is not supported"):
-        all_of(path)
-
-
 def test_files_that_are_not_videos_are_refused(tmp_path):
     (tmp_path / "text.avi").write_text("this is not a video")
     (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n")
@@ -309,7 +178,7 @@ def test_files_that_are_not_videos_are_refused(tmp_path):
         ("sound.mp4", "has no video stream"),
         ("absent.mp4", "no such file"),
     ):
-        for read in (all_of, index_video):
+        for read in (all_frames, index_video):
             with pytest.raises(WeightsError, match=reason):
                 read(tmp_path / name)
 
@@ -318,7 +187,7 @@ def test_a_path_is_never_read_as_an_address(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("http:clip.mp4", "concat:a|b.mp4", "50% -x #1 ü.mp4"):
         make(tmp_path / "a.mp4", greys(6)).rename(tmp_path / name)
-        assert which(all_of(Path(name))) == list(range(6))
+        assert which(all_frames(Path(name))) == list(range(6))
 
 
 MEMORY = """

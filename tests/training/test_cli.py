@@ -1,35 +1,31 @@
-"""The command line itself: what becomes of errors that no command foresees, and of consoles that cannot print."""
+"""The command line itself: errors that no command expects, and consoles that cannot print every character."""
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 import needs
-from conftest import ROOT, make_videos
+from command import start
+from conftest import make_videos
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.vaes import TINY
 
 
-def command(*argv, env=None, **kwargs):
-    """The command as a user starts it: its code, and its error lines."""
-    process = subprocess.run(
-        [sys.executable, "-m", "training", *map(str, argv)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
-        stderr=subprocess.PIPE, timeout=300, **kwargs,
-    )  # fmt: skip
-    return process.returncode, process.stderr.decode().splitlines()
+def errors_of(*argv, **options):
+    """Run the command as a user does; return its exit code and its lines of error."""
+    process = start(*argv, **options)
+    _, err = process.communicate(timeout=300)
+    return process.returncode, err.splitlines()
 
 
 @needs.linux
-def test_running_out_of_memory_is_one_line(tmp_path):
+def test_out_of_memory_is_an_error_of_one_line(tmp_path):
     import resource
 
     (video,) = make_videos(tmp_path, 1, frames=9)
     size = ("--height", 8192, "--width", 8192, "--num-frames", 9, "--device", "cpu")
-    code, err = command(
+    code, err = errors_of(
         *("reconstruct", "--video-path", video, "--output", tmp_path / "out.mp4", *size),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)),
     )
@@ -38,20 +34,20 @@ def test_running_out_of_memory_is_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == [video]
 
 
-def test_a_console_that_knows_ascii_alone_prints_any_name(tmp_path):
+def test_a_console_that_prints_only_ascii_shows_any_name(tmp_path):
     os.mkdir(folder := tmp_path / "caf\udce9")
-    code, err = command("train", "--latent-root", folder, env={"PYTHONIOENCODING": "ascii"})
+    code, err = errors_of("train", "--latent-root", folder, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert code == 2
     assert len(err) == 1 and "caf\\udce9" in err[0] and "no .safetensors.zst files" in err[0]
 
 
 @needs.posix
-def test_output_that_nobody_reads_is_one_line(tmp_path):
-    """As of `python -m training fetch … | head`."""
+def test_a_closed_output_is_an_error_of_one_line(tmp_path):
+    """As in `python -m training fetch … | head`."""
     shutil.copyfile(TINY["kvae"], tmp_path / "KVAE-3D-1.0.safetensors")
     read, write = os.pipe()
     os.close(read)
-    code, err = command("fetch", "--model", "KVAE-3D-1.0", "--output", tmp_path, stdout=write)
+    code, err = errors_of("fetch", "--model", "KVAE-3D-1.0", "--output", tmp_path, stdout=write)
     os.close(write)
     assert (code, err) == (2, ["error: nobody reads the output any longer"])
 
@@ -62,7 +58,7 @@ def test_names_cannot_command_a_terminal(tmp_path, capsys):
     assert err.count("\n") == 1 and "\x1b" not in err and "a\\x1b[31m\\nb" in err
 
 
-def test_every_command_says_what_it_takes(capsys):
+def test_every_command_lists_its_options(capsys):
     for name in ("extract", "pack", "unpack", "train", "evaluate", "reconstruct", "demo", "tiny", "fetch"):
         with pytest.raises(SystemExit) as end:
             main([name, "-h"])

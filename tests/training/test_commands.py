@@ -1,31 +1,23 @@
-"""The commands end to end on small real video files, with the embedded tiny pair; and what they say to bad input."""
+"""The commands end to end on small video files, with the embedded tiny VAEs; and their refusals of bad input."""
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import needs
 from at_step import after_steps, at_step, ctrl_c
+from command import refusal
 from conftest import ROOT, make_videos, shared
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae import KVAE, load_kvae, save_kvae
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
-from kvae_comfyui.training.evaluate.originals import original_frames
 from kvae_comfyui.training.evaluate.report import write_report
-from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS, load_hunyuan_vae
+from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS
 from small_models import SMALL
 
 SIZE = ["--num-frames", "9", "--height", "48", "--width", "64", "--device", "cpu"]
@@ -33,7 +25,7 @@ SIZE = ["--num-frames", "9", "--height", "48", "--width", "64", "--device", "cpu
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Videos → pairs → adapters, once for all tests that look at the results."""
+    """Videos, pairs and adapters, made once for all tests that look at them."""
     folder = tmp_path_factory.mktemp("job")
     make_videos(folder / "videos" / "Wave", 8)
     assert main(["extract", *roots(folder), *SIZE]) == 0
@@ -62,7 +54,7 @@ def evaluate_options(folder):
     ]
 
 
-def test_extract_mirrors_the_videos_and_resumes(job, capsys):
+def test_extract_keeps_the_folders_of_the_videos_and_resumes(job, capsys):
     paths = find_pairs(job / "latents")
     assert [p.name for p in paths] == [f"v_Wave_g{i:02d}_c01.safetensors.zst" for i in range(1, 9)]
     pair = read_pair(paths[0])
@@ -77,29 +69,11 @@ def test_extract_mirrors_the_videos_and_resumes(job, capsys):
     assert main(["extract", *roots(job), *SIZE]) == 0
     assert "1 pairs extracted, 7 already there, 0 skipped" in capsys.readouterr().out
     again = read_pair(paths[2])
-    # alone in its batch, another order of sums
+    # alone in its batch, sums have another order
     torch.testing.assert_close(again.z_h, pairs[2].z_h, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(again.z_k, pairs[2].z_k, rtol=2e-3, atol=2e-3)
     assert again.source == pairs[2].source
     assert [p.read_bytes() for p in paths if p != paths[2]] == before
-
-
-def test_extract_adds_mirror_images(tmp_path, capsys):
-    make_videos(tmp_path / "videos", 1, frames=18)
-    options = [*roots(tmp_path), *SIZE, "--clips-per-video", "2"]
-    assert main(["extract", *options]) == 0
-    assert main(["extract", *options, "--mirror", "yes"]) == 0
-    assert "2 pairs extracted, 2 already there, 0 skipped" in capsys.readouterr().out
-    pairs = {path.name.split(".", 1)[1]: read_pair(path) for path in find_pairs(tmp_path / "latents")}
-    assert set(pairs) == {f"{n}{end}.safetensors.zst" for n in ("000", "001") for end in ("", ".mirrored")}
-    plain, mirrored = pairs["001.safetensors.zst"], pairs["001.mirrored.safetensors.zst"]
-    assert mirrored.source == replace(plain.source, mirrored=True)
-    videos = str(tmp_path / "videos")
-    frames = original_frames("", mirrored, videos)
-    assert torch.equal(frames, original_frames("", plain, videos).flip(-1))
-    z_h = load_hunyuan_vae("tiny", "cpu").encode(frames[None])[0]
-    torch.testing.assert_close(mirrored.z_h.float(), z_h, rtol=2e-3, atol=2e-3)
-    assert not torch.allclose(mirrored.z_h, plain.z_h, rtol=0.1, atol=0.1)
 
 
 def test_extract_refuses_to_mix_settings(job, capsys):
@@ -107,35 +81,7 @@ def test_extract_refuses_to_mix_settings(job, capsys):
     assert "holds pairs made with other settings" in capsys.readouterr().err
 
 
-def test_extract_skips_broken_clips_and_says_so(tmp_path, capsys):
-    make_videos(tmp_path / "videos", 2)
-    (tmp_path / "videos" / "a.avi").write_text("no video")
-    assert main(["extract", *roots(tmp_path), *SIZE]) == 1
-    captured = capsys.readouterr()
-    assert captured.out.splitlines()[-1].startswith("2 pairs extracted, 0 already there, 1 skipped")
-    assert captured.err.count("a.avi: not a video") == 1
-    assert "not a video" in json.loads((tmp_path / "latents" / "manifest.json").read_text())["failed"]["a.avi"]
-
-
-def test_extract_pads_short_videos_and_records_it(tmp_path):
-    make_videos(tmp_path / "videos", 1, frames=7)
-    assert main(["extract", *roots(tmp_path), *SIZE]) == 0
-    source = read_pair(find_pairs(tmp_path / "latents")[0]).source
-    assert (source.frames, source.padded) == (7, 2)
-
-
-def test_posterior_samples_differ_from_the_mode_and_repeat(tmp_path):
-    make_videos(tmp_path / "videos", 2)
-    for name in ("mode", "sample", "again"):
-        mode = "mode" if name == "mode" else "sample"
-        out = ["--videos-root", str(tmp_path / "videos"), "--output-root", str(tmp_path / name)]
-        assert main(["extract", *out, *SIZE, "--posterior", mode]) == 0
-    mode, sample, again = (read_pair(find_pairs(tmp_path / n)[0]) for n in ("mode", "sample", "again"))
-    assert not torch.equal(sample.z_h, mode.z_h) and not torch.equal(sample.z_k, mode.z_k)
-    assert torch.equal(sample.z_h, again.z_h)
-
-
-def test_train_leaves_adapters_that_describe_themselves(job):
+def test_trained_adapters_describe_themselves(job):
     adapter = load_adapter(job / "adapters" / "h2k.safetensors")
     assert (adapter.source.name, adapter.target.name) == ("hunyuan_video", "kvae_3d_1.0")
     assert adapter.training_info["config"]["network"] == "residual"
@@ -151,7 +97,7 @@ def test_train_leaves_adapters_that_describe_themselves(job):
     ]
 
 
-def test_published_recipe(job, capsys):
+def test_the_published_recipe_is_adamw_at_a_constant_rate(job, capsys):
     """AdamW alone, at one rate from the first step to the last."""
     rates, options = [], train_options(job, "published")
     with after_steps(lambda _, adamw: rates.append([group["lr"] for group in adamw.param_groups])):
@@ -166,7 +112,7 @@ def test_published_recipe(job, capsys):
 def test_interrupted_training_ends_where_an_uninterrupted_one_does(job, step):
     options = ["--epochs", "4", "--seed", "3"]
     assert main(["train", *train_options(job, f"whole{step}"), *options]) == 0
-    with at_step(step, ctrl_c):  # which is noticed in the step after it
+    with at_step(step, ctrl_c):  # the training notices it in the next step
         assert main(["train", *train_options(job, f"parts{step}"), *options]) == 130
     assert not (job / f"parts{step}" / "h2k.safetensors").exists()
     assert main(["train", *train_options(job, f"parts{step}"), *options]) == 0
@@ -183,7 +129,7 @@ def test_resuming_with_other_settings_is_refused(job, capsys):
     assert "an unfinished run had lr = 0.001, now 0.0001" in capsys.readouterr().err
 
 
-def test_evaluate(job, capsys):
+def test_evaluation_reports_the_errors_of_the_adapters(job, capsys):
     assert main(["evaluate", *evaluate_options(job)]) == 0
     out = capsys.readouterr().out
     result = json.loads((job / "evaluation" / "evaluation.json").read_text())
@@ -224,11 +170,11 @@ def check_report(folder, result):
     assert h2k["sha256"] in page and h2k["sha256"] in card
     words, pictures = re.subn(r'src="data:image/png;base64,[^"]+"', "", page)
     assert pictures == 4  # curves, two sheets, channels
-    assert "http" not in words and "<script" not in words  # it needs nothing but itself
+    assert "http" not in words and "<script" not in words  # the page needs no other file
 
 
-def test_a_report_trusts_no_name(job, tmp_path):
-    """Names of clips come from files of others."""
+def test_a_report_escapes_the_names_of_clips(job, tmp_path):
+    """Pairs, and so the names of clips, may come from anyone."""
     name = "<img src=x onerror=alert(1)>"
     result = json.loads((job / "adapters" / "report.json").read_text())["evaluation"]
     result["latent"]["worst"]["H→K"][0]["clip"] = name
@@ -255,7 +201,7 @@ def test_published_adapters_are_evaluated(job, tmp_path, capsys):
     assert "H→K→H" in capsys.readouterr().out
 
 
-def test_demo(tmp_path, capsys):
+def test_the_demo_lists_the_files_that_it_wrote(tmp_path, capsys):
     make_videos(tmp_path / "videos", 3, frames=12)
     out = tmp_path / "demo"
     argv = ["demo", "--videos", str(tmp_path / "videos"), "--output-root", str(out), "--epochs", "2", "--device", "cpu"]
@@ -272,15 +218,7 @@ def test_demo(tmp_path, capsys):
     assert embedded["training"]["pairs"] > 200 and "embedded" in closing
 
 
-def refusal(argv, capsys):
-    """The one line an impossible command says."""
-    assert main(argv) == 2
-    err = capsys.readouterr().err.strip()
-    assert err.startswith("error: ") and "\n" not in err
-    return err
-
-
-def test_refusals_of_folders(job, tmp_path, capsys):
+def test_bad_folders_and_sizes_are_refused(job, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     out = ["--output-root", str(tmp_path / "out")]
@@ -296,7 +234,7 @@ def test_refusals_of_folders(job, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_refusals_of_pairs(job, tmp_path, capsys):
+def test_bad_pairs_are_refused(job, tmp_path, capsys):
     z = torch.randn(16, 3, 6, 8)
     write_pair(tmp_path / "a.safetensors.zst", Pair(z, z.clone(), None))
     options = ["train", "--latent-root", str(tmp_path), "--out-h2k", str(tmp_path / "o" / "h"), "--device", "cpu"]
@@ -312,7 +250,7 @@ def test_refusals_of_pairs(job, tmp_path, capsys):
 
 
 def test_commands_say_where_the_tiny_hunyuan_vae_is(job, tmp_path, capsys, monkeypatch):
-    """As in the ComfyUI package, which does not have it."""
+    """The ComfyUI package does not have this VAE."""
     monkeypatch.setitem(TINY, "hunyuan", tmp_path / "tiny_hunyuan.safetensors")
     video = str(job / "videos" / "Wave" / "v_Wave_g01_c01.mp4")
     videos, out = ["--videos-root", str(job / "videos")], str(tmp_path / "out")
@@ -329,7 +267,7 @@ def test_commands_say_where_the_tiny_hunyuan_vae_is(job, tmp_path, capsys, monke
     assert main(["reconstruct", "--video-path", video, "--output", f"{out}.mp4", *SIZE]) == 0  # by the tiny KVAE
 
 
-def test_refusals_of_models(job, tmp_path, capsys):
+def test_wrong_models_are_refused(job, tmp_path, capsys):
     tiny = ROOT / "training" / "tiny" / "assets"
     extract = ["extract", "--videos-root", str(job / "videos"), "--output-root", str(tmp_path / "out"), *SIZE]
     kvae, hunyuan = str(tiny / "tiny_kvae.safetensors"), str(tiny / "tiny_hunyuan.safetensors")
@@ -347,64 +285,8 @@ def test_refusals_of_models(job, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def command(*argv, **kwargs):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "training", *argv],
-        cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs,
-    )  # fmt: skip
-
-
-@needs.posix
-def test_killed_extraction_goes_on(tmp_path):
-    make_videos(tmp_path / "videos", 30)
-    argv = ["extract", *roots(tmp_path), *SIZE]
-    process = command(*argv)
-    deadline = time.time() + 120
-    while len(list((tmp_path / "latents").glob("*.zst"))) < 2 and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    done = find_pairs(tmp_path / "latents")
-    assert 2 <= len(done) < 30
-    assert all(read_pair(path).z_h.shape == (16, 3, 6, 8) for path in done)
-    process = command(*argv)
-    out, _ = process.communicate()
-    assert process.returncode == 0
-    assert f"{30 - len(done)} pairs extracted, {len(done)} already there, 0 skipped" in out
-
-
-@needs.posix
-def test_interrupt_and_full_disk_end_in_one_line(tmp_path):
-    make_videos(tmp_path / "videos", 30)
-    # a shell's background job ignores Ctrl-C, and its children with it
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = command("extract", *roots(tmp_path), *SIZE, preexec_fn=heed)
-    deadline = time.time() + 120
-    while not list((tmp_path / "latents").glob("*.zst")) and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130
-    assert err.splitlines()[-1] == "interrupted; the same command goes on from here"
-    assert "Traceback" not in err
-
-    import resource  # POSIX only
-
-    def no_room():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))  # the manifest fits, a pair does not
-
-    argv = ["extract", "--videos-root", str(tmp_path / "videos"), "--output-root", str(tmp_path / "full"), *SIZE]
-    process = command(*argv, preexec_fn=no_room)
-    _, err = process.communicate()
-    assert process.returncode == 2
-    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
-    assert not list((tmp_path / "full").iterdir())  # no pair, no manifest
-
-
-def test_trained_adapters_know_the_weights_of_the_vaes_and_evaluation_keeps_to_them(job, tmp_path, capsys):
-    """The same weights in another file and precision are accepted, others refused, by the pairs and by the adapters."""
+def test_adapters_name_the_weights_of_their_vaes_and_evaluation_requires_them(job, tmp_path, capsys):
+    """The same weights in another file and dtype are accepted; other weights fit neither the pairs nor the adapters."""
     h2k = load_adapter(job / "adapters" / "h2k.safetensors")
     assert h2k.weights == load_adapter(TINY_ADAPTERS["h2k"]).weights  # of the tiny VAEs, by which the pairs were made
     assert "signature" not in json.dumps(h2k.training_info)
@@ -421,6 +303,6 @@ def test_trained_adapters_know_the_weights_of_the_vaes_and_evaluation_keeps_to_t
     options[options.index("--kvae") + 1] = str(tmp_path / "other.safetensors")
     assert "its pairs were made with another kvae" in refusal(["evaluate", *options], capsys)
     shutil.copytree(job / "latents", tmp_path / "latents")
-    (tmp_path / "latents" / "manifest.json").unlink()  # the pairs say nothing then, the adapters still do
+    (tmp_path / "latents" / "manifest.json").unlink()  # now only the adapters name the weights
     options[options.index("--latent-root") + 1] = str(tmp_path / "latents")
     assert "made for a kvae_3d_1.0 VAE with other weights" in refusal(["evaluate", *options], capsys)

@@ -1,4 +1,4 @@
-"""Downloads over HTTP: continued, bounded, checked, and never under the final name before that."""
+"""Downloads over HTTP continue after a break, are limited in size, and get their final name only after a check."""
 
 import hashlib
 import os
@@ -44,15 +44,15 @@ def partial_of(target, data=KVAE):
     return target.with_name(f"{target.name}.{hashlib.sha256(data).hexdigest()[:12]}.partial")
 
 
-def names_beside(target):
+def names_in_folder(target):
     return [path.name for path in target.parent.iterdir()]
 
 
-def test_a_download_has_its_size_said_first_and_leaves_nothing_beside_it(get, target, capsys):
+def test_a_download_prints_its_size_first_and_leaves_no_other_file(get, target, capsys):
     assert get() == "a KVAE-3D"
     assert f"{len(KVAE) / 1e9:.2f} GB" in capsys.readouterr().out.splitlines()[0]
     assert target.read_bytes() == KVAE
-    assert names_beside(target) == [target.name]
+    assert names_in_folder(target) == [target.name]
 
 
 def test_a_broken_connection_is_reopened_where_it_broke(hub, get, target):
@@ -63,13 +63,13 @@ def test_a_broken_connection_is_reopened_where_it_broke(hub, get, target):
     assert target.read_bytes() == LARGE
 
 
-def test_a_server_that_always_breaks_off_is_given_up_and_the_next_call_continues(hub, get, target, capsys):
+def test_a_download_stops_after_too_many_broken_connections_and_can_continue(hub, get, target, capsys):
     hub.cut = 12_000_000
     with pytest.raises(UserError, match="run the same command again to continue"):
         get("large")
     assert len(hub.starts) == 1 + MAX_FAILURES
     have = partial_of(target, LARGE).stat().st_size
-    assert names_beside(target) == [partial_of(target, LARGE).name]
+    assert names_in_folder(target) == [partial_of(target, LARGE).name]
     hub.cut, hub.starts = None, []
     get("large")
     assert hub.starts == [have] and have > 11_000_000
@@ -87,11 +87,11 @@ def test_a_server_without_ranges_is_read_from_the_start(hub, get, target):
     assert target.read_bytes() == LARGE
 
 
-def test_a_body_that_does_not_end_is_broken_off(hub, get, target):
+def test_a_download_stops_if_the_server_sends_more_than_it_announced(hub, get, target):
     hub.surplus = 2**34
     with pytest.raises(UserError, match=f"sends more than the {len(KVAE):,} bytes it announced"):
         get()
-    assert names_beside(target) == []
+    assert names_in_folder(target) == []
     hub.surplus = 0
     get()
     assert target.read_bytes() == KVAE
@@ -101,10 +101,10 @@ def test_a_damaged_or_foreign_file_is_deleted(get, target):
     partial_of(target).write_bytes(b"other bytes")
     with pytest.raises(UserError, match="the downloaded file is damaged"):
         get()
-    assert names_beside(target) == []
+    assert names_in_folder(target) == []
     with pytest.raises(UserError, match="/other: this is not a file this project knows; expected a KVAE-3D VAE or a"):
         get("other")
-    assert names_beside(target) == []
+    assert names_in_folder(target) == []
 
 
 def test_a_partial_file_longer_than_the_file_is_emptied(get, target):
@@ -116,7 +116,7 @@ def test_a_partial_file_longer_than_the_file_is_emptied(get, target):
 def test_the_partial_file_of_an_earlier_version_is_deleted(get, target):
     partial_of(target, b"another version").write_bytes(b"other bytes")
     get()
-    assert names_beside(target) == [target.name]
+    assert names_in_folder(target) == [target.name]
 
 
 @needs.posix
@@ -125,7 +125,7 @@ def test_one_process_at_a_time_downloads_to_a_target(get, target):
     with open_partial(target, tag, len(KVAE)), pytest.raises(UserError, match="another process is downloading it"):
         get()
     get()
-    assert names_beside(target) == [target.name]
+    assert names_in_folder(target) == [target.name]
 
 
 @needs.posix
@@ -139,7 +139,7 @@ def test_a_link_in_place_of_the_partial_file_is_not_followed(get, target, tmp_pa
 
 
 @needs.posix
-def test_a_pipe_or_a_folder_in_place_of_the_partial_file(get, target):
+def test_a_pipe_in_place_of_the_partial_file_is_replaced_and_a_folder_refused(get, target):
     os.mkfifo(partial_of(target))
     get()
     assert target.read_bytes() == KVAE
@@ -154,7 +154,7 @@ def test_without_a_hash_only_the_size_is_compared(hub, get, target, capsys, tag)
     hub.tag = tag
     get()
     assert "the hub gives no hash of this file; only its size was compared" in capsys.readouterr().out
-    assert names_beside(target) == [target.name]
+    assert names_in_folder(target) == [target.name]
 
 
 def test_the_hash_of_files_that_git_stores_is_compared_too(hub, get, target, capsys):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import command
 import needs
 from conftest import ROOT
 from fake_hub import running
@@ -39,10 +40,7 @@ def start(hub, tmp_path):
     def start(model="KVAE-3D-1.0", **env):
         clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         env = clean | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"} | env
-        command = [sys.executable, "-m", "training", "fetch", "--model", model, "--output", str(tmp_path / "models")]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-        )
+        return command.start("fetch", "--model", model, "--output", tmp_path / "models", env=env)
 
     return start
 
@@ -125,14 +123,14 @@ def test_every_error_is_one_line(fetch, tmp_path):
 @pytest.mark.parametrize(
     "endpoint", ["http://127.0.0.1:9", "http://[::1", "nonsense", "ftp://127.0.0.1", "http://127.0.0.1:99999", " "]
 )
-def test_an_endpoint_without_a_hub_is_one_line(fetch, tmp_path, endpoint):
+def test_an_endpoint_without_a_hub_is_an_error_of_one_line(fetch, tmp_path, endpoint):
     code, _, err = fetch(HF_ENDPOINT=endpoint)
     assert code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and "HF_ENDPOINT is set" in err
     assert not list(tmp_path.glob("models/*"))
 
 
-def test_models_and_file_names():
+def test_names_of_models_and_files_are_parsed():
     assert parse_model("KVAE-3D-1.0") == ("kandinskylab/KVAE-3D-1.0", "model.safetensors")
     assert parse_model("https://huggingface.co/a/b-c/resolve/main/d/e.safetensors") == ("a/b-c", "d/e.safetensors")
     assert local_name("kandinskylab/KVAE-3D-2.0-t4s8", "model.safetensors") == "KVAE-3D-2.0-t4s8.safetensors"

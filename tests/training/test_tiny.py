@@ -1,4 +1,4 @@
-"""The embedded pair: its files, its quality, and that its training runs, resumes and repeats."""
+"""The embedded tiny VAEs and adapters: their quality; and their training, which resumes and is reproducible."""
 
 import json
 
@@ -24,8 +24,8 @@ from kvae_comfyui.training.vaes import ASSETS, TINY, load_hunyuan_vae, load_kvae
 
 
 @pytest.mark.parametrize("load", [load_kvae_for_training, load_hunyuan_vae])
-def test_reconstruction_of_unseen_clips(load):
-    """One in six of the validation clips; the figure in the file is over all of them."""
+def test_unseen_clips_are_reconstructed_as_well_as_the_file_says(load):
+    """On every sixth validation clip; the PSNR in the file is the mean over all of them."""
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
     vae = load("tiny", "cpu")
     clips = [read_clip(Clip(video, 17, 0), 128, 128) for video in videos]
@@ -35,8 +35,8 @@ def test_reconstruction_of_unseen_clips(load):
     assert sum(figures) / len(figures) == pytest.approx(expected, abs=0.5)
 
 
-def test_the_two_spaces_differ():
-    """No 1x1x1 affine map takes one into the other, not even one fitted on the very clips it is judged on."""
+def test_no_pointwise_affine_map_joins_the_two_spaces():
+    """No 1x1x1 affine map turns one into the other, not even a map fitted on the test clips themselves."""
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
     hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kvae_for_training("tiny", "cpu")
     fits = Ridge(16, 16, 1), Ridge(16, 16, 1)
@@ -55,7 +55,7 @@ def test_the_two_spaces_differ():
 
 @torch.inference_mode()
 def test_the_embedded_adapters_fit_the_embedded_pair():
-    """On unseen clips as well as their files say, and both ways together."""
+    """On unseen clips the error of each direction is what its file says."""
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
     hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kvae_for_training("tiny", "cpu")
     adapters = [load_adapter(ASSETS / f"tiny_{way}.safetensors") for way in ("hunyuan_to_kvae", "kvae_to_hunyuan")]
@@ -71,10 +71,10 @@ def test_the_embedded_adapters_fit_the_embedded_pair():
 
 
 @pytest.mark.parametrize("model", ["kvae", "hunyuan"])
-def test_training_learns_and_goes_on_where_it_stopped(tmp_path, model, monkeypatch, capsys):
+def test_an_interrupted_training_gives_the_weights_of_an_uninterrupted_one(tmp_path, model, monkeypatch, capsys):
     videos = tmp_path / "videos"
     for path in make_videos(videos, 9, frames=20, height=48, width=48):
-        path.rename(path.with_name(path.name.replace("_g09", "_g10")))  # g01 to g07 validate, g08 and g10 train
+        path.rename(path.with_name(path.name.replace("_g09", "_g10")))  # groups 1 to 7 validate, groups 8 and 10 train
     monkeypatch.setattr(data, "SIDE", 32)
     monkeypatch.setattr(data, "FRAMES", 5)
     monkeypatch.setattr(training, "PCA_SAMPLE", data.Stage(1, 32, 20, False))
@@ -104,7 +104,7 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path, model, monkeypat
     assert main(["tiny", *more, "--start-from", str(whole), "--output", str(again)]) == 0
 
 
-def test_the_skeleton_is_left_again():
+def test_the_skeleton_ends_with_its_context():
     kvae = build("kvae")
     torch.nn.init.normal_(kvae.decoder.mid.block_1.conv2.conv.weight)
     z = torch.randn(1, 16, 1, 2, 2)
@@ -123,14 +123,14 @@ def test_a_new_model_is_its_own_skeleton():
             torch.testing.assert_close(posterior_of(vae, x).mean, whole)
 
 
-def test_orthogonalised_updates():
+def test_orthogonalised_updates_have_singular_values_near_one():
     for shape in ((8, 30), (30, 8)):
         singular = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
         assert singular.min() > 0.5 and singular.max() < 1.3  # the coefficients trade exactness for speed
 
 
-def test_principal_components_of_blocks():
-    """A codec of all components is exact; one of none codes the mean."""
+def test_principal_components_code_blocks_of_pixels():
+    """More components give a higher PSNR. A block has 4 frames of 8x8 pixels; the first block repeats frame 0."""
     clips = [torch.randint(0, 256, (3, 9, 16, 16), dtype=torch.uint8) for _ in range(60)]
     assert pca_psnr(clips, clips[:3], count=700) > pca_psnr(clips, clips[:3], count=16) + 5
     x = torch.randn(1, 3, 5, 16, 24)
@@ -140,7 +140,7 @@ def test_principal_components_of_blocks():
     assert (y[0, 0, 0, 0].view(3, 4, 8, 8) == x[0, :, :1, :8, :8]).all()
 
 
-def test_stages_are_checked(tmp_path, capsys):
+def test_malformed_stages_are_refused(tmp_path, capsys):
     for text in ("100", "10x12x4", "10x256x1"):
         argv = ["tiny", "--videos-root", str(tmp_path), "--output", str(tmp_path / "x"), "--stages", text]
         assert main(argv) == 2

@@ -1,4 +1,4 @@
-"""The Hunyuan VAE loads from every layout people have it in, and both VAEs keep to their pixel conventions."""
+"""The Hunyuan VAE loads from every layout in use, and both VAEs read and write pixels in the same range."""
 
 import json
 
@@ -17,7 +17,7 @@ def small_hunyuan():
 
 
 def comfyui_keys(state):
-    """The keys of ComfyUI's file, written down by hand: levels count from full resolution on both sides."""
+    """A state with the keys of ComfyUI's file, derived by hand: levels count from full resolution on both sides."""
     out = {}
     for key, tensor in state.items():
         part, _, rest = key.partition(".")
@@ -48,7 +48,7 @@ def same(vae, reference):
     return all(torch.equal(tensor, state[key]) for key, tensor in vae.vae.state_dict().items())
 
 
-def test_folder_pipeline_folder_and_file(tmp_path, small_hunyuan):
+def test_a_hunyuan_vae_loads_from_a_folder_a_pipeline_and_a_file(tmp_path, small_hunyuan):
     small_hunyuan.save_pretrained(tmp_path / "pipeline" / "vae")
     assert same(load_hunyuan_vae(str(tmp_path / "pipeline" / "vae"), "cpu"), small_hunyuan)
     assert same(load_hunyuan_vae(str(tmp_path / "pipeline"), "cpu"), small_hunyuan)
@@ -56,7 +56,7 @@ def test_folder_pipeline_folder_and_file(tmp_path, small_hunyuan):
     assert same(load_hunyuan_vae(str(file), "cpu"), small_hunyuan)
 
 
-def test_comfyui_keys(tmp_path, small_hunyuan):
+def test_a_file_with_comfyuis_keys_loads(tmp_path, small_hunyuan):
     config = {key: value for key, value in small_hunyuan.config.items() if not key.startswith("_")}
     path = tmp_path / "hunyuan_video_vae.safetensors"
     keys = comfyui_keys(small_hunyuan.state_dict())
@@ -65,14 +65,14 @@ def test_comfyui_keys(tmp_path, small_hunyuan):
     assert same(load_hunyuan_vae(str(path), "cpu"), small_hunyuan)
 
 
-def test_a_published_file_needs_no_config(tmp_path, small_hunyuan):
-    """Without a config the shapes must be the published ones; anything else is named."""
+def test_without_a_config_the_shapes_must_be_the_published_ones(tmp_path, small_hunyuan):
+    """A file with other shapes and no config is refused, and a tensor that does not fit is named."""
     save_file(small_hunyuan.state_dict(), tmp_path / "vae.safetensors")
     with pytest.raises(WeightsError, match="tensors are not those of a HunyuanVideo VAE, first"):
         load_hunyuan_vae(str(tmp_path / "vae.safetensors"), "cpu")
 
 
-def test_nothing_is_downloaded_unless_it_is_a_hub_id(tmp_path, monkeypatch):
+def test_only_a_hub_id_is_looked_up_on_the_hub(tmp_path, monkeypatch):
     asked = []
 
     def refuse(repository, **_):
@@ -91,14 +91,14 @@ def test_nothing_is_downloaded_unless_it_is_a_hub_id(tmp_path, monkeypatch):
     assert asked == ["owner/name"]
 
 
-def test_an_unreachable_hub_is_one_line(monkeypatch):
+def test_an_unreachable_hub_is_reported(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="nobody/nothing: no such file or folder, and the hub says"):
         load_kvae_for_training("nobody/nothing", "cpu")
 
 
 @pytest.mark.parametrize("load", [load_hunyuan_vae, load_kvae_for_training])
-def test_pixels_in_and_out(load):
+def test_pixels_are_uint8_in_and_0_to_255_out(load):
     vae = load("tiny", "cpu")
     frames = torch.randint(0, 256, (1, 3, 6, 32, 40), dtype=torch.uint8)
     z = vae.encode(frames)

@@ -1,4 +1,4 @@
-"""What commands do with videos: the size of clips, the times of frames, options that cannot be."""
+"""Commands on videos: the size of clips, the times of frames, and impossible sizes."""
 
 import json
 from fractions import Fraction
@@ -24,7 +24,7 @@ def moving(count: int, height: int = 48, width: int = 128) -> list[np.ndarray]:
 
 @pytest.fixture
 def wide(tmp_path) -> Path:
-    """A folder with a video nearly twice as wide as the clips that are made of it."""
+    """A folder with a video nearly twice as wide as the clips that the tests extract."""
     make(tmp_path / "videos" / "a.mp4", moving(12))
     return tmp_path
 
@@ -40,7 +40,7 @@ def latent(folder: Path, fit: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fit", [CROP, STRETCH])
-def test_clips_are_cropped_or_stretched_and_pairs_know_it(wide, fit):
+def test_clips_are_cropped_or_stretched_and_pairs_record_it(wide, fit):
     assert extract(wide, "--fit", fit) == 0
     (path,) = find_pairs(wide / "pairs")
     pair = read_pair(path)
@@ -49,7 +49,7 @@ def test_clips_are_cropped_or_stretched_and_pairs_know_it(wide, fit):
     assert not torch.equal(latent(wide, CROP), latent(wide, STRETCH))
 
 
-def test_a_new_folder_crops_and_an_old_one_goes_on_as_it_was_begun(wide, capsys):
+def test_a_new_folder_crops_and_an_old_folder_keeps_its_fit(wide, capsys):
     assert extract(wide) == 0
     (path,) = find_pairs(wide / "pairs")
     assert read_pair(path).source.fit == CROP
@@ -58,7 +58,7 @@ def test_a_new_folder_crops_and_an_old_one_goes_on_as_it_was_begun(wide, capsys)
 
     assert extract(wide, "--fit", "stretch", out="old") == 0
     manifest = json.loads((wide / "old" / "manifest.json").read_text())
-    assert "fit" not in manifest["settings"]  # as before there was a choice
+    assert "fit" not in manifest["settings"]  # as in versions that had no choice
     make(wide / "videos" / "b.mp4", moving(12))
     assert extract(wide, out="old") == 0
     assert {read_pair(path).source.fit for path in find_pairs(wide / "old")} == {STRETCH}
@@ -90,7 +90,7 @@ def test_a_reconstruction_is_shown_at_the_times_of_the_original(tmp_path, rate, 
     [("--height", "0"), ("--height", "-8"), ("--height", "1048576"), ("--width", "16384"), ("--num-frames", "-3"),
      ("--num-frames", "4"), ("--num-frames", "99999999999")],
 )  # fmt: skip
-def test_a_size_that_cannot_be_is_said_before_anything_is_read(tmp_path, capsys, option, value):
+def test_an_impossible_size_is_refused_before_anything_is_read(tmp_path, capsys, option, value):
     assert reconstruct(tmp_path / "absent.mp4", tmp_path / "out.mp4", option, value) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{option} is" in line and "expected" in line

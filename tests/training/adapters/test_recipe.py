@@ -1,4 +1,4 @@
-"""What the adapters are trained by, and what the bench changes of it."""
+"""The recipe that trains the adapters, and the ingredients with which a benchmark replaces its parts."""
 
 from functools import partial
 
@@ -41,7 +41,7 @@ def latents():
     return torch.randn(3, 16, 3, 8, 8), torch.randn(3, 16, 3, 8, 8), weight
 
 
-def test_errors_are_those_of_the_positions_that_count(networks, latents):
+def test_only_positions_with_weight_count_in_the_errors(networks, latents):
     z_h, z_k, weight = latents
     counted = (slice(None), slice(None), slice(1, None), slice(2, None), slice(None, 6))
     errors = latent_errors(networks, z_h, z_k, weight)
@@ -76,7 +76,7 @@ def test_ingredients_without_weight_change_nothing(networks, latents, loss):
         torch.testing.assert_close(error, expected.get(name, torch.zeros(())))
 
 
-def test_change_is_that_of_positions_that_count(networks, latents):
+def test_only_positions_with_weight_count_in_the_change(networks, latents):
     z_h, z_k, weight = latents
     counted = (slice(None), slice(None), slice(1, None), slice(2, None), slice(None, 6))
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_change_is_that_of_positions_that_count(networks, latents):
             assert error == pytest.approx(1 if name == "h2k" else 0, abs=1e-6)
 
 
-def test_decodes_pull_one_adapter_only_and_late(networks, latents):
+def test_the_decode_loss_trains_one_adapter_and_starts_late(networks, latents):
     z_h, z_k, weight = latents
     loss = WithDecodes(1.0, ("k2h",), after=1)
     assert set(loss(networks, z_h, z_k, weight)) == {"h2k", "k2h"}
@@ -99,7 +99,7 @@ def test_decodes_pull_one_adapter_only_and_late(networks, latents):
     assert networks["k2h"].affine.conv.weight.grad.norm() > 0
 
 
-def test_jacobians_of_a_linear_decoder_are_known(latents):
+def test_the_jacobian_of_a_linear_decoder_is_its_matrix(latents):
     """y = Az has J'J = A'A."""
     loss = ByJacobians()
     A = torch.diag(torch.arange(1.0, 17)) + torch.ones(16, 16) / 4
@@ -110,7 +110,7 @@ def test_jacobians_of_a_linear_decoder_are_known(latents):
 
 
 def test_every_ingredient_can_be_trained(latents):
-    """The options exist, the networks start, and the losses that need no decoder pull both."""
+    """The options exist, the networks can start, and losses without a decoder give both networks gradients."""
     fits = {"h2k": Ridge(16, 16, 3), "k2h": Ridge(16, 16, 3)}
     z_many = torch.randn(2, 1, 16, 5, 12, 12)
     fits["h2k"].add(*z_many)
@@ -118,7 +118,7 @@ def test_every_ingredient_can_be_trained(latents):
     for name, (options, recipe) in ingredients().items():
         TrainConfig("", **options)
         networks = recipe.networks("residual", fits)
-        if isinstance(recipe.loss, WithDecodes | ByJacobians):  # they have tests of their own
+        if isinstance(recipe.loss, WithDecodes | ByJacobians):  # other tests cover them
             continue
         terms = recipe.loss(networks, *latents)
         torch.stack(list(terms.values())).sum().backward()
@@ -128,7 +128,7 @@ def test_every_ingredient_can_be_trained(latents):
 
 
 class NoFloat64(TorchDispatchMode):
-    """Refuses what Apple's GPUs refuse; used with tensors that have a device and no values."""
+    """Raise AssertionError for float64 on Apple's GPUs, which lack it; tensors have a device but no values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -139,7 +139,7 @@ class NoFloat64(TorchDispatchMode):
         return out
 
 
-def test_the_closed_form_needs_no_float64_of_an_apple_gpu():
+def test_the_closed_form_uses_no_float64_on_an_apple_gpu():
     with FakeTensorMode(), NoFloat64() as mode:
         z = torch.empty(2, 16, 3, 8, 8, device="mps")
         ridge = Ridge(16, 16, 3)

@@ -1,4 +1,4 @@
-"""Extract, train and evaluate for every pair of latent spaces of one grid; two grids are refused."""
+"""Every pair of latent spaces of one grid can be extracted, trained and evaluated; different grids are refused."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def kvae(folder, name):
         ("hunyuan_video_1.5", "kvae_3d_2.0_t4s16"),
     ],
 )
-def test_extract_train_evaluate(tmp_path, h, k):
+def test_every_pair_of_spaces_of_one_grid_is_extracted_trained_and_evaluated(tmp_path, h, k):
     make_videos(tmp_path / "videos", 2, frames=9, height=64, width=96)
     vaes = ["--hunyuan-vae", hunyuan(tmp_path, h), "--kvae", kvae(tmp_path, k)]
     latents, out = tmp_path / "latents", tmp_path / "out"
@@ -52,7 +52,7 @@ def test_extract_train_evaluate(tmp_path, h, k):
     assert pair.z_h.shape == (channels, 3, 64 // side, 96 // side)
     assert pair.z_k.shape == (load_kvae_for_training(vaes[3], "cpu").space.channels, *pair.z_h.shape[1:])
 
-    more = tmp_path / "more"  # latents of noise: two small clips are too few to fit maps of up to 1,729 weights
+    more = tmp_path / "more"  # random latents: two small clips are too few to fit maps of up to 1,729 weights
     for i in range(2):
         z_h, z_k = (torch.randn(len(z), 5, 14, 14) for z in (pair.z_h, pair.z_k))
         write_pair(more / f"{i}.safetensors.zst", Pair(z_h, z_k, None))
@@ -69,7 +69,7 @@ def test_extract_train_evaluate(tmp_path, h, k):
     assert result["pixel"]["figures"]["KVAE(H→K)"]["psnr"] > 0
 
 
-def test_hunyuan_15_decodes_a_batch_as_its_samples(tmp_path):
+def test_hunyuan_15_decodes_a_batch_as_its_clips(tmp_path):
     vae = load_hunyuan_vae(hunyuan(tmp_path, "hunyuan_video_1.5"), "cpu")
     frames = torch.randint(0, 256, (2, 3, 5, 32, 48), dtype=torch.uint8)
     z = vae.encode(frames)
@@ -81,7 +81,7 @@ def test_hunyuan_15_decodes_a_batch_as_its_samples(tmp_path):
 
 
 @pytest.mark.parametrize(("h", "k"), [("hunyuan_video", "kvae_3d_2.0_t4s16"), ("hunyuan_video_1.5", "kvae_3d_1.0")])
-def test_two_grids_are_refused(tmp_path, capsys, h, k):
+def test_spaces_of_different_grids_are_refused(tmp_path, capsys, h, k):
     make_videos(tmp_path / "videos", 1, frames=9)
     argv = ["extract", "--videos-root", str(tmp_path / "videos"), "--output-root", str(tmp_path / "latents")]
     assert main([*argv, "--hunyuan-vae", hunyuan(tmp_path, h), "--kvae", kvae(tmp_path, k), "--device", "cpu"]) == 2

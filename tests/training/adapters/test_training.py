@@ -1,4 +1,4 @@
-"""Training that is interrupted, goes on, or cannot: the right result, or one line before the work."""
+"""A training that is interrupted resumes to the same result; a training that cannot work is refused in one line."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import needs
 from at_step import after_steps, at_step, ctrl_c
+from command import refusal
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.training.adapters import train as training
 from kvae_comfyui.training.adapters.config import TrainConfig
@@ -35,7 +36,7 @@ def make_pairs(folder, count=6, first=0, width=14, channels=16):
 
 
 def options(folder, out="out", network="affine"):
-    """Each batch of two pairs; 3 steps an epoch for six pairs."""
+    """Options for batches of two pairs: six pairs give 3 steps in an epoch."""
     out = folder / out
     return [
         *("--latent-root", str(folder / "pairs"), "--val-latent-root", str(folder / "val"), "--device", "cpu"),
@@ -56,22 +57,14 @@ def train(*argv):
 
 
 def interrupt(folder):
-    """Train up to step 5, the second of the second epoch; its state is left."""
+    """Interrupt a training in step 5, the second of the second epoch; returns its state."""
     with at_step(4, ctrl_c):
         assert train(*options(folder)) == 130
     return folder / "out" / "h.resume.safetensors"
 
 
-def refusal(capsys, *argv):
-    capsys.readouterr()
-    assert train(*argv) == 2
-    err = capsys.readouterr().err.strip()
-    assert err.startswith("error: ") and "\n" not in err
-    return err
-
-
 def other_pairs(folder, change):
-    """Change the pairs, and say what the line says of it."""
+    """Change the pairs; returns the words with which a training refuses the change."""
     if change == "more":
         make_pairs(folder / "pairs", 8, first=6)
         return "had 6 training pairs, now 14"
@@ -93,18 +86,18 @@ def other_pairs(folder, change):
 
 
 @pytest.mark.parametrize("change", ["more", "fewer", "others", "larger", "validation", "VAEs"])
-def test_a_training_does_not_go_on_with_other_pairs(folder, capsys, change):
-    """And what the line says to do helps."""
+def test_a_training_does_not_resume_with_other_pairs(folder, capsys, change):
+    """The advice in the error helps."""
     state = interrupt(folder)
     words = other_pairs(folder, change)
-    err = refusal(capsys, *options(folder))
+    err = refusal(["train", *options(folder)], capsys)
     assert f"{state}: an unfinished run {words}; delete the file to start anew" in err
     state.unlink()
     assert train(*options(folder)) == 0
 
 
 def damaged(path, what):
-    """A state as others may have made it."""
+    """Damage a state in the given way."""
     tensors = load_file(path)
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -136,23 +129,23 @@ STATES_OF_OTHERS = [
 ]  # fmt: skip
 
 
-def test_a_state_that_is_none_is_a_line(folder, capsys):
+def test_a_malformed_state_is_an_error_of_one_line(folder, capsys):
     state = interrupt(folder)
     good = state.read_bytes()
     for what in STATES_OF_OTHERS:
         damaged(state, what)
-        err = refusal(capsys, *options(folder))
+        err = refusal(["train", *options(folder)], capsys)
         assert "not the state of a training run" in err and "delete it to start anew" in err, what
         state.write_bytes(good)
     for data in (b"", good[: len(good) // 2], b"\xff" * 100):
         state.write_bytes(data)
-        assert "not the state of a training run" in refusal(capsys, *options(folder))
+        assert "not the state of a training run" in refusal(["train", *options(folder)], capsys)
     state.write_bytes(good)
     assert train(*options(folder)) == 0
 
 
-def test_a_log_with_a_cut_last_line_does_not_hinder(folder):
-    """As a full disk leaves it; and rows that are none."""
+def test_a_damaged_log_does_not_stop_a_training(folder):
+    """The last line is cut off, as on a full disk, and other lines are not rows of a log."""
     interrupt(folder)
     log = folder / "out" / "train.jsonl"
     rows = read_log(log)
@@ -165,7 +158,7 @@ def test_a_log_with_a_cut_last_line_does_not_hinder(folder):
 
 
 def test_a_row_is_logged_once_wherever_a_run_is_killed(folder, monkeypatch):
-    """A timed save at the last step of an epoch; killed when the epoch's row is logged, before its own save."""
+    """A timed save happens at the last step of an epoch; the run is killed after the epoch's row, before its save."""
     assert train(*options(folder, "whole")) == 0
     monkeypatch.setattr(training, "SAVE_SECONDS", -1)
     log = folder / "out" / "train.jsonl"
@@ -190,8 +183,8 @@ def test_a_row_is_logged_once_wherever_a_run_is_killed(folder, monkeypatch):
 
 
 @needs.linux
-def test_a_resumed_run_does_not_keep_its_file_mapped(folder):
-    """Windows replaces no file that is mapped, and each save replaces this one."""
+def test_a_resumed_training_does_not_keep_its_state_file_mapped(folder):
+    """Windows cannot replace a mapped file, and every save replaces the state."""
     state = interrupt(folder)
     mapped = []
     with after_steps(lambda *_: mapped.append(str(state) in Path("/proc/self/maps").read_text())):
@@ -206,7 +199,7 @@ def test_latents_without_variance_are_refused_before_the_training(folder, capsys
         z, flat = torch.randn(16, 3, 12, 14), torch.full((16, 3, 12, 14), value)
         pair = Pair(flat, z, None) if latent == "z_h" else Pair(z, flat, None)
         write_pair(folder / "pairs" / f"v{i:02d}.safetensors.zst", pair)
-    assert f"{latent} is the same everywhere" in refusal(capsys, *options(folder))
+    assert f"{latent} is the same everywhere" in refusal(["train", *options(folder)], capsys)
     assert not (folder / "out").exists()
 
 
@@ -232,7 +225,7 @@ def test_pairs_with_names_of_another_encoding_are_trained_on(folder):
 @pytest.mark.parametrize("part", ["pairs", "val"])
 def test_pairs_of_other_channels_are_refused_before_the_closed_form(folder, capsys, part):
     make_pairs(folder / part, 1, first=3, channels=8)
-    err = refusal(capsys, *options(folder))
+    err = refusal(["train", *options(folder)], capsys)
     assert f"{folder / part}: holds pairs of 8 and 16 channels; expected 16 (hunyuan_video) and 16 (kvae_3d_1.0)" in err
     assert not (folder / "out").exists()
 
@@ -251,7 +244,7 @@ def test_files_that_would_overwrite_each_other_are_refused(folder, capsys, monke
         ("out/h.safetensors", "out/h.resume.safetensors"),
     ):
         argv = [*options(folder), "--out-h2k", h2k, "--out-k2h", k2h]
-        assert "would overwrite the other" in refusal(capsys, *argv), (h2k, k2h)
+        assert "would overwrite the other" in refusal(["train", *argv], capsys), (h2k, k2h)
     assert not (folder / "out").exists()
 
 
@@ -266,21 +259,21 @@ def test_files_that_would_overwrite_each_other_are_refused(folder, capsys, monke
         ("--batch-size", ("0", "-1")),
     ],
 )
-def test_numbers_that_no_training_can_have_are_refused(folder, capsys, name, values):
+def test_impossible_numbers_are_refused(folder, capsys, name, values):
     for value in values:
-        assert name in refusal(capsys, *options(folder), f"{name}={value}"), value
+        assert name in refusal(["train", *options(folder), f"{name}={value}"], capsys), value
     assert not (folder / "out").exists()
 
 
-def test_a_training_that_diverges_ends_in_a_line_and_can_be_started_anew(folder, capsys):
-    """What is saved would be the closed form, as if nothing had gone wrong."""
-    err = refusal(capsys, *options(folder, network="published"), "--lr", "1e30")
+def test_a_diverging_training_ends_in_one_line_and_can_be_restarted(folder, capsys):
+    """Otherwise it would save the closed form, as if nothing had gone wrong."""
+    err = refusal(["train", *options(folder, network="published"), "--lr", "1e30"], capsys)
     assert "the error is nan" in err and "lower --lr" in err
     assert train(*options(folder, network="published"), "--lr", "1e-4") == 0
 
 
 def test_a_video_with_dots_in_its_name_can_be_held_out(tmp_path):
-    """scene.0000a … scene.0005a are six videos; clips of one stay together, whatever its name."""
+    """scene.0000a … scene.0005a are six videos; clips of one video stay together, whatever its name."""
     z = torch.zeros(16, 3, 4, 4)
     for i in range(6):
         write_pair(tmp_path / f"scene.000{i}a.safetensors.zst", Pair(z, z.clone(), None))

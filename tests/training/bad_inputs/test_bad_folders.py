@@ -1,4 +1,4 @@
-"""Files and folders to read that are missing, or something else: refused in one line."""
+"""Input files and folders that are missing or of the wrong kind are refused in one line."""
 
 from __future__ import annotations
 
@@ -60,5 +60,5 @@ READING += [
 
 
 @pytest.mark.parametrize("row", READING, ids=Row.name)
-def test_a_file_or_folder_that_cannot_be_read_is_one_line(row, job, tmp_path, capsys):
+def test_a_file_or_folder_that_cannot_be_read_is_an_error_of_one_line(row, job, tmp_path, capsys):
     check(row, tmp_path, job, capsys)

@@ -1,4 +1,4 @@
-"""Options out of their range: refused in one line that names the option."""
+"""Options out of their range are refused in one line that names the option."""
 
 from __future__ import annotations
 
@@ -72,5 +72,5 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("row", OPTIONS, ids=Row.name)
-def test_an_option_out_of_its_range_is_one_line(row, job, tmp_path, capsys):
+def test_an_option_out_of_its_range_is_an_error_of_one_line(row, job, tmp_path, capsys):
     check(row, tmp_path, job, capsys)

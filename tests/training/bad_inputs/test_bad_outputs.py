@@ -1,4 +1,4 @@
-"""Outputs that cannot be written, or would overwrite something: refused in one line, before any work."""
+"""Outputs that cannot be written, or would overwrite another file, are refused in one line before any work."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ OVERWRITING = [
 
 
 @pytest.mark.parametrize("row", OUTPUTS, ids=Row.name)
-def test_an_output_that_cannot_be_written_is_one_line(row, job, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_is_an_error_of_one_line(row, job, tmp_path, capsys):
     check(row, tmp_path, job, capsys)
 
 
 @pytest.mark.parametrize("row", OVERWRITING, ids=Row.name)
-def test_an_output_that_would_overwrite_another_file_is_one_line(row, job, tmp_path, capsys):
+def test_an_output_that_would_overwrite_another_file_is_an_error_of_one_line(row, job, tmp_path, capsys):
     check(row, tmp_path, job, capsys)

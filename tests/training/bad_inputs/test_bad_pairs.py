@@ -1,4 +1,4 @@
-"""Pairs, manifests and shards that others made or damaged: refused in one line, and nothing else is left."""
+"""Malformed or damaged pairs, manifests and shards are refused in one line, and no file is left."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ job = pytest.fixture(scope="module")(make_job)
 
 
 def sourced(**changes: object) -> Plant:
-    """A first pair of which no video has the name, so that none is found but by what it says."""
+    """A first pair whose name is not that of a video, so that its video is found only by its source."""
     return first_pair(pair_of(latents(), asdict(SOURCE) | changes), "a")
 
 
 def sourced_outside(video: str) -> Plant:
-    """There is a video, right in all, but not in --videos-root."""
+    """The source names a good video outside --videos-root."""
 
     def plant(d: Path, job: Path) -> None:
         sourced(video=video.format(d=d))(d, job)
@@ -91,7 +91,7 @@ PAIRS = [
     *(Row(PACK + MINE, "", first_pair(pair_of(latents(), source)), code=(0, 2)) for source in SOURCES),
     *(Row(PIXELS + MINE, "no such file", first_pair(pair_of(latents(), source), "a")) for source in SOURCES),
     Row(PACK + MINE, "", sourced(future=3), code=0),
-    # what evaluate opens and how much of it
+    # what evaluate opens, and how much of it
     *(Row(PIXELS + MINE + " --videos-root {d}/videos", "", sourced_outside(video))
       for video in ("{d}/outside.mp4", "../outside.mp4", "a/../../outside.mp4", "C:\\v.mp4", "//host/v.mp4")),
     *(Row(PIXELS + MINE, "", sourced(video=video)) for video in ("absent.mp4", "", "n" * 300, "a\0b", ".", "a\nb.mp4")),
@@ -101,19 +101,19 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("row", PAIRS, ids=Row.name)
-def test_a_pair_that_is_none_is_one_line(row, job, tmp_path, capsys):
+def test_a_malformed_pair_is_an_error_of_one_line(row, job, tmp_path, capsys):
     check(row, tmp_path, job, capsys)
 
 
 @pytest.mark.parametrize("change", ABSURD)
-def test_a_pair_asks_for_no_more_of_its_video_than_its_latents_are_of(change, job):
+def test_a_pair_reads_no_more_of_its_video_than_its_latents_cover(change, job):
     with pytest.raises((UserError, ValueError), match="do not fit its latents|expected"):
         pair = Pair(**latents(), source=replace(SOURCE, **change))
         original_frames("a", pair, str(job / "videos"))
 
 
 def changed(path: Path, change: Callable[[dict], object] | bytes | None) -> None:
-    """A file of JSON with another value in it, with other content, or as a named pipe (None)."""
+    """Change the JSON of a file, replace its content by bytes, or replace the file by a named pipe (None)."""
     content = json.dumps(change(json.loads(path.read_text()))).encode() if callable(change) else change
     path.unlink()
     if content is None:
@@ -123,7 +123,7 @@ def changed(path: Path, change: Callable[[dict], object] | bytes | None) -> None
 
 
 def manifest(change: Callable[[dict], object] | bytes | None) -> Plant:
-    """The pairs' manifest is this (None: a pipe), or made into this."""
+    """Change or replace the manifest of the pairs, as `changed` does."""
 
     def plant(d: Path, job: Path) -> None:
         shutil.copytree(job / "latents", d / "latents")
@@ -149,7 +149,7 @@ MANIFESTS = [
 
 
 def index(change: Callable[[dict], object] | bytes | None, file: str = "index.json") -> Plant:
-    """The same of the shards' index."""
+    """Change or replace the index of the shards, as `changed` does."""
 
     def plant(d: Path, job: Path) -> None:
         shutil.copytree(job / "shards", d / "latents")
@@ -164,7 +164,7 @@ def shards_with(**change: object) -> Callable[[dict], object]:
 
 
 def clips(change: Callable[[list], object] | bytes) -> Plant:
-    """What a shard says of its clips is this, or made into this."""
+    """Change or replace the list of clips in a shard."""
 
     def plant(d: Path, job: Path) -> None:
         shutil.copytree(job / "shards", d / "latents")
@@ -208,10 +208,10 @@ SHARDS = [
 
 
 @pytest.mark.parametrize("row", MANIFESTS, ids=Row.name)
-def test_a_manifest_that_is_none_is_one_line(row, job, tmp_path, capsys):
+def test_a_malformed_manifest_is_an_error_of_one_line(row, job, tmp_path, capsys):
     check(row, tmp_path, job, capsys)
 
 
 @pytest.mark.parametrize("row", SHARDS, ids=Row.name)
-def test_a_shard_that_is_none_is_one_line(row, job, tmp_path, capsys):
+def test_a_malformed_shard_is_an_error_of_one_line(row, job, tmp_path, capsys):
     check(row, tmp_path, job, capsys)

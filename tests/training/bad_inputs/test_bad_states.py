@@ -1,4 +1,4 @@
-"""States of unfinished trainings, and logs, that others made or damaged."""
+"""Malformed or damaged states of unfinished trainings are refused in one line; damaged logs do no harm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Change = Callable[[dict[str, torch.Tensor], dict[str, str]], object]
 
 
 def goes_on(saved: Path, d: Path, change: Change = lambda tensors, metadata: None, log: bytes = b"") -> None:
-    """The same run in another folder, with its state changed and something appended to its log."""
+    """Copy an unfinished run to another folder, change its state, and append to its log."""
     shutil.copytree(saved / "a", d / "a")
     with (d / "a" / "train.jsonl").open("ab") as file:
         file.write(log)
@@ -69,13 +69,13 @@ STATES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("kind", STATES)
-def test_a_state_that_is_none_is_one_line(kind, job, saved, tmp_path, capsys):
+def test_a_malformed_state_is_an_error_of_one_line(kind, job, saved, tmp_path, capsys):
     goes_on(saved, tmp_path, STATES[kind])
     check(Row(TRAIN, "h.resume.safetensors"), tmp_path, job, capsys)
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 1, "val_', b"nonsense\n", b"null\n[]\n", b"\xff\n", NESTED.encode()])
-def test_a_training_goes_on_where_its_log_is_damaged(tail, job, saved, tmp_path, capsys):
+def test_a_training_resumes_if_its_log_is_damaged(tail, job, saved, tmp_path, capsys):
     goes_on(saved, tmp_path, log=tail)
     check(Row(TRAIN, code=0), tmp_path, job, capsys)
     rows = [json.loads(line) for line in (tmp_path / "a" / "train.jsonl").read_text().splitlines()]
@@ -100,5 +100,5 @@ LOGS = [
 
 
 @pytest.mark.parametrize("row", LOGS, ids=Row.name)
-def test_a_log_that_is_damaged_does_not_hinder_evaluation(row, job, tmp_path, capsys):
+def test_a_damaged_log_does_not_stop_an_evaluation(row, job, tmp_path, capsys):
     check(row, tmp_path, job, capsys)

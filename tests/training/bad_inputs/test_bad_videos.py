@@ -1,4 +1,4 @@
-"""Videos that are none, and names that are hard to read."""
+"""Files that are not videos, and videos with unusual names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ job = pytest.fixture(scope="module")(make_job)
 
 
 def videos(*names: str, content: bytes | None = None) -> Plant:
-    """A folder of one good video under these names, or of this content."""
+    """A folder of files with these names: copies of a good video, or this content."""
 
     def plant(d: Path, job: Path) -> None:
         for name in names:
@@ -57,5 +57,5 @@ VIDEOS = [
 
 
 @pytest.mark.parametrize("row", VIDEOS, ids=Row.name)
-def test_videos_that_cannot_be_read_are_told(row, job, tmp_path, capsys):
+def test_videos_that_cannot_be_read_are_reported(row, job, tmp_path, capsys):
     check(row, tmp_path, job, capsys)

@@ -1,4 +1,4 @@
-"""Adapters and VAEs that others made or damaged: refused in one line."""
+"""Malformed or damaged adapters and VAEs are refused in one line."""
 
 from __future__ import annotations
 
@@ -128,10 +128,10 @@ VAES = [
 
 
 @pytest.mark.parametrize("row", ADAPTER_FILES, ids=Row.name)
-def test_an_adapter_that_is_none_is_one_line(row, job, tmp_path, capsys):
+def test_a_malformed_adapter_is_an_error_of_one_line(row, job, tmp_path, capsys):
     check(row, tmp_path, job, capsys)
 
 
 @pytest.mark.parametrize("row", VAES, ids=Row.name)
-def test_a_vae_that_is_none_is_one_line(row, job, tmp_path, capsys):
+def test_a_malformed_vae_is_an_error_of_one_line(row, job, tmp_path, capsys):
     check(row, tmp_path, job, capsys)

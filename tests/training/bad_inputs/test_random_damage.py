@@ -1,4 +1,4 @@
-"""Random damage to a file: it is read as something, or refused in one line."""
+"""A randomly damaged file is read, or refused with the errors that commands print in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = needs.posix
 job = pytest.fixture(scope="module")(make_job)
 
 saved = pytest.fixture(scope="module")(make_saved)
-FOREIGN = {  # of each kind of file: its path, and what reads all of it
+FOREIGN = {  # kind of file: its path, and a function that reads all of it
     "pair": ("latents/v_Wave_g01_c01" + SUFFIX, lambda d: list(open_pairs(d / "latents"))),
     "shard": ("shards/00000.safetensors", lambda d: every_pair(d / "shards")),
     "index": ("shards/index.json", lambda d: every_pair(d / "shards")),
@@ -42,7 +42,7 @@ DAMAGES = 25  # of each kind
 
 @dataclass
 class NoSettings:
-    """Those of a run whose state any other may go on from."""
+    """Settings of a run that may resume from any state."""
 
 
 def every_pair(root: Path) -> list[tuple[str, Pair]]:
@@ -51,7 +51,7 @@ def every_pair(root: Path) -> list[tuple[str, Pair]]:
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
-    """Cut off somewhere, or with a few bits turned over, most often where the headers are."""
+    """Cut the data at random, or flip up to eight bits, mostly in the header."""
     if rng.random() < 0.3:
         return data[: rng.integers(len(data))]
     changed = bytearray(data)
@@ -62,7 +62,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_damage_of_any_kind_is_read_or_refused_in_a_line(kind, job, saved, tmp_path):
+def test_a_damaged_file_is_read_or_refused(kind, job, saved, tmp_path):
     shutil.copytree(job, tmp_path, dirs_exist_ok=True, ignore=lambda folder, names: {"videos"} & set(names))
     shutil.copytree(saved / "a", tmp_path / "a")
     for name, path in TINY.items():

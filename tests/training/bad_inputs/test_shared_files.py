@@ -1,4 +1,4 @@
-"""Files that people share tell nothing of the machine they were made on, and are JSON that every reader accepts."""
+"""Files that people share name no folder of the machine that wrote them, and every JSON reader accepts them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def test_no_file_that_people_share_names_a_folder_of_this_machine(job, tmp_path)
     assert [path.name for path in shared if telling in path.read_bytes()] == []
 
 
-def test_no_json_holds_what_json_does_not_have(job, tmp_path):
-    """NaN and Infinity are Python's alone; other readers refuse the file."""
+def test_no_json_file_contains_nan_or_infinity(job, tmp_path):
+    """Only Python reads and writes NaN and Infinity in JSON; other readers refuse the file."""
 
     def refuse(text: str) -> None:
         raise AssertionError(text)

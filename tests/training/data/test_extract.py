@@ -1,4 +1,4 @@
-"""Extraction: every video its pair, none twice, and what goes wrong with one clip is that clip's alone."""
+"""Extraction: every video gets its pair, none is extracted twice, and an error of one clip skips only that clip."""
 
 import errno
 import json
@@ -52,15 +52,15 @@ def test_two_videos_of_one_name_are_two_pairs(tmp_path, capsys):
     assert len(different) == 5
     assert run(tmp_path, "--mirror", "yes") == 0
     assert "5 pairs extracted, 5 already there, 0 skipped" in capsys.readouterr().out
-    (tmp_path / "videos" / "a" / "clip.mov").unlink()  # the name would be clip now
+    (tmp_path / "videos" / "a" / "clip.mov").unlink()  # a new extraction would now use the name clip
     (tmp_path / "videos" / "a" / "clip.mov.mp4").unlink()
     assert run(tmp_path, "--mirror", "yes") == 0
     assert "0 pairs extracted, 6 already there, 0 skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("first", ["clip.mov", "clip.mp4"])
-def test_a_video_that_comes_beside_another_of_its_name_is_added(tmp_path, capsys, first):
-    """The first is clip.safetensors.zst since it was alone, and stays that."""
+def test_a_video_added_under_a_taken_name_gets_its_own_pair(tmp_path, capsys, first):
+    """The first video was alone, so its pair is clip.safetensors.zst, and keeps that name."""
     (second,) = {"clip.mov", "clip.mp4"} - {first}
     video(tmp_path / "videos" / first, seed=1)
     assert run(tmp_path) == 0
@@ -70,13 +70,13 @@ def test_a_video_that_comes_beside_another_of_its_name_is_added(tmp_path, capsys
     assert "1 pairs extracted, 1 already there, 0 skipped" in capsys.readouterr().out
     assert pairs_of(tmp_path) == {"clip": first, second: second}
     assert (tmp_path / "latents" / f"clip{SUFFIX}").read_bytes() == before
-    (tmp_path / "videos" / first).unlink()  # now the second is alone, but clip is the other's
+    (tmp_path / "videos" / first).unlink()  # now the second is alone, but the pair of the first has the name clip
     assert run(tmp_path) == 0
     assert "0 pairs extracted, 1 already there, 0 skipped" in capsys.readouterr().out
     assert pairs_of(tmp_path) == {"clip": first, second: second}
 
 
-def test_names_are_distinct_where_capitals_or_endings_clash(tmp_path):
+def test_names_are_distinct_if_capitals_or_endings_clash(tmp_path):
     files = ["Clip.mp4", "clip.mov", "x.mp4", "x.mirrored.mp4", "y.000.mp4", "y.mp4", "e\u0301.mp4", "\u00e9.mov"]
     names = PairNames(tmp_path, tmp_path / "out", [tmp_path / file for file in files], windows=False)
     placed = {file: names.place(tmp_path / file, "") for file in files}
@@ -95,8 +95,8 @@ def scaled_kvae(path, factor):
     return str(path)
 
 
-def test_latents_that_are_no_numbers_in_float16_are_not_kept(tmp_path, capsys):
-    """A VAE that gives such is refused at the end, and leaves nothing that would be taken for a pair."""
+def test_latents_that_are_not_finite_in_float16_are_not_written(tmp_path, capsys):
+    """A VAE that encodes every clip to such latents is refused at the end, and leaves no file."""
     make_videos(tmp_path / "videos", 2, frames=9, height=32, width=32)
     assert run(tmp_path, "--kvae", scaled_kvae(tmp_path / "loud.safetensors", 1e8)) == 2
     err = capsys.readouterr().err
@@ -107,7 +107,7 @@ def test_latents_that_are_no_numbers_in_float16_are_not_kept(tmp_path, capsys):
     assert "2 pairs extracted, 0 already there, 0 skipped" in capsys.readouterr().out
 
 
-def test_a_pair_that_cannot_be_read_is_made_again(tmp_path, capsys):
+def test_a_pair_that_cannot_be_read_is_extracted_again(tmp_path, capsys):
     make_videos(tmp_path / "videos", 2, frames=9, height=32, width=32)
     assert run(tmp_path) == 0
     first, _ = find_pairs(tmp_path / "latents")
@@ -118,7 +118,7 @@ def test_a_pair_that_cannot_be_read_is_made_again(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("where", ["reading", "encoding", "writing"])
-def test_what_nobody_has_foreseen_of_one_clip_ends_that_clip_alone(tmp_path, capsys, monkeypatch, where):
+def test_an_unforeseen_error_skips_its_clip_and_no_other(tmp_path, capsys, monkeypatch, where):
     make_videos(tmp_path / "videos", 4, frames=9, height=32, width=32)
     bad = "v_Wave_g02_c01"
     marked = read_clip_of(tmp_path / "videos" / f"{bad}.mp4")
@@ -154,7 +154,7 @@ def read_clip_of(path):
 
 
 @needs.posix
-def test_names_that_are_no_text_or_too_long_for_a_pair_are_told(tmp_path, capsys):
+def test_names_that_are_not_utf_8_are_extracted_and_too_long_names_are_reported(tmp_path, capsys):
     make_videos(tmp_path / "videos", 1, frames=9, height=32, width=32)
     videos = os.fsencode(tmp_path / "videos")
     data = (tmp_path / "videos" / "v_Wave_g01_c01.mp4").read_bytes()
@@ -188,7 +188,7 @@ def test_a_failed_extraction_does_not_lock_its_folder(tmp_path, capsys):
     assert json.loads((tmp_path / "latents" / "manifest.json").read_text())["settings"]["height"] == 32
 
 
-def test_pairs_that_do_not_say_how_they_were_made_are_not_mixed_with_ours(tmp_path, capsys):
+def test_pairs_that_do_not_say_how_they_were_made_are_not_mixed_with_new_pairs(tmp_path, capsys):
     video(tmp_path / "videos" / "a.mp4")
     z = torch.zeros(16, 3, 4, 4)
     write_pair(tmp_path / "latents" / f"a{SUFFIX}", Pair(z, z, None))

@@ -1,4 +1,4 @@
-"""Pair files: the published format both ways, and every way to be broken named."""
+"""Pair files are written and read in the published format; an error names a broken file and its fault."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def pack(path, tensors):
     return path
 
 
-def test_round_trip(tmp_path):
+def test_a_pair_survives_writing_and_reading(tmp_path):
     pair = Pair(torch.randn(SHAPE), torch.randn(SHAPE), SOURCE)
     path = tmp_path / "class" / "clip.safetensors.zst"
     write_pair(path, pair)
@@ -48,8 +48,8 @@ def test_round_trip(tmp_path):
     assert read_header(path) == (Shape(16, *SHAPE), SOURCE)
 
 
-def test_a_published_reader_reads_ours(tmp_path):
-    """zstd around safetensors with fp16 z_h and z_k of [C, T', H', W'], and nothing else to know."""
+def test_a_pair_file_has_the_published_format(tmp_path):
+    """zstd around safetensors with float16 z_h and z_k of [C, T', H', W']."""
     path = tmp_path / "clip.safetensors.zst"
     write_pair(path, Pair(torch.ones(SHAPE), torch.zeros(SHAPE), SOURCE))
     tensors = load(zstandard.ZstdDecompressor().decompress(path.read_bytes()))
@@ -59,14 +59,14 @@ def test_a_published_reader_reads_ours(tmp_path):
     }
 
 
-def test_we_read_published_ones(tmp_path):
+def test_published_pairs_are_read(tmp_path):
     path = pack(tmp_path / "p.safetensors.zst", {"z_h": torch.ones(SHAPE).half(), "z_k": torch.zeros(SHAPE).half()})
     pair = read_pair(path)
     assert pair.source is None
     assert pair.z_h.sum() == torch.ones(SHAPE).sum()
 
 
-def test_broken_files_are_named(tmp_path):
+def test_broken_pair_files_are_named(tmp_path):
     path = tmp_path / "x.safetensors.zst"
     z = torch.randn(SHAPE).half()
     good = pack(path, {"z_h": z, "z_k": z.clone()}).read_bytes()
@@ -89,7 +89,7 @@ def test_broken_files_are_named(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             read_pair(path)
         assert str(path) in str(error.value)
-        if data != good[: len(data)] or not data:  # the shape is at the start, and nothing else is read for it
+        if data != good[: len(data)] or not data:  # the header is at the start, and nothing else is read
             with pytest.raises(UserError, match="cut short or not zstd"):
                 read_header(path)
 
@@ -104,14 +104,14 @@ def test_a_small_file_cannot_claim_all_memory(tmp_path):
         read_pair(path)
 
 
-def test_folders(tmp_path):
+def test_folders_without_pairs_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder; run `python -m training extract` first"):
         find_pairs(tmp_path / "absent")
     with pytest.raises(UserError, match="no .safetensors.zst files in it"):
         find_pairs(tmp_path)
 
 
-def test_batches(tmp_path):
+def test_a_batch_holds_the_pairs_in_order(tmp_path):
     paths = [tmp_path / f"{i}.safetensors.zst" for i in range(3)]
     for i, path in enumerate(paths):
         write_pair(path, Pair(torch.full(SHAPE, i), torch.full(SHAPE, -i), None))
@@ -120,8 +120,8 @@ def test_batches(tmp_path):
     assert z_h[:, 0, 0, 0, 0].tolist() == [2, 1] and z_k[:, 0, 0, 0, 0].tolist() == [-2, -1]
 
 
-def test_what_is_no_number_in_float16_is_not_written_and_not_read(tmp_path):
-    """Finite in float32 is not enough: beyond 65,504 nothing is left in float16."""
+def test_values_that_are_not_finite_in_float16_are_neither_written_nor_read(tmp_path):
+    """Finite in float32 is not enough: float16 ends at 65,504."""
     path, z = tmp_path / "x.safetensors.zst", torch.randn(SHAPE)
     for bad in (7e4, float("inf"), float("nan")):
         wrong = z.clone()
@@ -136,8 +136,8 @@ def test_what_is_no_number_in_float16_is_not_written_and_not_read(tmp_path):
         read_pair(pack(path, {"z_h": z.int(), "z_k": z.int()}))
 
 
-def test_a_pair_may_be_of_several_frames_of_zstandard(tmp_path):
-    """As `pzstd` writes them, with a frame to skip in front, and empty ones between."""
+def test_a_pair_may_consist_of_several_zstandard_frames(tmp_path):
+    """As `pzstd` writes them; with a skippable frame in front, and an empty frame between two others."""
     data = save({"z_h": torch.ones(SHAPE).half(), "z_k": torch.zeros(SHAPE).half()})
     compress = zstandard.ZstdCompressor().compress
     path = tmp_path / "x.safetensors.zst"
@@ -159,7 +159,7 @@ SOURCES_OF_OTHERS = [
 
 
 @pytest.mark.parametrize("source", SOURCES_OF_OTHERS, ids=range(len(SOURCES_OF_OTHERS)))
-def test_a_source_that_is_not_as_ours_is_left_out(tmp_path, source):
+def test_a_malformed_source_is_ignored(tmp_path, source):
     z = torch.ones(SHAPE).half()
     path = tmp_path / "x.safetensors.zst"
     path.write_bytes(zstandard.ZstdCompressor().compress(save({"z_h": z, "z_k": z.clone()}, {"source": source})))
@@ -184,8 +184,8 @@ def test_names_that_stay_in_their_folder():
         assert not lies_inside(name, PureWindowsPath)
 
 
-def test_links_are_followed_and_none_leads_in_circles(tmp_path):
-    """Nothing twice: a link into a folder that lies here anyhow shows no pair again."""
+def test_links_are_followed_and_loops_are_not(tmp_path):
+    """No folder is searched twice: a link to a folder inside the root adds no pairs."""
     root, elsewhere = tmp_path / "pairs", tmp_path / "other disk"
     for folder in (root / "a", root / "b", elsewhere / "deep"):
         write_pair(folder / "clip.safetensors.zst", Pair(torch.ones(SHAPE), torch.ones(SHAPE), None))
@@ -201,7 +201,7 @@ def test_links_are_followed_and_none_leads_in_circles(tmp_path):
 
 
 @needs.posix
-def test_a_pipe_among_pairs_is_a_line_and_no_wait(tmp_path, capsys):
+def test_a_pipe_among_pairs_is_refused_without_waiting(tmp_path, capsys):
     write_pair(tmp_path / "pairs" / "a.safetensors.zst", Pair(torch.ones(SHAPE), torch.ones(SHAPE), None))
     os.mkfifo(tmp_path / "pairs" / "b.safetensors.zst")
     for argv in (["train"], ["pack", "--output-root", str(tmp_path / "out")]):
@@ -228,8 +228,8 @@ def test_the_video_of_a_clip_is_its_path(name, said, video):
     assert video_of(name, said, ["wide", "tall"]) == video
 
 
-def test_halves_are_of_whole_videos(tmp_path):
-    """Five clips of one video, one of each of three others: none is on both sides."""
+def test_no_video_is_in_both_halves(tmp_path):
+    """Five clips of one video and one of each of four others: no video is on both sides."""
     z = torch.ones(SHAPE)
     for video, clips in (("a", 5), ("b", 1), ("c", 1), ("d.x", 1), ("d.y", 1)):
         for i in range(clips):
@@ -242,7 +242,7 @@ def test_halves_are_of_whole_videos(tmp_path):
         pairs.take(np.arange(5)).halves()
 
 
-def test_names_of_another_encoding_have_digests(tmp_path):
+def test_pairs_with_names_of_another_encoding_have_digests(tmp_path):
     name = b"caf\xe9.safetensors.zst".decode(errors="surrogateescape")
     source = Source(b"caf\xe9.mp4".decode(errors="surrogateescape"), 0, 9, 0, 32, 48)
     try:
@@ -263,14 +263,14 @@ MANIFESTS_OF_OTHERS = [
 
 
 @pytest.mark.parametrize("text", MANIFESTS_OF_OTHERS, ids=range(len(MANIFESTS_OF_OTHERS)))
-def test_a_manifest_that_is_none_is_a_line(tmp_path, text):
+def test_a_malformed_manifest_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="not the manifest of an extraction"):
         read_spaces(tmp_path)
 
 
 def test_a_pair_with_a_changed_bit_is_refused(tmp_path):
-    """The data carry a checksum: no reader takes other latents for the ones that were written."""
+    """zstd's checksum ensures that a reader gets the latents that were written, or none."""
     path, rng = tmp_path / "a.safetensors.zst", np.random.default_rng(0)
     good = Pair(torch.randn(16, 3, 4, 4).half(), torch.randn(16, 3, 4, 4).half(), None)
     write_pair(path, good)

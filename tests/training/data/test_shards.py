@@ -1,4 +1,4 @@
-"""Packed pairs: the same pairs, both ways; crops of them that teach what whole clips teach."""
+"""Packed pairs equal the unpacked pairs; crops of them teach an adapter what whole clips teach."""
 
 import json
 from itertools import islice
@@ -18,12 +18,13 @@ from kvae_comfyui.training.data.dataset import batches, open_pairs
 from kvae_comfyui.training.data.manifests import read_manifest
 from kvae_comfyui.training.data.pairs import Pair, Shape, Source, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.errors import UserError
+from packed_pairs import pack, unpack
 
 CPU = torch.device("cpu")
 
 
 def make_pairs(folder, count=6, grid=(3, 4, 6)):
-    """Every third pair is of another grid; the second says nothing of its source."""
+    """Write pairs: every third has another grid, and the second has no source."""
     for i in range(count):
         t, h, w = grid if i % 3 else (grid[0] + 1, *grid[1:])
         z_h, z_k = torch.randn(16, t, h, w), torch.randn(8, t, h, w)
@@ -34,46 +35,38 @@ def make_pairs(folder, count=6, grid=(3, 4, 6)):
     return folder
 
 
-def pack(root, out):
-    return main(["pack", "--latent-root", str(root), "--output-root", str(out)])
-
-
-def unpack(root, out):
-    return main(["unpack", "--latent-root", str(root), "--output-root", str(out)])
-
-
 def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_packed_and_unpacked_the_files_are_the_same(tmp_path, monkeypatch):
+def test_unpacking_restores_the_same_files(tmp_path, monkeypatch):
     root = make_pairs(tmp_path / "pairs")
     monkeypatch.setattr(packing, "SHARD_BYTES", 8_000)  # two or three pairs
-    assert pack(root, tmp_path / "shards") == 0
+    assert pack(tmp_path) == 0
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    assert unpack(tmp_path / "shards", tmp_path / "again") == 0
-    assert contents(tmp_path / "again") == contents(root)
+    assert unpack(tmp_path) == 0
+    assert contents(tmp_path / "unpacked") == contents(root)
 
 
-def test_extractions_side_by_side_are_one_folder(tmp_path):
-    """Other sizes of the same videos, each with its own manifest."""
+def test_several_extractions_are_packed_together(tmp_path):
+    """Two sizes of the same videos, each with its own manifest."""
     small, large = (make_pairs(tmp_path / "pairs" / size) for size in ("small", "large"))
     (small / "manifest.json").write_text((large / "manifest.json").read_text().replace("{}", '{"height": 64}', 1))
-    assert pack(tmp_path / "pairs", tmp_path / "shards") == 0
-    assert unpack(tmp_path / "shards", tmp_path / "again") == 0
-    assert contents(tmp_path / "again") == contents(tmp_path / "pairs")
+    assert pack(tmp_path) == 0
+    assert unpack(tmp_path) == 0
+    assert contents(tmp_path / "unpacked") == contents(tmp_path / "pairs")
     for root in (tmp_path / "pairs", tmp_path / "shards"):
         assert read_manifest(root)["settings"] == {"large": {}, "small": {"height": 64}}
         assert len(open_pairs(root)) == 12
-        assert len(np.unique(open_pairs(root).videos())) == 6  # each is in both
+        assert len(np.unique(open_pairs(root).videos())) == 6  # each video is in both
     (small / "manifest.json").write_text((large / "manifest.json").read_text().replace('"b"', '"c"'))
     with pytest.raises(UserError, match="large and small hold pairs of different VAEs .kvae: .*'b'.*'c'"):
         read_manifest(tmp_path / "pairs")
 
 
-def test_packed_pairs_are_read_as_files_are(tmp_path):
+def test_packed_pairs_equal_the_files(tmp_path):
     files = open_pairs(make_pairs(tmp_path / "pairs"))
-    assert pack(tmp_path / "pairs", tmp_path / "shards") == 0
+    assert pack(tmp_path) == 0
     packed = open_pairs(tmp_path / "shards")
     assert (
         sorted(map(packed.name, range(6))) == [files.name(i) for i in range(6)] == [f"class/v{i}.000" for i in range(6)]
@@ -89,9 +82,9 @@ def test_packed_pairs_are_read_as_files_are(tmp_path):
         assert torch.equal(z_h, b.z_h[:, 1:3, 0:2, 2:5]) and torch.equal(z_k, b.z_k[:, 1:3, 0:2, 2:5])
 
 
-def test_the_index_says_what_the_channels_are(tmp_path):
+def test_the_index_has_mean_and_deviation_of_each_channel(tmp_path):
     root = make_pairs(tmp_path / "pairs")
-    assert pack(root, tmp_path / "shards") == 0
+    assert pack(tmp_path) == 0
     values = torch.cat([read_pair(path).z_h.flatten(1) for path in find_pairs(root)], 1).double()
     index = json.loads((tmp_path / "shards" / "index.json").read_text())
     assert index["pairs"] == 6
@@ -99,21 +92,21 @@ def test_the_index_says_what_the_channels_are(tmp_path):
     torch.testing.assert_close(torch.tensor(index["statistics"]["z_h"]["std"]).double(), values.std(1, correction=0))
 
 
-def test_packing_goes_on_where_it_stopped_and_takes_new_pairs(tmp_path, monkeypatch, capsys):
+def test_packing_resumes_and_adds_new_pairs(tmp_path, monkeypatch, capsys):
     root = make_pairs(tmp_path / "pairs")
     monkeypatch.setattr(packing, "SHARD_BYTES", 8_000)
     last = root / "class" / "v5.000.safetensors.zst"
     good = last.read_bytes()
-    last.write_bytes(b"no pair")  # which ends the run when the shards before it are written
-    assert pack(root, tmp_path / "shards") == 2
+    last.write_bytes(b"no pair")  # this ends the run after the shards before it are written
+    assert pack(tmp_path) == 2
     with pytest.raises(UserError, match="no index.json in it"):
         open_pairs(tmp_path / "shards")
     last.write_bytes(good)
     before = contents(tmp_path / "shards")
     assert len([name for name in before if name.endswith(".safetensors")]) >= 2
-    assert pack(root, tmp_path / "shards") == 0
+    assert pack(tmp_path) == 0
     write_pair(root / "new.safetensors.zst", Pair(torch.randn(16, 3, 4, 6), torch.randn(8, 3, 4, 6), None))
-    assert pack(root, tmp_path / "shards") == 0
+    assert pack(tmp_path) == 0
     assert "1 pairs packed, 6 already there" in capsys.readouterr().out
     after = contents(tmp_path / "shards")
     assert all(after[name] == data for name, data in before.items())
@@ -122,7 +115,7 @@ def test_packing_goes_on_where_it_stopped_and_takes_new_pairs(tmp_path, monkeypa
 
 
 @needs.linux
-def test_reading_crops_holds_nothing_of_the_clips(tmp_path):
+def test_reading_crops_keeps_no_clip_in_memory(tmp_path):
     z = torch.ones(16, 16, 32, 32).half()
     for number in range(4):
         clips = [{"clip": f"{number}/{i}", "source": None} for i in range(16)]
@@ -146,10 +139,10 @@ def test_reading_crops_holds_nothing_of_the_clips(tmp_path):
     assert held() - before < 8 * 2**20  # of the 64 MiB read
 
 
-def test_refusals(tmp_path, capsys):
+def test_damaged_shards_and_missing_manifests_are_refused(tmp_path, capsys):
     root = make_pairs(tmp_path / "pairs")
     out = tmp_path / "shards"
-    assert pack(root, out) == 0
+    assert pack(tmp_path) == 0
     (shard, *_) = sorted(out.glob("*.safetensors"))
     data = shard.read_bytes()
     shard.write_bytes(data[: len(data) // 2])
@@ -164,9 +157,9 @@ def test_refusals(tmp_path, capsys):
         open_pairs(out)
     (root / "manifest.json").unlink()
     capsys.readouterr()
-    assert pack(root, out) == 2
+    assert pack(tmp_path) == 2
     assert "holds pairs made in another way" in capsys.readouterr().err
-    assert unpack(root, tmp_path / "again") == 2
+    assert unpack(tmp_path, shards="pairs") == 2
     assert "no index.json in it" in capsys.readouterr().err
 
 
@@ -177,13 +170,13 @@ def test_a_shard_cannot_write_outside_of_the_folder(tmp_path, capsys):
         shards.write_shard(out / "00000.safetensors", [{"clip": name, "source": None}], [Pair(z, z.clone(), None)])
         entry = {"file": "00000.safetensors", "pairs": 1, "z_h": list(z.shape), "z_k": list(z.shape)}
         (out / "index.json").write_text(json.dumps({"format": shards.FORMAT, "statistics": {}, "shards": [entry]}))
-        assert unpack(out, tmp_path / "a" / "b") == 2
+        assert unpack(tmp_path, "a/b") == 2
         assert "points outside --output-root; the shard is corrupt or malicious" in capsys.readouterr().err
     assert not list(tmp_path.rglob("escaped*"))
 
 
 @pytest.mark.parametrize("grid", [(14, 20, 9), (4, 13, 30)])
-def test_what_counts_of_a_crop_is_what_the_whole_clip_gives(grid, monkeypatch):
+def test_a_crop_gives_the_output_of_the_whole_clip_where_it_counts(grid, monkeypatch):
     monkeypatch.setattr(crops, "COUNTED", (2, 4, 3))
     network = Residual(4, 4, width=8, blocks=1)
     torch.nn.init.normal_(network.conv_out.weight)
@@ -208,7 +201,7 @@ def test_what_counts_of_a_crop_is_what_the_whole_clip_gives(grid, monkeypatch):
     assert seen.min() > 0  # no position is left out
 
 
-def test_an_epoch_takes_every_pair_once_and_resumes_anywhere(tmp_path):
+def test_an_epoch_uses_every_pair_once_and_resumes_anywhere(tmp_path):
     pairs = open_pairs(make_pairs(tmp_path, count=20))
     groups = pairs.groups(None)
     assert sorted(map(len, groups.values())) == [7, 13]
@@ -223,11 +216,11 @@ def test_an_epoch_takes_every_pair_once_and_resumes_anywhere(tmp_path):
     assert torch.equal(z_h, again[0]) and z_h.dtype == torch.float32 and len(z_k) == len(weight) == len(order[0])
 
 
-def test_training_from_shards_is_training_from_files(tmp_path):
+def test_training_from_shards_equals_training_from_files(tmp_path):
     for i in range(6):
         z = torch.randn(16, 3, 12, 14)
         write_pair(tmp_path / "pairs" / f"v{i}.safetensors.zst", Pair(z, z.flip(0) ** 2, None))
-    assert pack(tmp_path / "pairs", tmp_path / "shards") == 0
+    assert pack(tmp_path) == 0
     logs = []
     for root in ("pairs", "shards"):
         out = tmp_path / f"from {root}"

@@ -1,4 +1,4 @@
-"""Reading videos: which frames, which size, which files are refused."""
+"""Videos are found by split, cut into windows and read at a size; files that are not videos are refused."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -15,7 +15,7 @@ from kvae_comfyui.training.errors import UserError
 from made_videos import greys, make, which
 
 
-def test_written_videos_read_back(tmp_path):
+def test_a_written_video_reads_back(tmp_path):
     frames = moving_picture(9, 48, 64)
     write_video(tmp_path / "a.mp4", frames, 12)
     assert times_of(Clip(tmp_path / "a.mp4", 33, 0)) == [Fraction(i, 12) for i in range(9)]
@@ -26,7 +26,7 @@ def test_written_videos_read_back(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_consecutive_and_uniform(tmp_path):
+def test_frames_are_consecutive_or_uniformly_spaced(tmp_path):
     """Frame i of this video is grey of value 5i."""
     frames = (5 * torch.arange(40)).byte().view(1, 40, 1, 1).expand(3, 40, 48, 64)
     write_video(tmp_path / "a.mp4", frames, 25)
@@ -39,7 +39,7 @@ def test_consecutive_and_uniform(tmp_path):
     assert indices(Clip(tmp_path / "a.mp4", 100, None)) == list(range(40))
 
 
-def test_windows_of_one_decode_are_those_of_many(tmp_path):
+def test_windows_read_together_equal_windows_read_alone(tmp_path):
     (video,) = make_videos(tmp_path, 1, frames=40)
     clips = cut(video, 9, 3)
     together = list(read_clips(clips, 24, 32))
@@ -56,7 +56,7 @@ def test_windows_do_not_overlap(tmp_path):
     assert all(b - a >= 9 for a, b in pairwise(starts))
 
 
-def test_what_is_not_a_video(tmp_path):
+def test_files_that_are_not_whole_videos_are_refused(tmp_path):
     (video,) = make_videos(tmp_path / "v", 1, frames=20)
     (tmp_path / "text.avi").write_text("this is not a video")
     (tmp_path / "cut.mp4").write_bytes(video.read_bytes()[:200])
@@ -76,7 +76,7 @@ def test_what_is_not_a_video(tmp_path):
         assert name in str(error.value)
 
 
-def test_finding(tmp_path):
+def test_videos_are_found_by_their_extension(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         find_videos(tmp_path / "absent")
     with pytest.raises(UserError, match="no videos in it"):
@@ -87,7 +87,7 @@ def test_finding(tmp_path):
     assert [p.name for p in find_videos(tmp_path)] == ["v_X_g03_c01.mp4", "v_X_g09_c01.AVI"]
 
 
-def test_ucf101_splits(tmp_path):
+def test_a_split_follows_the_list_the_folder_or_the_group_number(tmp_path):
     def touch(*names):
         for name in names:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -113,16 +113,20 @@ def test_a_list_of_a_split_names_copies_with_another_extension(tmp_path):
         (videos / name).touch()
     (videos / "trainlist01.txt").write_bytes("A/v_A_g08_c01.avi 1\nB/caf\xe9.avi 2\n".encode("latin-1"))
     assert [path.name for path in find_videos(videos, "train")] == ["v_A_g08_c01.mp4"]
-    (videos / "testlist01.txt").write_text("A/v_Other_g01_c01.avi\n")  # of other videos: the names tell
+    (videos / "testlist01.txt").write_text(
+        "A/v_Other_g01_c01.avi\n"
+    )  # a list of other videos: the group numbers decide
     assert [path.name for path in find_videos(videos, "test")] == ["v_A_g01_c01.mp4"]
 
 
-def test_folders_of_a_split_are_seen_wherever_they_are(tmp_path):
+def test_folders_of_a_split_are_found_at_any_depth(tmp_path):
     for name in ("UCF101_subset/train/A/x.mp4", "UCF101_subset/val/A/y.mp4", "UCF101_subset/test/A/z.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert [path.stem for path in find_videos(tmp_path, "train")] == ["x"]
-    assert [path.stem for path in find_videos(tmp_path, "test")] == ["z"]  # val is for something else, then
+    assert [path.stem for path in find_videos(tmp_path, "test")] == [
+        "z"
+    ]  # val is not the test split if there is a folder test
     (tmp_path / "UCF101_subset/test/A/z.mp4").unlink()
     assert [path.stem for path in find_videos(tmp_path, "test")] == ["y"]
 
@@ -139,8 +143,8 @@ def test_videos_behind_links_are_found_once(tmp_path):
     assert find_videos(root) == [root / "b.mp4", root / "linked" / "deep" / "a.mp4"]
 
 
-def test_windows_are_cut_from_what_is_shown(tmp_path):
-    """An AVI that announces three frames for each that it has."""
+def test_windows_are_cut_from_the_frames_that_are_shown(tmp_path):
+    """An AVI whose header announces three frames for each frame that it has."""
     path = make(tmp_path / "a.avi", greys(20), "mjpeg", "yuvj420p", times=range(0, 60, 3))
     clips = cut(path, 9, 4)
     assert [clip.first for clip in clips] == [0, 11]

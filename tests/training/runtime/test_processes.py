@@ -1,4 +1,4 @@
-"""Several processes do what one does; and none of them loses more than the unsaved steps."""
+"""Several processes train and extract as one does, and a killed run loses only the steps since its last save."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def run(*argv, **how):
 
 @pytest.fixture
 def latents(tmp_path_factory):
-    """11 pairs of two grids: batches of 4 leave uneven ones, and one smaller than the number of processes."""
+    """11 pairs of two grids: batches of 4 leave uneven batches, and one smaller than the number of processes."""
     root = tmp_path_factory.mktemp("latents")
     for i in range(11):
         z = torch.randn(16, 3, 12, 14 if i < 5 else 16)
@@ -68,7 +68,7 @@ def curve(out):
 
 
 def test_two_processes_train_as_one_does(tmp_path, latents):
-    """Though each draws other random numbers."""
+    """Even though each process draws different random numbers."""
     assert main(train(latents, tmp_path / "one", "--epochs", "3")) == 0
     argv = train(latents, tmp_path / "two", "--epochs", "3")
     out = run(
@@ -82,12 +82,12 @@ def test_two_processes_train_as_one_does(tmp_path, latents):
     h, k = (load_adapter(tmp_path / name / "h.safetensors").state_dict() for name in ("one", "two"))
     for key in h:
         torch.testing.assert_close(h[key], k[key], rtol=1e-3, atol=1e-4)
-    assert abs(one[-1]["val_k2h"] / one[0]["val_k2h"] - 1) > 1e-3  # the steps are large enough to tell curves apart
+    assert abs(one[-1]["val_k2h"] / one[0]["val_k2h"] - 1) > 1e-3  # steps are large enough to distinguish curves
     first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pt") for rank in (0, 1))
     assert first and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_mixed_precision_keeps_to_the_curve(tmp_path, latents):
+def test_mixed_precision_follows_the_curve_of_float32(tmp_path, latents):
     assert main(train(latents, tmp_path / "float32", "--epochs", "1")) == 0
     run(*train(latents, tmp_path / "bf16", "--epochs", "1"), ACCELERATE_MIXED_PRECISION="bf16")
     exact, rounded = curve(tmp_path / "float32")[-1], curve(tmp_path / "bf16")[-1]
@@ -95,7 +95,7 @@ def test_mixed_precision_keeps_to_the_curve(tmp_path, latents):
 
 
 def test_one_process_of_accelerate_says_so(capsys, monkeypatch):
-    """Its launcher starts one where several were asked for, unless there are several GPUs."""
+    """Without several GPUs, accelerate's launcher starts one process, even if more are asked for."""
     Processes("cpu")
     assert not capsys.readouterr().out
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
@@ -111,7 +111,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 def test_a_killed_training_ends_where_an_unkilled_one_does(tmp_path, latents, capsys):
-    """Killed with two processes, gone on with one: no step is lost that was saved, and none is taken twice."""
+    """Killed with two processes and resumed with one, it loses no saved step and repeats none."""
     options = ["--epochs", "6"]
     assert main(train(latents, tmp_path / "whole", *options)) == 0
     process = launch(*train(latents, tmp_path / "parts", "--epochs", "6"))
@@ -131,7 +131,7 @@ def test_a_killed_training_ends_where_an_unkilled_one_does(tmp_path, latents, ca
         assert b == pytest.approx(a, rel=1e-3)
 
 
-def test_extraction_is_shared_and_goes_on_with_another_number(tmp_path, capsys):
+def test_processes_share_an_extraction_and_any_number_of_them_resumes_it(tmp_path, capsys):
     make_videos(tmp_path / "videos", 8, frames=9, height=32, width=32)
     argv = ["extract", "--videos-root", str(tmp_path / "videos"), "--output-root", str(tmp_path / "latents")]
     argv += ["--num-frames", "9", "--height", "32", "--width", "32", "--device", "cpu"]

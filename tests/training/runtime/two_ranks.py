@@ -1,7 +1,6 @@
-"""Run by test_processes in several processes: trains, and writes each process' weights next to the adapters.
+"""A training for test_processes, started in two processes. Each writes its last weights next to the adapters.
 
-Each process draws other random numbers, as processes on machines that are not alike may. They must train as one all
-the same.
+Each process draws different random numbers, as processes on different machines may. They must still train as one.
 """
 
 import os
