@@ -138,10 +138,12 @@ class ByJacobians:
         self.roots = self.roots or {name: self.root(name, z) for name, z in targets.items()}
         found = {"h2k": networks["h2k"](z_h), "k2h": networks["k2h"](z_k)}
 
-        def shown(name: str, z_Bcthw: Tensor) -> Tensor:
+        def weighted(name: str, z_Bcthw: Tensor) -> Tensor:
             return torch.einsum("dc,bcthw->bdthw", self.roots[name], z_Bcthw)
 
-        return {name: latent_error(shown(name, y), shown(name, targets[name]), weight) for name, y in found.items()}
+        return {
+            name: latent_error(weighted(name, y), weighted(name, targets[name]), weight) for name, y in found.items()
+        }
 
     def root(self, name: str, z_Bcthw: Tensor) -> Tensor:
         """[c, c]: the square root of M."""

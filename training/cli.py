@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # errors of printing are raised here, where they are caught, not at the end of the process
         return code
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command continues from what is saved", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         line = _line(error)

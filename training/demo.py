@@ -43,7 +43,7 @@ class DemoConfig:
     output_root: str = option("demo", "folder for all results", writes="folder")
     clips_per_video: int = option(12, "largest number of 33-frame clips to cut from each video", least=1)
     epochs: int = option(60, "passes over the pairs in training", least=1)
-    device: str = option(DEVICE, "device to run on", shown="DEVICE")
+    device: str = option(DEVICE, "device to run on", metavar="DEVICE")
 
 
 def run(config: DemoConfig) -> int:

@@ -30,7 +30,7 @@ MODELS = f"{', '.join(HUB_IDS)}, or a file on the hub: owner/name/file.safetenso
 
 @dataclass
 class FetchConfig:
-    model: str = option(..., MODELS, shown="MODEL")
+    model: str = option(..., MODELS, metavar="MODEL")
     output: str = option(
         ..., "folder to save the file in: ComfyUI/models/vae, or ComfyUI/models/latent_adapters", writes="folder"
     )

@@ -35,7 +35,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
     writes: str = "",
-    shown: str = "PATH",
+    metavar: str = "PATH",
 ) -> Any:
     """A field of a command's config. A default of `...` makes the option required.
 
@@ -45,9 +45,9 @@ def option(
         above, below: bounds of a number, excluded.
         writes: "folder" or "file" for a path that the command writes to. Before any work, `check_options` tries whether
             the command can write there.
-        shown: the name of a text's value in the help.
+        metavar: the name of a text's value in the help.
     """
-    metadata: dict[str, Any] = {"help": help, "choices": choices, "writes": writes, "shown": shown}
+    metadata: dict[str, Any] = {"help": help, "choices": choices, "writes": writes, "metavar": metavar}
     metadata |= {"least": least, "most": most, "above": above, "below": below}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
@@ -124,7 +124,7 @@ def _settings(each: Field) -> dict[str, Any]:
     kind = {"int": _whole_number, "float": float}.get(str(each.type), str)
     settings: dict[str, Any] = {"type": kind, "help": each.metadata["help"], "choices": each.metadata["choices"]}
     settings["metavar"] = (
-        None if settings["choices"] else {_whole_number: "N", float: "X", str: each.metadata["shown"]}[kind]
+        None if settings["choices"] else {_whole_number: "N", float: "X", str: each.metadata["metavar"]}[kind]
     )
     if each.default is MISSING:
         return settings | {"required": True}

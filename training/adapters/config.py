@@ -30,7 +30,7 @@ class TrainConfig:
         EMA, "decay of the moving average of the weights; the average is saved; 0 for none", least=0, below=1
     )
     seed: int = option(0, "seed of the first weights and of the order of the pairs", least=0, most=MOST_SEED)
-    device: str = option(DEVICE, "device to train on", shown="DEVICE")
+    device: str = option(DEVICE, "device to train on", metavar="DEVICE")
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ FREE_OPTIONS = {
 class ExtractConfig:
     videos_root: str = option(..., "folder of videos: UCF101 or any other")
     output_root: str = option(..., "folder for the pairs, in folders named as those of the videos", writes="folder")
-    hunyuan_vae: str = option("tiny", HUNYUAN_HELP, shown="VAE")
-    kvae: str = option("tiny", KVAE_HELP, shown="VAE")
+    hunyuan_vae: str = option("tiny", HUNYUAN_HELP, metavar="VAE")
+    kvae: str = option("tiny", KVAE_HELP, metavar="VAE")
     split: str = option("all", "part of UCF101 to use", choices=("all", "train", "test"))
     max_clips: int = option(0, "largest number of clips; 0 for all", least=0)
     clips_per_video: int = option(1, "largest number of clips to cut from each video, evenly spaced", least=1)
@@ -76,7 +76,7 @@ class ExtractConfig:
     posterior: str = option("mode", "latent to keep: the posterior's mode, or a sample", choices=("mode", "sample"))
     seed: int = option(0, "seed for --posterior sample", least=0, most=MOST_SEED)
     batch_size: int = option(BATCH_SIZE, "clips that go through a VAE at once", least=1)
-    device: str = option(DEVICE, "device of both VAEs", shown="DEVICE")
+    device: str = option(DEVICE, "device of both VAEs", metavar="DEVICE")
     dtype: str = option("float32", "precision of both VAEs", choices=tuple(DTYPES))
 
 

@@ -54,15 +54,15 @@ class EvaluateConfig:
     videos_root: str = option("", "folder of the videos that the pairs are from; without it, pixels are not measured")
     adapter_h2k: str = option("hunyuan_to_kvae.safetensors", "Hunyuan → KVAE adapter")
     adapter_k2h: str = option("kvae_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
-    hunyuan_vae: str = option("tiny", HUNYUAN_HELP, shown="VAE")
-    kvae: str = option("tiny", KVAE_HELP, shown="VAE")
+    hunyuan_vae: str = option("tiny", HUNYUAN_HELP, metavar="VAE")
+    kvae: str = option("tiny", KVAE_HELP, metavar="VAE")
     train_latent_root: str = option(
         "", "folder of pairs to fit the affine maps to; without it, the other half of these"
     )
     output_root: str = option("evaluation", "folder for the table, the JSON and the pictures", writes="folder")
     max_samples: int = option(2000, "largest number of pairs to measure in latents", least=1)
     num_pixel_samples: int = option(128, "largest number of pairs to measure in pixels", least=1)
-    device: str = option(DEVICE, "device of VAEs and adapters", shown="DEVICE")
+    device: str = option(DEVICE, "device of VAEs and adapters", metavar="DEVICE")
 
 
 def run(config: EvaluateConfig) -> int:

@@ -27,13 +27,13 @@ from .pictures import side_by_side
 class ReconstructConfig:
     video_path: str = option(..., "video to read")
     vae: str = option("kvae", "the VAE to use", choices=("kvae", "hunyuan"))
-    hunyuan_vae: str = option("tiny", HUNYUAN_HELP, shown="VAE")
-    kvae: str = option("tiny", KVAE_HELP, shown="VAE")
+    hunyuan_vae: str = option("tiny", HUNYUAN_HELP, metavar="VAE")
+    kvae: str = option("tiny", KVAE_HELP, metavar="VAE")
     output: str = option("reconstruction.mp4", "side-by-side video to write", writes="file")
     num_frames: int = option(33, "number of frames, from the start", least=MIN_FRAMES, most=MOST_FRAMES)
     height: int = option(240, "height in pixels, a multiple of 8 or 16, as the VAE needs", least=16, most=MOST_SIDE)
     width: int = option(320, "width in pixels, a multiple of 8 or 16, as the VAE needs", least=16, most=MOST_SIDE)
-    device: str = option(DEVICE, "device of the VAE", shown="DEVICE")
+    device: str = option(DEVICE, "device of the VAE", metavar="DEVICE")
 
 
 def run(config: ReconstructConfig) -> int:

@@ -60,12 +60,12 @@ class TinyConfig:
     stages: str = option(
         "1600x32x4s,600x32x4,950x64x2,100x128x1",
         "STEPSxSIDExBATCH of each stage: crops of 17xSIDExSIDE; with an s at the end, the skeleton only",
-        shown="STAGES",
+        metavar="STAGES",
     )
     lr: float = option(1.5e-3, "peak learning rate; falls linearly to zero over all stages", above=0)
     seed: int = option(0, "seed of the weights and the crops", least=0, most=MOST_SEED)
     threads: int = option(0, "CPU threads; 0 for PyTorch's choice", least=0, most=1024)
-    device: str = option(DEVICE, "device to train on", shown="DEVICE")
+    device: str = option(DEVICE, "device to train on", metavar="DEVICE")
 
 
 @dataclass
