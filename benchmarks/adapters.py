@@ -5,9 +5,10 @@
 
 The latents of the tiny VAEs are extracted once: to train on, five windows of each video of groups g08 and up, and their
 mirror images; to judge, one window of each video of g01 to g07. Every recipe is trained once for each seed, in turns.
-All of them have the same number of steps; the "same time" row has as many as fit in the time of the default. The
+All of them have the same number of steps, except the "same time" row, which has as many as fit in the time of the
+default. The
 default recipe is then taken apart (`benchmarks.ingredients`), with one seed. Pairs and adapters stay under --work: the
-same command goes on after an interruption.
+same command continues after an interruption.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ from kvae_comfyui.training.data.dataset import open_pairs
 from kvae_comfyui.training.directions import DIRECTIONS
 
 NOISES = (0.03, 0.1)  # deviation of white noise in the latents, divided by each channel's own
-NAMES = {"h2k": ("H→K", "Hunyuan", "KVAE"), "k2h": ("K→H", "KVAE", "Hunyuan")}  # direction, source, target
 COLUMNS = """\
 - *of variance*: squared error of the latents divided by the variance of the target latents (NMSE), over all pairs.
 - *PSNR*: the decode against the original. *PSNR source*: against the source VAE's decode of the same latent.
@@ -62,8 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos-root", required=True, help="UCF101, or part of it")
     parser.add_argument("--work", required=True, type=Path, help="folder for the pairs and the adapters")
-    parser.add_argument("--epochs", type=int, default=10, help="of every trained row (default 10)")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of every row (default 3)")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of every trained row (default 10)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of every row, by seed (default 3)")
     parser.add_argument("--clips", type=int, default=24, help="clips to judge in pixels (default 24)")
     parser.add_argument("--write", type=Path, help="Markdown file to write the tables to")
     options = parser.parse_args()
@@ -116,7 +116,7 @@ def report(judge: Judge, work: Path, entries: dict[str, BenchEntry], parts: dict
         metrics = {name: judge.pixels(direction, entry.networks[direction]) for name, entry in entries.items()}
         best = max((name for name in metrics if name.startswith("published")), key=lambda n: metrics[n][:, 1].mean())
         yield ""
-        yield f"## {NAMES[direction][0]}"
+        yield f"## {DIRECTIONS[direction].arrow}"
         yield ""
         yield from quality_table(judge, direction, entries, references | metrics, best)
         yield ""
@@ -126,14 +126,18 @@ def report(judge: Judge, work: Path, entries: dict[str, BenchEntry], parts: dict
 
 
 def reference_metrics(judge: Judge, direction: str) -> dict[str, Tensor]:
-    """[clips, 3] metrics of what needs no adapter: the pixel path, the source VAE alone, the target VAE alone."""
-    _, source, target = NAMES[direction]
+    """[clips, 3] metrics of the ways without an adapter: the pixel path, the source VAE alone, the target VAE alone."""
     paths = [judge.metrics(direction, i, judge.pixel_path(direction, i)) for i in judge.clips]
     metrics = {"pixel path": torch.tensor(paths)}
-    for vae, way in (source, REVERSE[direction]), (target, direction):
+    for way in (REVERSE[direction], direction):
         decodes = [judge.metrics(direction, i, judge.direct[way, i]) for i in judge.clips]
-        metrics[f"{vae} alone"] = torch.tensor(decodes)
+        metrics[alone(way)] = torch.tensor(decodes)
     return metrics
+
+
+def alone(direction: str) -> str:
+    """The row of a direction's target VAE, which decodes its own latents."""
+    return f"{DIRECTIONS[direction].decoder} alone"
 
 
 def quality_table(
@@ -145,7 +149,7 @@ def quality_table(
         metrics: [clips, 3] of each row.
         best: the published entry with the best PSNR source.
     """
-    source, target = (f"{vae} alone" for vae in NAMES[direction][1:])
+    source, target = alone(REVERSE[direction]), alone(direction)
     yield f"| | of variance | PSNR | − pixel path | PSNR source | − best published | flicker | − {target} |"
     yield "|---|---|---|---|---|---|---|---|"
     base = torch.stack([metrics["pixel path"][:, 0], metrics[best][:, 1], metrics[target][:, 2]], 1)
@@ -160,13 +164,12 @@ def quality_table(
 
 
 def cost_table(judge: Judge, direction: str, entries: dict[str, BenchEntry], best: str) -> Iterator[str]:
-    """Steps, time, size, locality and PSNR source under noise of every entry; its first seed alone."""
-    source = f"{NAMES[direction][1]} alone"
+    """Steps, time, size, locality and PSNR source under noise of every entry, by its first seed."""
     noisy = " | ".join(f"PSNR source, {noise:.0%} noise | − best published" for noise in NOISES)
     yield f"| | steps | s | weights | ms | of a decode | frame 0 | tile | {noisy} |"
     yield "|" + "---|" * (8 + 2 * len(NOISES))
     of_source = [f"{judge.noise_in_source(direction, noise).mean():.2f} |" for noise in NOISES]
-    yield f"| {source} |{' |' * 7} {' | '.join(of_source)} |"
+    yield f"| {alone(REVERSE[direction])} |{' |' * 7} {' | '.join(of_source)} |"
     z, _ = judge.latents(direction, 0)
     published = [judge.pixels(direction, entries[best].networks[direction][:1], noise)[:, 1] for noise in NOISES]
     for name, entry in entries.items():

@@ -19,7 +19,7 @@ from kvae_comfyui.training.data.dataset import open_pairs
 from kvae_comfyui.training.directions import DIRECTIONS
 from kvae_comfyui.training.vaes import TINY_ADAPTERS
 
-Training = tuple[dict[str, Any], Recipe]  # options of `python -m training train` that are not its defaults; the recipe
+Training = tuple[dict[str, Any], Recipe]  # options of `train` other than its defaults; the recipe
 TRAININGS: dict[str, Training] = {
     "published, lr 1e-4": ({"network": "published", "lr": 1e-4, "ema": 0.0}, PUBLISHED),
     "published, lr 1e-3": ({"network": "published", "lr": 1e-3, "ema": 0.0}, PUBLISHED),
@@ -35,7 +35,8 @@ class BenchEntry:
         networks: "h2k" and "k2h", each with one network for each seed.
         seconds: one training on the clock, the median over the seeds.
         steps: of one training.
-        nmse: squared error on the validation pairs divided by the variance; mean over both directions and all seeds.
+        nmse: squared error on the validation pairs divided by the targets' variance; mean over both directions and all
+            seeds.
         step_seconds: one step, measured in turns with other entries.
     """
 
@@ -66,7 +67,7 @@ def embedded() -> dict[str, BenchEntry]:
 
 
 def train_all(work: Path, epochs: int, seeds: int) -> dict[str, BenchEntry]:
-    """Train every recipe for equal steps; then the better published one for as long as the default needed."""
+    """Train every recipe for equal steps; then the better published one for as long as the default lasted."""
     entries = train_entries(work, epochs, TRAININGS, seeds)
     best = min((name for name in entries if name.startswith("published")), key=lambda name: entries[name].nmse)
     longer = round(epochs * entries["default"].seconds / max(entries[best].seconds, 1))
@@ -74,9 +75,9 @@ def train_all(work: Path, epochs: int, seeds: int) -> dict[str, BenchEntry]:
 
 
 def train_entries(work: Path, epochs: int, trainings: dict[str, Training], seeds: int) -> dict[str, BenchEntry]:
-    """Train all that is not yet in `work`: all trainings with the first seed, then all with the next.
+    """Run the trainings whose adapters are not yet in `work`: all with the first seed, then all with the next.
 
-    A slow hour of the machine then slows all entries alike.
+    So a slow hour of the machine slows all entries alike.
     """
     folders = {
         name: [work / re.sub(r"\W+", "_", name) / f"{epochs}_epochs_seed_{seed}" for seed in range(seeds)]

@@ -3,7 +3,7 @@
     python -m benchmarks.extraction --videos-root UCF101 --clips 24
     python -m benchmarks.extraction --videos-root VIDEOS --clips 24 --clips-per-video 8
 
-One at a time is how the published pairs were made: decode the video, cut and resize, encode with one VAE and then with
+The published pairs were made one at a time: decode the video, cut and resize, encode with one VAE and then with
 the other in the modules of diffusers, compress, write; then the next clip. (diffusers has no module for a KVAE other
 than KVAE-3D-1.0.) Both sides have one thread for PyTorch and one for the video decoder, cut the same windows and make
 the same pairs, which is checked. Loading the VAEs is not timed.
@@ -34,6 +34,7 @@ from kvae_comfyui.training.data import extract
 from kvae_comfyui.training.data.pairs import SUFFIX, Pair, Source, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.data.videos import cut, find_videos, read_clip
 from kvae_comfyui.training.errors import UserError
+from kvae_comfyui.training.options import DEVICE
 from kvae_comfyui.training.vaes import KVAE3D, HunyuanVAE, VideoVAE, load_hunyuan_vae, load_kvae_for_training
 
 
@@ -65,15 +66,15 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos-root", required=True)
-    parser.add_argument("--clips", type=int, default=16, help="clips a round (default 16)")
-    parser.add_argument("--clips-per-video", type=int, default=1)
+    parser.add_argument("--videos-root", required=True, help="folder of videos")
+    parser.add_argument("--clips", type=int, default=16, help="clips per round (default 16)")
+    parser.add_argument("--clips-per-video", type=int, default=1, help="clips of one video (default 1)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each side (default 3)")
-    parser.add_argument("--hunyuan-vae", default="tiny")
-    parser.add_argument("--kvae", default="tiny")
+    parser.add_argument("--hunyuan-vae", default="tiny", help="as for extract (default tiny)")
+    parser.add_argument("--kvae", default="tiny", help="as for extract (default tiny)")
     parser.add_argument("--size", default="33x128x128", help="FRAMESxHEIGHTxWIDTH (default 33x128x128)")
-    parser.add_argument("--batch-size", type=int, default=extract.BATCH_SIZE)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=int, default=extract.BATCH_SIZE, help="as for extract")
+    parser.add_argument("--device", default=DEVICE, help="device of both VAEs")
     return parser.parse_args()
 
 

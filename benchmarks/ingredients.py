@@ -1,4 +1,4 @@
-"""The ingredients of the default recipe, and what else was tried: recipes for `benchmarks.adapters`.
+"""The ingredients of the default recipe, and others that were tried: recipes for `benchmarks.adapters`.
 
 # B batch, c channels, t latent frames, h/w latent rows and columns; z_h HunyuanVideo's latents, z_k KVAE's
 """
@@ -88,14 +88,14 @@ def with_cycle(networks: Networks, z_h: Tensor, z_k: Tensor, weight: Tensor, fac
 
 
 class WithDecodes:
-    """Squared errors of both adapters, and the error of what the targets' frozen decoders make of random crops.
+    """Squared errors of both adapters, and errors of the decodes of random crops by the targets' frozen decoders.
 
-    That second term is the mean logarithm of the squared error of each crop, which is its PSNR.
+    The second term is the mean logarithm of the squared error of each crop, which is its PSNR.
 
     Args:
         factor: weight of the second term.
-        directions: those that have the second term.
-        after: number of steps before the second term begins.
+        directions: the directions that have the second term.
+        after: number of steps without the second term.
     """
 
     def __init__(self, factor: float, directions: Sequence[str], after: int = 0):
@@ -123,7 +123,7 @@ def load_decoders() -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 class ByJacobians:
-    """Errors e of latents, weighed by how much they show: e'Me, where M is a frozen decoder's mean J'J.
+    """Errors e of latents, weighted by how much they change the decode: e'Me with M, a frozen decoder's mean J'J.
 
     M is scaled to a mean eigenvalue of 1. It is estimated from the first batch: with random signs v of the pixels,
     J'J is the mean of J'v (J'v)'.
@@ -138,10 +138,12 @@ class ByJacobians:
         self.roots = self.roots or {name: self.root(name, z) for name, z in targets.items()}
         found = {"h2k": networks["h2k"](z_h), "k2h": networks["k2h"](z_k)}
 
-        def weighed(name: str, z_Bcthw: Tensor) -> Tensor:
+        def weighted(name: str, z_Bcthw: Tensor) -> Tensor:
             return torch.einsum("dc,bcthw->bdthw", self.roots[name], z_Bcthw)
 
-        return {name: latent_error(weighed(name, y), weighed(name, targets[name]), weight) for name, y in found.items()}
+        return {
+            name: latent_error(weighted(name, y), weighted(name, targets[name]), weight) for name, y in found.items()
+        }
 
     def root(self, name: str, z_Bcthw: Tensor) -> Tensor:
         """[c, c]: the square root of M."""

@@ -35,7 +35,7 @@ class Judge:
 
     Args:
         videos_root: folder of the videos that the pairs were extracted from.
-        clips: how many pairs to decode, evenly spread over all.
+        clips: number of pairs to decode, evenly spread over all.
     """
 
     def __init__(self, work: Path, videos_root: str, clips: int):
@@ -88,7 +88,7 @@ class Judge:
         return torch.tensor([psnr(y, self.direct[reverse, i]) for i, y in decodes.items()])
 
     def pixels(self, direction: str, networks: list[Network], noise: float = 0.0) -> Tensor:
-        """[clips, 3] metrics of the decoded adapters, means over the networks."""
+        """[clips, 3] metrics of the adapters' decodes, means over the networks."""
         found = []
         for i in self.clips:
             z = self.noisy(direction, i, noise)

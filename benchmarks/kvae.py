@@ -1,4 +1,4 @@
-"""KVAE compared with diffusers' KVAE: seconds, measured side by side in one run, and peak memory.
+"""KVAE compared with diffusers' KVAE: seconds, measured in turns in one run, and peak memory.
 
     python -m benchmarks.kvae                          # prints the tables
     python -m benchmarks.kvae --write docs/results/kvae.md
@@ -38,8 +38,8 @@ def main() -> None:
     """Print the tables, and write them if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="interleaved runs of each side (default 3)")
-    parser.add_argument("--size", default="17x128x128", help="FRAMESxHEIGHTxWIDTH of the timed clip")
-    parser.add_argument("--only", choices=("seconds", "memory", "peak"), help="one of the tables")
+    parser.add_argument("--size", default="17x128x128", help="FRAMESxHEIGHTxWIDTH to time (default 17x128x128)")
+    parser.add_argument("--only", choices=("seconds", "memory", "peak"), help="print one of the tables only")
     parser.add_argument("--write", type=Path, help="Markdown file to write the tables to")
     options = parser.parse_args()
     publish(report(options.only, options.rounds, *map(int, options.size.split("x"))), options.write)
@@ -84,7 +84,7 @@ def report(only: str | None, rounds: int, frames: int, height: int, width: int) 
 
 @torch.no_grad()
 def seconds(rounds: int, frames: int, height: int, width: int) -> Iterator[str]:
-    """Rows of the first table: KVAE-3D-1.0 against diffusers."""
+    """Rows of the table of seconds: KVAE-3D-1.0 against diffusers."""
     ours = KVAE().eval().requires_grad_(False)
     theirs: Any = AutoencoderKLKVAEVideo()
     theirs.eval().requires_grad_(False)
@@ -136,7 +136,7 @@ def convolution_rate(dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def memory(frames: int, height: int, width: int) -> Iterator[str]:
-    """Rows of the second table, for one size of clip."""
+    """Rows of the table of activations, for one size of clip."""
     theirs: dict[str, float] = {}
     for name, config in FAMILY.items():
         kvae, side = on_meta(partial(KVAE, config)).fold(), config.spatial_factor

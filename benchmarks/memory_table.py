@@ -1,9 +1,9 @@
 """Memory to decode with KVAE-3D-1.0, by resolution and card: writes the table in docs/comfyui.md.
 
-python -m benchmarks.memory_table
+    python -m benchmarks.memory_table
 
-Counted, in bfloat16, as ComfyUI is told (`HostVAE.memory_used_decode`); not measured. What the weights
-take of a card, and RESERVE, is not for use.
+The numbers are counted, not measured: those that ComfyUI gets from `HostVAE.memory_used_decode`, in bfloat16. The
+weights and RESERVE are subtracted from the memory of each card.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def table() -> str:
 
 
 def least_of(host: HostVAE, z_shape: tuple[int, ...]) -> float:
-    """GB of the exact plan that takes least."""
+    """GB of the exact plan that needs the least memory."""
     host.planner.budget = 0
     try:
         return host.memory_used_decode(z_shape, torch.bfloat16) / 1e9
@@ -50,7 +50,7 @@ def least_of(host: HostVAE, z_shape: tuple[int, ...]) -> float:
 
 
 def verdict(free: float, least: float, fastest: float) -> str:
-    """What happens with `free` GB."""
+    """How a clip is decoded with `free` GB."""
     if free >= fastest:
         return "exact"
     return "exact, slower" if free >= least else "tiles"

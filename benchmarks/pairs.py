@@ -1,11 +1,11 @@
-"""How pairs are best extracted: the default recipe on pairs extracted in several ways, judged on the same clips.
+"""How best to extract pairs: the default recipe on pairs extracted in several ways, judged on the same clips.
 
     python -m benchmarks.pairs --videos-root UCF101 --work bench-pairs --write docs/results/pairs.md
 
-Every row trains on as many pairs, for as many steps: one clip of each video of groups g08 and up, and its mirror image.
-A clip is the first 17 frames of 128x128 and the posterior's mode, except for what the row names. The judges are one
-clip of each video of g01 to g07: its first 17 frames of 128x128 and of 192x256, and frame 0 alone. Pairs and adapters
-stay under --work: the same command goes on after an interruption.
+Every row trains on the same number of pairs, for the same number of steps: one clip of each video of groups g08 and up,
+and its mirror image. A clip is the first 17 frames of 128x128 and the posterior's mode, except for what the row names.
+The adapters are judged on one clip of each video of g01 to g07: its first 17 frames of 128x128 and of 192x256, and
+frame 0 alone. Pairs and adapters stay under --work: the same command continues after an interruption.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos-root", required=True, type=Path, help="UCF101, or part of it")
     parser.add_argument("--work", required=True, type=Path, help="folder for the pairs and the adapters")
-    parser.add_argument("--epochs", type=int, default=13, help="of every row (default 13)")
+    parser.add_argument("--epochs", type=int, default=13, help="epochs of every row (default 13)")
     parser.add_argument("--clips", type=int, default=12, help="clips to judge in pixels (default 12)")
     parser.add_argument("--write", type=Path, help="Markdown file to write the tables to")
     options = parser.parse_args()
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def trainings(work: Path) -> dict[str, Training]:
-    """The default recipe on each extraction, and a recipe that learns frame 0 alone as well."""
+    """The default recipe on each extraction, and a recipe that also learns frame 0 alone."""
     mode, sample, spread, sizes = (({"latent_root": str(work / name)}, DEFAULT) for name in (*EXTRACTIONS, "sizes"))
     return {
         "mode, consecutive, one size": mode,
@@ -76,11 +76,11 @@ def trainings(work: Path) -> dict[str, Training]:
 
 
 def extract_all(videos_root: Path, work: Path) -> None:
-    """Extract the pairs of every row, and those of the judges."""
+    """Extract the pairs of every row, and those to judge on."""
     for name, changes in EXTRACTIONS.items():
         extract_one(videos_root, work / name, CLIP, mirror="yes", **changes)
     videos = find_videos(videos_root, "train")
-    for n, size in enumerate(SIZES):  # each has a third of the videos
+    for n, size in enumerate(SIZES):  # each gets a third of the videos
         third = work / "thirds" / str(n)
         for video in videos[n :: len(SIZES)]:
             link = third / video.relative_to(videos_root)
@@ -118,10 +118,10 @@ def report(judge: Judge, work: Path, entries: dict[str, BenchEntry]) -> Iterator
     )
     yield ""
     yield from COLUMNS.splitlines()
-    for direction, title in zip(DIRECTIONS, ("H→K", "K→H"), strict=True):
+    for direction in DIRECTIONS:
         base: Tensor | None = None
         yield ""
-        yield f"## {title}"
+        yield f"## {DIRECTIONS[direction].arrow}"
         yield ""
         yield "| | of variance | frame 0 | 192x256 | PSNR | − first row | PSNR source | − | flicker | − |"
         yield "|---|---|---|---|---|---|---|---|---|---|"

@@ -64,7 +64,7 @@ def peaks(frames: int, height: int, width: int) -> Iterator[str]:
 
 @torch.no_grad()
 def measure(model: str, direction: str, budget: int, frames: int, height: int, width: int) -> dict[str, Any]:
-    """Execution and peak, in bytes, of one run. A small run before it loads code and kernels.
+    """Execution and peak, in bytes, of one run. A small run before the measured one loads code and kernels.
 
     Args:
         model: a name in FAMILY, or "diffusers".

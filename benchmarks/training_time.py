@@ -36,9 +36,9 @@ PUBLISHED = {"network": "published", "batch_size": 512, "lr": 1e-4, "ema": 0.0}
 def main() -> None:
     """Print both sides, and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latent-root", required=True)
-    parser.add_argument("--val-latent-root", required=True)
-    parser.add_argument("--epochs", type=int, default=250, help="of the published recipe (default 250)")
+    parser.add_argument("--latent-root", required=True, help="folder of pairs to train on")
+    parser.add_argument("--val-latent-root", required=True, help="folder of pairs to validate on")
+    parser.add_argument("--epochs", type=int, default=250, help="epochs of the published recipe (default 250)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     roots = {"latent_root": options.latent_root, "val_latent_root": options.val_latent_root}
@@ -89,7 +89,7 @@ def error(network: torch.nn.Module, direction: str, val: Pairs) -> float:
 
 
 def shown(errors: dict[str, float]) -> str:
-    """One clause of a line."""
+    """Both errors, for one line of the output."""
     return f"validation MSE H→K {errors['h2k']:.4f}, K→H {errors['k2h']:.4f}"
 
 

@@ -1,1 +1,1 @@
-"""Headless: latent pairs from videos, adapters from pairs, figures and pictures from adapters."""
+"""Commands that need no ComfyUI: extract latent pairs from videos, train adapters on them, and measure the adapters."""

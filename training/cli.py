@@ -17,28 +17,31 @@ from .errors import UserError, printable
 from .options import Parser, add_options, check_options
 
 INTERRUPTED = 130
-COMMANDS = {  # name → module, function, summary
+COMMANDS = {  # name → module, function in it, summary
     "extract": ("data.extract", "run", "extract latent pairs from videos"),
     "pack": ("data.packing", "run_pack", "pack latent pairs into memory-mapped shards"),
     "unpack": ("data.packing", "run_unpack", "unpack shards into latent pairs"),
     "train": ("adapters.train", "run", "train both adapters on latent pairs"),
     "evaluate": ("evaluate.evaluate", "run", "measure adapters in latents and in pixels"),
     "reconstruct": ("evaluate.reconstruct", "run", "encode and decode one video with one VAE"),
-    "demo": ("demo", "run", "run all of the above on small models and real clips"),
+    "demo": ("demo", "run", "extract, train and evaluate with small models on real clips"),
     "tiny": ("tiny.train", "run", "train one of the two embedded small VAEs"),
     "fetch": ("fetch", "run", "download a KVAE or an adapter"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns 0, 1 (done, but clips were skipped), 2 (an error, told in one line) or 130 (Ctrl-C)."""
+    """Run a command; return 0, 1 (done, but clips were skipped), 2 (an error, printed in one line) or 130 (Ctrl-C).
+
+    Errors that only a change of this program can mend are raised.
+    """
     _prepare_process()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()  # errors of printing are raised here, not at the end of the process
+        sys.stdout.flush()  # errors of printing are raised here, where they are caught, not at the end of the process
         return code
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command continues from what is saved", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         line = _line(error)

@@ -1,4 +1,4 @@
-"""Run all commands on small models and real clips, in a few minutes on a CPU.
+"""Extract, train and evaluate with small models on real clips, in a few minutes on a CPU.
 
     python -m training demo
 
@@ -43,7 +43,7 @@ class DemoConfig:
     output_root: str = option("demo", "folder for all results", writes="folder")
     clips_per_video: int = option(12, "largest number of 33-frame clips to cut from each video", least=1)
     epochs: int = option(60, "passes over the pairs in training", least=1)
-    device: str = option(DEVICE, "device to run on")
+    device: str = option(DEVICE, "device to run on", metavar="DEVICE")
 
 
 def run(config: DemoConfig) -> int:
@@ -62,7 +62,7 @@ def run(config: DemoConfig) -> int:
     train_root, val_root = out / "pairs" / "train", out / "pairs" / "held_out"
     _hold_out(out / "latents", train_root, val_root)
     _say(2, f"{len(find_pairs(train_root))} clips to train on, {len(find_pairs(val_root))} held out")
-    _say(3, "both adapters")
+    _say(3, "training of both adapters")
     train.run(_train_config(config, train_root, val_root, out))
     _say(4, "evaluation")
     settings = _evaluate_config(config, videos, train_root, val_root, out)
@@ -173,7 +173,7 @@ def _closing(out: Path, made: list[Path], seconds: float) -> str:
     return f"""
 Done in {seconds:.0f} s. In {out}:
   {H2K}, {K2H}
-  report.html                       all of this on one page
+  report.html                       the figures, curves and pictures on one page
   evaluation.txt, evaluation.json   the table above
   train.png, train.jsonl            the training curve
   contact_sheet.png                 {" | ".join(evaluate.COLUMNS)}

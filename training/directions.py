@@ -17,10 +17,10 @@ class Direction:
     """One direction.
 
     Attributes:
-        name: its key.
-        arrow: in tables and reports.
-        label: in messages.
-        decoder: the VAE that decodes what this direction's adapter gives, in tables and reports.
+        name: its key, "h2k" or "k2h".
+        arrow: its name in tables and reports.
+        label: its name in messages.
+        decoder: the name in tables and reports of the VAE that decodes the adapter's result.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Direction:
         return "k2h" if self.name == "h2k" else "h2k"
 
     def ordered(self, h: T, k: T) -> tuple[T, T]:
-        """(source, target) of this direction, from what belongs to z_h and what belongs to z_k."""
+        """(source, target) of this direction, from a value for z_h and a value for z_k."""
         return (h, k) if self.name == "h2k" else (k, h)
 
 

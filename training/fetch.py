@@ -30,14 +30,14 @@ MODELS = f"{', '.join(HUB_IDS)}, or a file on the hub: owner/name/file.safetenso
 
 @dataclass
 class FetchConfig:
-    model: str = option(..., MODELS)
+    model: str = option(..., MODELS, metavar="MODEL")
     output: str = option(
         ..., "folder to save the file in: ComfyUI/models/vae, or ComfyUI/models/latent_adapters", writes="folder"
     )
 
 
 def run(config: FetchConfig) -> int:
-    """Download one file; returns 0."""
+    """Download one file, unless it exists already; return 0."""
     repository, file = parse_model(config.model)
     target = Path(config.output) / local_name(repository, file)
     with file_errors(target):
@@ -60,7 +60,7 @@ def parse_model(model: str) -> tuple[str, str]:
     from the file's address on the hub.
 
     Raises:
-        UserError: `model` is none of the three.
+        UserError: `model` is not any of the three.
     """
     if model in HUB_IDS:
         return HUB_IDS[model], WEIGHTS_FILES[0]

@@ -37,11 +37,11 @@ def read_hunyuan_vae(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _empty_model(path: Path, weights: Weights) -> Any:
-    """The model of the file's config, on the meta device."""
+    """Build the model that the file's config describes, on the meta device."""
     from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15
 
     config = _config(path, weights)
-    newer = "encoder.mid_block.attentions.0.norm.gamma" in weights.shapes  # the older one has a group_norm there
+    newer = "encoder.mid_block.attentions.0.norm.gamma" in weights.shapes  # 1.5; HunyuanVideo's has a group_norm
     try:
         with torch.device("meta"):
             vae = (AutoencoderKLHunyuanVideo15 if newer else AutoencoderKLHunyuanVideo).from_config(config)
@@ -53,7 +53,7 @@ def _empty_model(path: Path, weights: Weights) -> Any:
 
 
 def _replace_convolutions(vae: nn.Module) -> None:
-    """Use this project's convolutions: half the time on a CPU, with the same results."""
+    """Use this project's convolutions: they need half the time on a CPU and give the same results."""
     for parent in list(vae.modules()):
         for name, conv in parent.named_children():
             if type(conv) is nn.Conv3d and conv.padding == (0, 0, 0):
@@ -72,7 +72,7 @@ def _diffusers_state(weights: Weights) -> dict[str, Tensor]:
 
 
 def _check_tensors(path: Path, state: dict[str, Tensor], model: dict[str, Tensor]) -> None:
-    """Raise WeightsError unless these are finite tensors of the model's keys and shapes."""
+    """Raise WeightsError unless the tensors have the model's keys and shapes and hold finite numbers."""
     expected = {key: tuple(tensor.shape) for key, tensor in model.items()}
     found = {key: tuple(tensor.shape) for key, tensor in state.items()}
     if found != expected:
@@ -80,7 +80,7 @@ def _check_tensors(path: Path, state: dict[str, Tensor], model: dict[str, Tensor
         raise WeightsError(f"{path}: {len(wrong)} tensors are not those of a HunyuanVideo VAE, first {wrong[0]}")
     for key, tensor in state.items():
         if not (tensor.is_floating_point() and all_finite(tensor)):
-            raise WeightsError(f"{path}: {key} holds values that are not finite numbers; download or make it again")
+            raise WeightsError(f"{path}: {key} holds values that are not finite numbers; download it or make it again")
 
 
 def diffusers_key(key: str) -> str:

@@ -1,4 +1,4 @@
-"""Options of commands, declared as fields of dataclasses: help text, allowed values, and what is written to."""
+"""Options of commands, declared as fields of dataclasses, with help text and allowed values."""
 
 from __future__ import annotations
 
@@ -35,15 +35,19 @@ def option(
     above: float | None = None,
     below: float | None = None,
     writes: str = "",
+    metavar: str = "PATH",
 ) -> Any:
     """A field of a command's config. A default of `...` makes the option required.
 
     Args:
+        choices: the allowed texts; None allows any.
         least, most: bounds of a number, included.
         above, below: bounds of a number, excluded.
-        writes: "folder" or "file" for a path that the command writes to; whether it can is checked before the work.
+        writes: "folder" or "file" for a path that the command writes to. Before any work, `check_options` tries whether
+            the command can write there.
+        metavar: the name of a text's value in the help.
     """
-    metadata: dict[str, Any] = {"help": help, "choices": choices, "writes": writes}
+    metadata: dict[str, Any] = {"help": help, "choices": choices, "writes": writes, "metavar": metavar}
     metadata |= {"least": least, "most": most, "above": above, "below": below}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
@@ -109,8 +113,7 @@ def _check_number(flag: str, value: float, bounds: Any) -> None:
 
 
 def _short(value: float) -> str:
-    text = f"{value:,}" if isinstance(value, int) and abs(value) < 10**15 else f"{value:.4g}"
-    return text
+    return f"{value:,}" if isinstance(value, int) and abs(value) < 10**15 else f"{value:.4g}"
 
 
 def _flag(each: Field) -> str:
@@ -118,12 +121,14 @@ def _flag(each: Field) -> str:
 
 
 def _settings(each: Field) -> dict[str, Any]:
-    kind = {"int": _whole_number, "float": float}.get(str(each.type).split(" ")[0], str)
+    kind = {"int": _whole_number, "float": float}.get(str(each.type), str)
     settings: dict[str, Any] = {"type": kind, "help": each.metadata["help"], "choices": each.metadata["choices"]}
-    settings["metavar"] = None if settings["choices"] else {_whole_number: "N", float: "X", str: "PATH"}[kind]
+    settings["metavar"] = (
+        None if settings["choices"] else {_whole_number: "N", float: "X", str: each.metadata["metavar"]}[kind]
+    )
     if each.default is MISSING:
         return settings | {"required": True}
-    if each.default not in (None, ""):
+    if each.default != "":
         settings["help"] += " (default: %(default)s)"
     return settings | {"default": each.default}
 

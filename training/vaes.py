@@ -30,7 +30,7 @@ TINY_ADAPTERS = {
 
 
 class VideoVAE(Protocol):
-    """What extraction and evaluation need of a VAE. It casts, scales and clips pixels itself."""
+    """A VAE as extraction and evaluation need it: it casts, scales and clips pixels itself."""
 
     space: LatentSpace
     source: str  # as given by the user: "tiny", a folder, a file or a hub id
@@ -38,17 +38,20 @@ class VideoVAE(Protocol):
     signature: tuple[float, ...]  # of the weights in the file, see kvae.signature
 
     def encode(self, x_B3THW: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """uint8 [B, 3, T, H, W] → raw latents: the posterior's mean or, with a generator, a sample."""
+        """uint8 [B, 3, T, H, W] → raw float32 latents [B, c, t, h, w]: the posterior's mean, or a sample.
+
+        A sample if a generator is given. T is padded to a whole number of latents with repeats of the last frame.
+        """
 
     def decode(self, z_Bcthw: Tensor) -> Tensor:
-        """Raw latents → float32 pixels in 0..255, clipped."""
+        """Raw latents [B, c, t, h, w] → float32 pixels [B, 3, T, H, W], clipped to 0..255. T includes padding."""
 
 
 class HunyuanVAE:
     """AutoencoderKLHunyuanVideo or AutoencoderKLHunyuanVideo15 of diffusers, as diffusers runs them.
 
     AutoencoderKLHunyuanVideo computes clips of more than 17 frames in blended temporal tiles.
-    AutoencoderKLHunyuanVideo15 computes the clips of a batch one after the other: its attention fails for batches.
+    AutoencoderKLHunyuanVideo15 computes the clips of a batch one after another: its attention fails for batches.
     """
 
     def __init__(self, vae: Any, source: str, digest: str):
@@ -97,7 +100,7 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
         name: "tiny", a folder, a .safetensors file or a hub id.
 
     Raises:
-        WeightsError: no weights there, or other weights; the message says what.
+        WeightsError: there are no weights, or they are of another model; the message says which.
     """
     path = weights_file(name, "hunyuan", subfolder="vae")
     return HunyuanVAE(read_hunyuan_vae(path, dtype).to(device), name, sha256_of(path))
@@ -118,7 +121,7 @@ def weights_file(name: str, which: str, subfolder: str = "") -> Path:
         subfolder: of a pipeline's folder.
 
     Raises:
-        WeightsError: there is none.
+        WeightsError: there is no such file.
     """
     if name != "tiny":
         return find_weights(name, subfolder)
@@ -132,7 +135,7 @@ def weights_file(name: str, which: str, subfolder: str = "") -> Path:
 
 
 def made_with(vae: VideoVAE) -> dict:
-    """The entry of a VAE in a manifest."""
+    """The entry of a VAE in a manifest: its space, and the sha256 and the signature of its weights."""
     return {"space": vae.space.name, "sha256": vae.digest, "signature": list(vae.signature)}
 
 

@@ -9,21 +9,22 @@ from ..errors import UserError
 from ..runtime.processes import Processes
 from .ridge import Ridge
 
-FIT_PAIRS = 4096  # 44 million positions at 240x320, for maps of 433 unknowns a channel
+FIT_PAIRS = 4096  # 44 million positions at 240x320, for maps of 433 unknowns per channel
 
 
 def fit_both_ways(pairs: Pairs, device: str, kernel: int = 3, processes: Processes | None = None) -> dict[str, Ridge]:
     """Fit both directions, "h2k" and "k2h", to at most FIT_PAIRS of the pairs, evenly spread.
 
     Args:
+        device: where products within a clip are computed.
         kernel: of the affine maps, 1 or 3.
-        processes: share the pairs; each process gets the fits of all pairs.
+        processes: they share the pairs, and each gets the fits of all pairs; None for this process alone.
 
     Returns:
         The fits, with the statistics they gathered, by direction.
 
     Raises:
-        UserError: a pair has other channels than the first pair.
+        UserError: a pair's channels differ from the first pair's.
     """
     rank, count = (processes.rank, processes.count) if processes else (0, 1)
     some = pairs.spread(FIT_PAIRS)

@@ -27,15 +27,15 @@ class TrainConfig:
     )
     weight_decay: float = option(WEIGHT_DECAY, "weight decay of AdamW", least=0)
     ema: float = option(
-        EMA, "decay of the moving average of the weights, which is what is saved; 0 for none", least=0, below=1
+        EMA, "decay of the moving average of the weights; the average is saved; 0 for none", least=0, below=1
     )
     seed: int = option(0, "seed of the first weights and of the order of the pairs", least=0, most=MOST_SEED)
-    device: str = option(DEVICE, "device to train on")
+    device: str = option(DEVICE, "device to train on", metavar="DEVICE")
 
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """The files of a training. All but the K→H adapter lie in the folder of the H→K adapter."""
+    """The files that a training writes. All but the K→H adapter lie in the folder of the H→K adapter."""
 
     adapters: dict[str, Path]  # by direction
     state: Path  # of an unfinished training
@@ -50,7 +50,7 @@ class OutputFiles:
 
 
 def output_files(config: TrainConfig) -> OutputFiles:
-    """The files that a training with these settings writes.
+    """Name the files that a training with these settings writes.
 
     Raises:
         UserError: an option is out of range, or two of the files are the same.

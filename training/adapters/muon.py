@@ -22,7 +22,7 @@ def orthogonalise(g_MN: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for weights of two or more dimensions, as matrices [out, all else]; torch.optim.Muon accepts two only."""
+    """Muon for weights of two or more dimensions, as matrices [out, all else]; torch.optim.Muon accepts only two."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})

@@ -68,14 +68,14 @@ def with_change(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to train both adapters. The defaults are what `train` does; benchmarks/adapters.py takes them apart.
+    """A way to train both adapters. The defaults are what `train` does; benchmarks/adapters.py measures each of them.
 
     Attributes:
         network: settings of the network that differ from its defaults.
         closed_form: start at the affine map in closed form.
         muon: Muon for the convolutions of the residual branch, instead of AdamW.
         loss: returns the terms of the loss, which is their sum; "h2k" and "k2h" are printed and logged.
-        warmup_steps: of the learning rate; 1 for none.
+        warmup_steps: steps in which the learning rate rises linearly; 1 for no warm-up.
         decays: the learning rate falls linearly to zero.
     """
 
@@ -102,7 +102,7 @@ class Recipe:
         return {key: self._network(name, fits[key], fits[each.opposite]) for key, each in DIRECTIONS.items()}
 
     def _network(self, name: str, fit: Ridge, back: Ridge) -> Network:
-        """The network of one direction; `back` is the fit of the other one, which knows the source's statistics."""
+        """The network of one direction; `back`, the fit of the other direction, knows the source's statistics."""
         network = build_network(name, in_channels=fit.in_channels, out_channels=fit.out_channels, **self.network)
         if isinstance(network, Affine | Residual) and self.closed_form:
             network.affine.load_state_dict(fit.solve().affine.state_dict())

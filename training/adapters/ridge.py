@@ -23,7 +23,11 @@ RIDGE = 1e-4  # penalty relative to each feature's variance; keeps weights of ne
 
 
 class Ridge:
-    """Running sums of a ridge regression of each target value on its causal neighbourhood in the source."""
+    """Running sums of a ridge regression of each target value on its causal neighbourhood in the source.
+
+    Args:
+        kernel: size of the neighbourhood along t, h and w: 1 or 3.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int):
         self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
@@ -36,7 +40,7 @@ class Ridge:
         self.sum_xy = torch.zeros(features, out_channels, dtype=torch.float64)
 
     def add(self, source_Bcthw: Tensor, target_Bcthw: Tensor) -> None:
-        """Add paired latents, [B, c, t, h, w] and [B, c', t, h, w]."""
+        """Add paired latents, [B, c, t, h, w] and [B, c', t, h, w], on any device."""
         x = self._neighbourhoods(source_Bcthw.float())
         y = rearrange(target_Bcthw.float(), "b c t h w -> (b t h w) c")
         # float32 products within a clip, float64 sums over clips: as good as float64 throughout, and much faster. The

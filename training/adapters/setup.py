@@ -1,4 +1,4 @@
-"""A training before its first step: pairs, closed form, networks. What cannot be trained is refused here."""
+"""Set up a training: pairs, closed form, networks. What cannot be trained is refused here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .training_pairs import TrainingPairs, check_variance, open_training_pairs
 
 @dataclass
 class Progress:
-    """What a training counts in addition to its steps. These are the names in the state file."""
+    """What a training counts in addition to its steps. The fields are the names in the state file."""
 
     epoch: int = 0  # finished, validation included
     sums: tuple[float, ...] = (0.0, 0.0, 0)  # over the running epoch: squared errors H→K and K→H, clips
@@ -30,7 +30,7 @@ class Progress:
     rows: int = 0  # of the log
 
     def check(self, step: int, steps_per_epoch: int) -> None:
-        """Raise ValueError unless a training can be at this progress after so many steps."""
+        """Raise ValueError unless a training can have this progress after `step` steps."""
         in_epoch = step - self.epoch * steps_per_epoch
         if not (0 <= in_epoch <= steps_per_epoch and self.epoch >= 0 and self.rows >= 0 and len(self.sums) == 3):
             raise ValueError(f"{asdict(self)} at step {step}")
@@ -40,7 +40,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Training:
-    """A training: its trainer, which changes with every step, and all that stays the same."""
+    """A training: its trainer, which changes with every step, and everything that stays the same."""
 
     config: TrainConfig
     recipe: Recipe
@@ -58,7 +58,8 @@ def set_up(config: TrainConfig, recipe: Recipe) -> Training:
     """Open the pairs, fit the closed form, and build the networks.
 
     Raises:
-        UserError: an option, the pairs or the state of an unfinished training do not allow to train.
+        UserError: an option is out of range, the pairs cannot be trained on, the state of an unfinished training does
+            not fit, or the processes see different pairs.
     """
     files = output_files(config)
     processes = Processes(config.device)

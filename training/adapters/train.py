@@ -5,10 +5,9 @@
 A first pass over the pairs gathers each channel's statistics and fits affine 3x3x3 maps in closed form. The default
 network starts at these maps, and the saved adapters are never worse than them on the validation pairs. The loss, the
 optimisers and the rest of the recipe are in `training.adapters.recipe`.
-`--network published --epochs 250 --batch-size 512 --lr 1e-4` is the recipe of the published adapters.
-Ctrl-C or a crash loses at most the steps since the last save. The same command then goes on from there, with any number
-of processes (`torchrun --nproc_per_node 8 -m training train …`). --batch-size is the number of clips in a step, over
-all processes.
+`--network published --epochs 250 --batch-size 512 --lr 1e-4 --ema 0` is the recipe of the published adapters.
+The state is saved after each epoch, once a minute and on Ctrl-C. The same command then continues, with any number of
+processes (`torchrun --nproc_per_node 8 -m training train …`).
 """
 
 from __future__ import annotations
@@ -48,14 +47,18 @@ __all__ = ["TrainConfig", "run"]  # what the command line looks for
 SAVE_SECONDS = 60
 BATCHES_AHEAD = 4
 
-Batch = tuple[int, list[tuple[Tensor, Tensor, Tensor]]]  # clips over all processes; the parts of this process' share
+Batch = tuple[int, list[tuple[Tensor, Tensor, Tensor]]]  # clips in all processes; the parts of this process's share
 
 
 def run(config: TrainConfig, recipe: Recipe | None = None) -> int:
-    """Train, or resume an unfinished training; returns 0.
+    """Train, or resume an unfinished training; return 0.
 
     Args:
-        recipe: instead of the network's own.
+        recipe: replaces the network's own recipe, see `recipe_of`.
+
+    Raises:
+        UserError: see `set_up`, `resume_or_start` and `train_epoch`.
+        KeyboardInterrupt: Ctrl-C came; the state is saved.
     """
     started = time.time()
     training = set_up(config, recipe or recipe_of(config.network))
@@ -73,7 +76,11 @@ def run(config: TrainConfig, recipe: Recipe | None = None) -> int:
 
 
 def resume_or_start(training: Training) -> None:
-    """Restore the state of an unfinished training; if there is none, validate the networks as they start."""
+    """Restore the state of an unfinished training; if there is none, validate the networks as they start.
+
+    Raises:
+        UserError: the state is damaged, is of other settings or pairs, or is not seen by all processes.
+    """
     config, files, processes, trainer = training.config, training.files, training.processes, training.trainer
     resumed = trainer.resume(files.state, config, training.pairs.identity)
     with state_errors(files.state):
@@ -203,7 +210,11 @@ def save(training: Training) -> None:
 
 
 def write_adapters(training: Training, seconds: float) -> dict[str, LatentAdapter]:
-    """Write the best weights of each direction to its adapter file, with how they were trained."""
+    """Write the best weights of each direction to its adapter file, with the data and settings of the training.
+
+    Args:
+        seconds: since this process started.
+    """
     trainer, pairs = training.trainer, training.pairs
     manifest = read_manifest(training.config.latent_root)
     how = {
@@ -235,7 +246,7 @@ def report(training: Training, adapters: dict[str, LatentAdapter]) -> None:
     files = training.files
     try:
         maps = {name: fit.solve().to(training.config.device) for name, fit in training.fits.items()}
-    except ValueError:  # too few positions; networks that start elsewhere can be trained all the same
+    except ValueError:  # too few positions for the closed form; other networks need none
         maps = {}
     affine = (lambda i, name: maps[name]) if maps else None
     metrics = latent_metrics(training.pairs.val, adapters["h2k"], adapters["k2h"], affine)

@@ -93,7 +93,7 @@ def check_variance(root: str, fits: dict[str, Ridge]) -> None:
         fits: the closed-form fits of the pairs in `root`, by direction.
 
     Raises:
-        UserError: names the folder and the latents.
+        UserError: they are the same everywhere; the message names the folder and the latents.
     """
     for name, direction in DIRECTIONS.items():
         if fits[name].target_variance() <= LEAST_VARIANCE * fits[name].target_square():

@@ -1,4 +1,4 @@
-"""Clips on their way into pair files: which clips of which videos, where their pairs go, and their frames."""
+"""The clips to extract: which clips of which videos, their frames, and the files of their pairs."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class ClipOptions(Protocol):
 
 @dataclass(frozen=True)
 class ClipTask:
-    """A clip that is to become a pair file.
+    """A clip to extract into a pair file.
 
     Attributes:
-        frames: uint8 [3, T, H, W]; None if the pair is there already, or if the clip failed.
-        failure: why there are no frames.
+        frames: uint8 [3, T, H, W]; None if the pair exists already, or if the clip failed.
+        failure: why the clip failed; empty if it did not.
     """
 
     path: Path
@@ -61,18 +61,21 @@ def clips_of_videos(videos: list[Path], options: ClipOptions) -> list[tuple[Path
     return shares
 
 
-def sides(options: ClipOptions) -> dict[str, bool]:
-    """Endings of the names of a clip's pairs, and whether those are mirrored."""
+def pair_endings(options: ClipOptions) -> dict[str, bool]:
+    """The endings of the names of a clip's pairs, each with whether that pair is mirrored."""
     return {"": False, MIRRORED: True} if options.mirror == "yes" else {"": False}
 
 
 def read_tasks(video: Path, clips: int, names: PairNames, options: ClipOptions) -> Iterator[ClipTask]:
-    """The first clips of a video, which is decoded once. Clips whose pairs are there already come first."""
+    """Yield the tasks of a video's first clips; the video is decoded once. Tasks whose pairs exist come first.
+
+    An error ends the video: the last task then has the error as its `failure`.
+    """
     missing: dict[Clip, list[ClipTask]] = {}
     try:
         for i, clip in enumerate(cut(video, options.num_frames, options.clips_per_video)[:clips]):
             clip = replace(clip, first=None) if options.sampling == "uniform" else clip
-            for ending, mirrored in sides(options).items():
+            for ending, mirrored in pair_endings(options).items():
                 path, there = names.place(video, ending if options.clips_per_video == 1 else f".{i:03d}{ending}")
                 task = ClipTask(path, clip, mirrored)
                 if there:
@@ -109,5 +112,5 @@ def batched(tasks: Iterable[ClipTask], size: int) -> Iterator[list[ClipTask]]:
 
 
 def reason_of(error: Exception) -> str:
-    """Why a clip gives no pair. Unforeseen errors are told with their type."""
+    """Why a clip gives no pair. For an unforeseen error, this includes its type."""
     return str(error) if isinstance(error, UserError | WeightsError) else f"{type(error).__name__}: {error}"

@@ -4,7 +4,7 @@
     for numbers in batches(pairs.groups(radius=3), size=8, seed=0, epoch=0):
         z_h, z_k, weight = pairs.crops(numbers, 3, seed=0, epoch=0, device=device)
 
-Memory grows by some 20 bytes a pair, for their numbers and their order.
+Memory grows by about 20 bytes per pair, for their numbers and their order.
 
 The identity of a video is its path in the videos root, which pairs from `extract` know; see `video_of`.
 """
@@ -58,7 +58,7 @@ class Store(Protocol):
 
 
 class PairFiles:
-    """A folder of pair files. Pairs are kept in memory up to 4 GiB, and read from disk each time beyond that."""
+    """A folder of pair files. The first 4 GiB of pairs stay in memory; others are read from disk each time."""
 
     def __init__(self, root: Path):
         self.root, self.paths = root, find_pairs(root)
@@ -208,7 +208,7 @@ class Pairs:
 
         Returns:
             z_h, z_k: float32 [B, c, t, h, w], with halos.
-            weight: float32 [B, 1, t, h, w], of each position in the loss; its sum over a crop is 1.
+            weight: of each position in the loss, float32 [B, 1, t, h, w]; its sum over a crop is 1.
         """
         chosen, latents = [], []
         for i in indices:
@@ -219,7 +219,7 @@ class Pairs:
         return z_h, z_k, crop_weights(chosen).to(device)
 
     def batch(self, indices: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """z_h and z_k of whole pairs of one shape, float32 [B, c, t, h, w], on the device."""
+        """z_h and z_k of whole pairs of one shape, as float32 [B, c, t, h, w] and [B, c', t, h, w] on the device."""
         pairs = [self[i] for i in indices]
         z_h, z_k = torch.stack([p.z_h for p in pairs]), torch.stack([p.z_k for p in pairs])
         return z_h.to(device).float(), z_k.to(device).float()
@@ -267,7 +267,7 @@ def _sha256(lines: Iterable[str]) -> str:
 
 
 def _bytes(name: str) -> bytes:
-    """A name as bytes; names in other encodings than UTF-8 count too."""
+    """A name as bytes, even if the file system's name is not valid UTF-8."""
     return name.encode(errors="surrogatepass")
 
 

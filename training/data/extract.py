@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 -m training extract …
 
 Threads decode and resize videos while the VAEs run, and pairs are written in the background. Several processes share
-the videos. Pairs that are there already are skipped, so an interrupted run goes on where it stopped, with any number of
+the videos. Pairs that exist are skipped. So an interrupted run continues where it stopped, with any number of
 processes.
 """
 
@@ -30,7 +30,7 @@ from ..runtime.ahead import ahead
 from ..runtime.places import shareable
 from ..runtime.processes import Processes
 from ..vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kvae_for_training, made_with
-from .clips import ClipTask, batched, clips_of_videos, read_tasks, reason_of, sides
+from .clips import ClipTask, batched, clips_of_videos, pair_endings, read_tasks, reason_of
 from .manifests import ExtractionManifest, own_manifest
 from .pair_names import PairNames
 from .pairs import Pair, Source, pairs_under, write_pair
@@ -41,47 +41,52 @@ DECODERS = 4  # threads, one video each
 BATCH_SIZE = 4 if DEVICE == "cuda" else 1  # several clips do not fit a CPU's caches
 # errors of a pair's file name; any other error of writing is the disk's, and would hit the next pair too
 NAME_ERRORS = {
-    *(errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP)
-}
+    errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP,
+}  # fmt: skip
 # options that may differ between the pairs of one folder
-FREE_OPTIONS = (
-    *("videos_root", "output_root", "split", "max_clips", "mirror", "batch_size", "device", "hunyuan_vae", "kvae"),
-)
+FREE_OPTIONS = {
+    "videos_root", "output_root", "split", "max_clips", "mirror", "batch_size", "device", "hunyuan_vae", "kvae",
+}  # fmt: skip
 
 
 @dataclass
 class ExtractConfig:
-    videos_root: str = option(..., "folder of videos; UCF101 or any other")
-    output_root: str = option(..., "folder for the pairs; it mirrors the videos' folders", writes="folder")
-    hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
-    kvae: str = option("tiny", KVAE_HELP)
+    videos_root: str = option(..., "folder of videos: UCF101 or any other")
+    output_root: str = option(..., "folder for the pairs, in folders named as those of the videos", writes="folder")
+    hunyuan_vae: str = option("tiny", HUNYUAN_HELP, metavar="VAE")
+    kvae: str = option("tiny", KVAE_HELP, metavar="VAE")
     split: str = option("all", "part of UCF101 to use", choices=("all", "train", "test"))
     max_clips: int = option(0, "largest number of clips; 0 for all", least=0)
-    clips_per_video: int = option(1, "clips to cut from each video, evenly spaced", least=1)
+    clips_per_video: int = option(1, "largest number of clips to cut from each video, evenly spaced", least=1)
     mirror: str = option("no", "also mirror every clip, left to right: twice the pairs", choices=("no", "yes"))
     num_frames: int = option(33, "frames of a clip", least=5, most=MOST_FRAMES)
-    height: int = option(240, "pixels, a multiple of 8 or 16, as the VAEs need", least=16, most=MOST_SIDE)
-    width: int = option(320, "pixels, a multiple of 8 or 16, as the VAEs need", least=16, most=MOST_SIDE)
+    height: int = option(240, "height in pixels, a multiple of 8 or 16, as the VAEs need", least=16, most=MOST_SIDE)
+    width: int = option(320, "width in pixels, a multiple of 8 or 16, as the VAEs need", least=16, most=MOST_SIDE)
     fit: str = option(
         "",
-        "how frames get that size: crop keeps the middle, stretch keeps all but not the proportions; the published "
+        "how frames are resized: crop keeps the middle, stretch keeps all but not the proportions; the published "
         "adapters were trained with stretch (default: crop, or what the folder was begun with)",
         choices=(CROP, STRETCH),
     )
     sampling: str = option(
         "consecutive",
-        "consecutive frames, or uniform: spread over the whole video, as the published adapters were trained",
+        "frames of a clip: consecutive, or uniform: spread over the whole video, as for the published adapters",
         choices=("consecutive", "uniform"),
     )
     posterior: str = option("mode", "latent to keep: the posterior's mode, or a sample", choices=("mode", "sample"))
     seed: int = option(0, "seed for --posterior sample", least=0, most=MOST_SEED)
     batch_size: int = option(BATCH_SIZE, "clips that go through a VAE at once", least=1)
-    device: str = option(DEVICE, "device of both VAEs")
+    device: str = option(DEVICE, "device of both VAEs", metavar="DEVICE")
     dtype: str = option("float32", "precision of both VAEs", choices=tuple(DTYPES))
 
 
 def run(config: ExtractConfig) -> int:
-    """Extract; returns 0, or 1 if clips were skipped."""
+    """Extract; return 0, or 1 if clips were skipped.
+
+    Raises:
+        UserError: an option is out of range, the VAEs have different grids, or no video gave a pair.
+        WeightsError: a VAE cannot be read, or a pair cannot be written.
+    """
     processes = Processes(config.device)
     root, out = Path(config.videos_root), Path(config.output_root)
     _check_options(config)
@@ -100,7 +105,7 @@ def run(config: ExtractConfig) -> int:
     try:
         extraction.run(clips_of_videos(videos, config)[processes.rank :: processes.count])
     except BaseException:
-        if processes.count == 1:  # of several processes, none knows what another one is about to write
+        if processes.count == 1:  # with several, another process may be about to write a pair
             manifest.withdraw()
         raise
     counts, failed = extraction.totals()
@@ -127,7 +132,7 @@ def _finish(manifest: ExtractionManifest, counts: dict[str, int], failed: dict[s
 
 @dataclass
 class Extraction:
-    """The share of one process, and its results. A clip that fails is reported, and the others go on."""
+    """The videos of one process, and the results. A clip that fails is reported, and the other clips are extracted."""
 
     config: ExtractConfig
     names: PairNames
@@ -139,14 +144,14 @@ class Extraction:
     failed: dict[str, str] = field(default_factory=dict)  # reasons, by the video's path in its folder
 
     def run(self, shares: list[tuple[Path, int]]) -> None:
-        """Extract up to so many clips of each of these videos.
+        """Extract these videos, each with the largest number of clips to cut from it.
 
         Raises:
             WeightsError: the disk is full, or cannot be written for another reason.
         """
         config = self.config
         streams = (read_tasks(video, clips, self.names, config) for video, clips in shares)
-        total = sum(clips for _, clips in shares) * len(sides(config))
+        total = sum(clips for _, clips in shares) * len(pair_endings(config))
         # each clip draws its own sample, as in the published pairs: in a batch, it would depend on its neighbours
         size = 1 if config.posterior == "sample" else config.batch_size
         with (
@@ -211,7 +216,7 @@ class Extraction:
 
 
 def is_disk_error(error: Exception) -> bool:
-    """Whether writing a pair failed for a reason that would hit the next pair too."""
+    """Whether an error of writing a pair is the disk's, so that the next pair would fail too."""
     cause = error.__context__ if isinstance(error, WeightsError) else None
     return isinstance(cause, OSError) and cause.errno not in NAME_ERRORS
 
@@ -246,7 +251,7 @@ def _source(task: ClipTask, root: Path, config: ExtractConfig) -> Source:
 
 
 def _described(config: ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> dict:
-    """The manifest: settings that all pairs of the folder share, both VAEs, and the options of this run."""
+    """The content of the manifest: settings that all pairs of the folder share, both VAEs, options of this run."""
     settings = {key: value for key, value in asdict(config).items() if key not in FREE_OPTIONS}
     if config.fit == STRETCH:
         del settings["fit"]  # as in folders that are older than the option

@@ -24,7 +24,7 @@ def find_manifests(root: str | Path) -> list[Path]:
 
 
 def extractions(root: str | Path) -> list[str]:
-    """The inner folders that have a manifest of their own."""
+    """The inner folders that have their own manifests."""
     folders = (path.parent.relative_to(root).as_posix() for path in find_manifests(root))
     return [folder for folder in folders if folder != "."]
 
@@ -96,7 +96,7 @@ def same_vae(one: dict, other: dict) -> bool:
 
 
 def weights_of(manifest: dict) -> dict[str, VAEWeights]:
-    """The weights of the VAEs in a manifest, by latent space, to be written into adapters.
+    """The weights of the VAEs in a manifest, by latent space, as adapter files name them.
 
     Raises:
         ValueError: an entry is malformed.
@@ -129,7 +129,7 @@ def _other(key: str) -> str:
 
 
 class ExtractionManifest:
-    """The manifest of a folder to extract into. A folder keeps to one set of settings and to one pair of VAEs.
+    """The manifest of a folder to extract into. All pairs of a folder have the same settings and the same two VAEs.
 
     Args:
         described: the content of the manifest.
@@ -143,7 +143,7 @@ class ExtractionManifest:
         self.written = False
         theirs = own_manifest(folder)
         if not self._has_pairs():
-            return  # the manifest, if any, is left of an extraction that made no pair
+            return  # an extraction that made no pair left the manifest, if there is one
         if not theirs:
             raise UserError(f"{folder}: holds pairs and does not say how they were made; choose another --output-root")
         for key in theirs:

@@ -56,7 +56,12 @@ class UnpackConfig:
 
 
 def run_pack(config: PackConfig) -> int:
-    """Pack; returns 0."""
+    """Pack the pairs that are not packed yet; return 0.
+
+    Raises:
+        UserError: there are no pairs, a pair or a shard is damaged, or the pairs do not fit those packed already.
+        WeightsError: a shard or the index cannot be written.
+    """
     root, out = Path(config.latent_root), Path(config.output_root)
     _check_apart(root, out)
     paths = find_pairs(root)
@@ -83,7 +88,12 @@ def run_pack(config: PackConfig) -> int:
 
 
 def run_unpack(config: UnpackConfig) -> int:
-    """Unpack; returns 0."""
+    """Unpack the pairs whose files do not exist yet; return 0.
+
+    Raises:
+        UserError: there are no shards, a shard is damaged, or a file of another pair has the name of a pair.
+        WeightsError: a pair cannot be written.
+    """
     root, out = Path(config.latent_root), Path(config.output_root)
     _check_apart(root, out)
     shards = Shards(root)
@@ -110,7 +120,7 @@ def _check_apart(root: Path, out: Path) -> None:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder for this run: two runs of pack would use the same numbers. An empty new folder is removed again.
+    """Lock the folder for this run: two runs of pack would use the same numbers. A new folder is removed if empty.
 
     Raises:
         UserError: another pack is writing there.
@@ -138,7 +148,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _manifests(root: Path, out: Path, holds: bool) -> list[Path]:
-    """The manifests to copy with the pairs. Pairs that `out` holds already must have the same manifests.
+    """The manifests to copy with the pairs. Those of the pairs that `out` holds already must be the same.
 
     Args:
         holds: whether `out` holds pairs or shards.

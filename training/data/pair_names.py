@@ -24,7 +24,7 @@ class PairNames:
     Args:
         root, out: folders of the videos and of the pairs.
         videos: all videos of the folder.
-        windows: whether a number follows the name, for several clips of a video.
+        windows: whether each video has several clips; a number then follows its name.
     """
 
     def __init__(self, root: Path, out: Path, videos: Iterable[Path], windows: bool):
@@ -44,7 +44,7 @@ class PairNames:
             ending: follows the video's name.
 
         Raises:
-            UserError: pairs of other videos have all names that this pair could have.
+            UserError: all names that this pair could have belong to pairs of other videos.
             WeightsError: the file system cannot have a file of that name, or something else has the name.
         """
         stem, relative = self.stems[video.parent][video.name], video.relative_to(self.root)

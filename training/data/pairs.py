@@ -1,4 +1,4 @@
-"""Latent pairs: one `.safetensors.zst` file a clip, with raw latents `z_h` and `z_k`, float16 [c, t, h, w].
+"""Latent pairs: one `.safetensors.zst` file per clip, with raw latents `z_h` and `z_k`, float16 [c, t, h, w].
 
 This is the published format, read and written. Ours adds metadata (which frames of which video), which readers of the
 published format skip.
@@ -46,7 +46,7 @@ class Source:
     height: int
     width: int
     mirrored: bool = False  # left to right
-    fit: str = "stretch"  # how frames got that size, see serving/fit.py
+    fit: str = "stretch"  # how frames were resized, see serving/fit.py
 
     def __post_init__(self) -> None:
         if not lies_inside(self.video):
@@ -109,7 +109,8 @@ def read_pair(path: Path) -> Pair:
     """Read a pair. A malformed source is left out.
 
     Raises:
-        UserError: not zstd, cut short, a tensor is missing, or a tensor has a wrong shape or type.
+        UserError: not zstd, cut short, a tensor is missing, has a wrong shape or type, or holds values that are not
+            finite in float16.
         WeightsError: the file is missing or cannot be read.
     """
     data = _unpacked(path)

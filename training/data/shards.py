@@ -36,7 +36,14 @@ ADVICE = "delete it and pack again"
 
 
 def write_shard(path: Path, clips: list[dict], pairs: list[Pair]) -> None:
-    """Write a shard of pairs of one shape, completely or not at all."""
+    """Write a shard of pairs of one shape, completely or not at all.
+
+    Args:
+        clips: for each pair, its name ("clip") and its source ("source"), which may be None.
+
+    Raises:
+        WeightsError: the file cannot be written.
+    """
     tensors = {"clips": torch.frombuffer(bytearray(json.dumps(clips).encode()), dtype=torch.uint8)}
     for name, latents in (("h", [pair.z_h for pair in pairs]), ("k", [pair.z_k for pair in pairs])):
         z_Ncthw = torch.stack(latents)
@@ -95,7 +102,7 @@ def _clips(path: Path, tensor: Tensor, pairs: int) -> list[dict[str, Any]]:
     """Names and sources of a shard's clips, from its tensor `clips`.
 
     Raises:
-        UserError: the list is malformed, or not of this number of clips.
+        UserError: the list is malformed, or has another number of clips.
     """
     try:
         clips = parse_json(tensor.numpy().tobytes())
@@ -185,7 +192,7 @@ class Shards:
         return self._clips(number)[row]["clip"]
 
     def source(self, i: int) -> Source | None:
-        """What a pair was made of, where it says so."""
+        """The frames that pair i was made of; None if the pair does not say."""
         number, row = self._place(i)
         return source_of(self._clips(number)[row].get("source"))
 
@@ -201,7 +208,7 @@ class Shards:
         return list(numbers), np.repeat(np.array(kinds, np.int32), np.diff(self.ends, prepend=0))
 
     def read(self, i: int) -> Pair:
-        """Pair i, whole."""
+        """The whole pair i. Errors are those of `crop`."""
         z_h, z_k = self.crop(i, (slice(None), slice(None), slice(None)))
         return Pair(z_h, z_k, self.source(i))
 

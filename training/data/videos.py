@@ -101,7 +101,7 @@ def cut(path: Path, count: int, clips: int) -> list[Clip]:
     """At most `clips` clips of `count` consecutive frames, evenly spaced over the video, without overlap.
 
     Raises:
-        UserError: as `count_frames`, if `clips` is more than 1.
+        UserError: as `count_frames`; with `clips` 1, the video is not opened.
     """
     if clips == 1:
         return [Clip(path, count, 0)]
@@ -121,10 +121,10 @@ def read_clip(clip: Clip, height: int, width: int, fit: str = STRETCH) -> Tensor
 
 
 def read_clips(clips: list[Clip], height: int, width: int, fit: str = STRETCH) -> Iterator[Tensor]:
-    """The frames of several clips of a video, which is decoded once. The clips are in order and do not overlap.
+    """Yield the frames of several clips of a video, which is decoded once. The clips must be in order, without overlap.
 
     Raises:
-        UserError: as `read_clip`, after the clips before have been yielded.
+        UserError: as `read_clip`, after the clips before it were yielded; or `fit` is unknown.
     """
     video = clips[0].video
     if fit not in (CROP, STRETCH):  # it may come from a pair that others wrote

@@ -13,7 +13,7 @@ def files_under(root: str | Path) -> Iterator[Path]:
     """Yield everything under a folder that is not a folder, in no particular order.
 
     Folders are identified by device and inode. So a link back up does not lead in circles, and a link into a folder of
-    the same tree does not yield its files twice. Files written meanwhile may be missing.
+    the same tree does not yield its files twice. Files that are written meanwhile may be missing.
 
     Raises:
         WeightsError: a folder cannot be read.

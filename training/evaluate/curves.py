@@ -14,10 +14,10 @@ MOST_DRAWN = 1e30  # matplotlib's scales overflow beyond it
 
 
 def curves_png(rows: list[dict[str, Any]]) -> bytes:
-    """MSE of both directions over the steps, on training and validation pairs.
+    """Plot the MSE of both directions over the steps, on training and validation pairs.
 
     Args:
-        rows: of the training's log.
+        rows: the training's log, see `read_log`.
     """
     figure, axes = _subplots(1, 4)
     for name, direction in DIRECTIONS.items():
@@ -37,7 +37,11 @@ def has_curves(rows: list[dict[str, Any]]) -> bool:
 
 
 def channels_png(channels: dict[str, list[float]]) -> bytes:
-    """Mean and standard deviation of every channel of both spaces, and each adapter's relative MSE in them."""
+    """Plot mean and deviation of every channel of both spaces, and each adapter's relative MSE in them.
+
+    Args:
+        channels: from `latent_metrics`.
+    """
     figure, axes = _subplots(2, 5)
     for space, color in (("z_h", "tab:blue"), ("z_k", "tab:orange")):
         mean, std = channels[f"{space} mean"], channels[f"{space} std"]

@@ -51,20 +51,22 @@ COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "H
 @dataclass
 class EvaluateConfig:
     latent_root: str = option(..., "folder of pairs to evaluate on, from extract or pack")
-    videos_root: str = option("", "folder of the videos the pairs were made of; without it, pixels are not measured")
+    videos_root: str = option("", "folder of the videos that the pairs are from; without it, pixels are not measured")
     adapter_h2k: str = option("hunyuan_to_kvae.safetensors", "Hunyuan → KVAE adapter")
     adapter_k2h: str = option("kvae_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
-    hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
-    kvae: str = option("tiny", KVAE_HELP)
-    train_latent_root: str = option("", "pairs to fit the affine maps to; without it, the other half of these pairs")
+    hunyuan_vae: str = option("tiny", HUNYUAN_HELP, metavar="VAE")
+    kvae: str = option("tiny", KVAE_HELP, metavar="VAE")
+    train_latent_root: str = option(
+        "", "folder of pairs to fit the affine maps to; without it, the other half of these"
+    )
     output_root: str = option("evaluation", "folder for the table, the JSON and the pictures", writes="folder")
     max_samples: int = option(2000, "largest number of pairs to measure in latents", least=1)
     num_pixel_samples: int = option(128, "largest number of pairs to measure in pixels", least=1)
-    device: str = option(DEVICE, "device of VAEs and adapters")
+    device: str = option(DEVICE, "device of VAEs and adapters", metavar="DEVICE")
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluate; returns 0."""
+    """Measure, and write the results and the report; return 0."""
     out = Path(config.output_root)
     adapters = {"h2k": Path(config.adapter_h2k), "k2h": Path(config.adapter_k2h)}
     log_file = adapters["h2k"].parent / "train.jsonl"
@@ -95,7 +97,10 @@ def run(config: EvaluateConfig) -> int:
 class AffineBaseline:
     """Closed-form affine 3x3x3 maps, never applied to pairs they were fitted to.
 
-    They are fitted to the training pairs, if given; else to each half of the pairs, and applied to the other half.
+    They are fitted to --train-latent-root, if given; else to each half of the pairs, and applied to the other half.
+
+    Raises:
+        UserError: the pairs are too few, or are of one video.
     """
 
     def __init__(self, pairs: Pairs, config: EvaluateConfig):
@@ -124,7 +129,7 @@ def _maps(pairs: Pairs, device: str) -> dict[str, Map]:
 
 @dataclass(frozen=True)
 class Decoding:
-    """All ways from a clip's latents to pixels that are measured."""
+    """The ways from a clip's latents to pixels that `evaluate` measures."""
 
     hunyuan: VideoVAE
     kvae: VideoVAE
@@ -133,7 +138,7 @@ class Decoding:
     affine: Callable[[int, str], Map]
 
     def decodes(self, i: int, z_h: Tensor, z_k: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """For pair i: what each way decodes, [1, 3, T, H, W] in 0..255, and what the source VAE decodes."""
+        """By way, for pair i: its decode and the source VAE's own decode, both [1, 3, T, H, W] in 0..255."""
         hunyuan, kvae = self.hunyuan, self.kvae
         y_h, y_k = hunyuan.decode(z_h), kvae.decode(z_k)
         return {
@@ -155,7 +160,9 @@ def pixel_metrics(pairs: Pairs, chosen: list[int], decoding: Decoding, config: E
     Two contact sheets are written on the way: of some clips, and of the clips that lose most by an adapter.
 
     Returns:
-        clips: their number; figures: the means, by decode; worst: the clips that lose most PSNR by an adapter.
+        clips: their number.
+        figures: the means, by decode.
+        worst: the clips that lose most PSNR by an adapter, with that loss in dB.
     """
     rows: dict[str, list[dict[str, float]]] = {}
     sheet, sheet_at = [], set(spread(len(chosen), SHEET_CLIPS))

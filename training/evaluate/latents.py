@@ -18,7 +18,7 @@ from ..directions import DIRECTIONS
 from ..errors import UserError
 
 Map = Callable[[Tensor], Tensor]
-ARROWS = {each.arrow: each for each in DIRECTIONS.values()}
+ARROWS = tuple(each.arrow for each in DIRECTIONS.values())
 WORST_CLIPS = 5
 
 
@@ -29,14 +29,17 @@ def latent_metrics(
     """Measure both adapters, both cycles and the affine maps on pairs.
 
     Args:
-        affine: returns the affine map for a pair's number and a direction ("h2k" or "k2h").
+        affine: returns the affine map for a pair's number and a direction, "h2k" or "k2h"; None leaves the maps out.
 
     Returns:
         pairs: their number.
         figures: "mse" over the pairs, and "share": the MSE relative to the target's variance around each channel's
-            mean; by direction.
+            mean; by direction, cycle and affine map.
         worst: the clips with the largest errors, by direction.
         channels: mean and standard deviation of every channel of z_h and z_k, and each adapter's relative MSE in them.
+
+    Raises:
+        UserError: the channels of a pair are not those of the adapters.
     """
     device = next(h2k.parameters()).device
     errors: dict[str, list[float]] = {}
@@ -45,16 +48,12 @@ def latent_metrics(
     for i in range(len(pairs)):
         check_channels(pairs.name(i), pairs[i], h2k)
         z_h, z_k = pairs.batch([i], device)
-        k_hat, h_hat = h2k(z_h), k2h(z_k)
-        found = {"H→K": (k_hat, z_k), "K→H": (h_hat, z_h), "H→K→H": (k2h(k_hat), z_h), "K→H→K": (h2k(h_hat), z_k)}
-        if affine:
-            found["H→K affine"] = affine(i, "h2k")(z_h), z_k
-            found["K→H affine"] = affine(i, "k2h")(z_k), z_h
+        maps = {name: affine(i, name) for name in DIRECTIONS} if affine else {}
+        found = _mapped(z_h, z_k, h2k, k2h, maps)
         for name, (z, target) in found.items():
             errors.setdefault(name, []).append((z - target).square().mean().item())
-        for name in by_channel:
-            z, target = found[name]
-            by_channel[name] = by_channel[name] + (z - target).cpu().double().square().mean((0, 2, 3, 4))
+            if name in ARROWS:
+                by_channel[name] = by_channel[name] + (z - target).cpu().double().square().mean((0, 2, 3, 4))
         moments["z_h"].add(z_h)
         moments["z_k"].add(z_k)
     variance = {space: max(1e-12, each.variance().mean().item()) for space, each in moments.items()}
@@ -66,11 +65,23 @@ def latent_metrics(
     }
 
 
+def _mapped(
+    z_h: Tensor, z_k: Tensor, h2k: LatentAdapter, k2h: LatentAdapter, maps: dict[str, Map]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The latents that each direction, cycle and affine map gives for a pair, and their target, by the map's name."""
+    k_hat, h_hat = h2k(z_h), k2h(z_k)
+    found = {"H→K": (k_hat, z_k), "K→H": (h_hat, z_h), "H→K→H": (k2h(k_hat), z_h), "K→H→K": (h2k(h_hat), z_k)}
+    for name, affine in maps.items():
+        source, target = DIRECTIONS[name].ordered(z_h, z_k)
+        found[f"{DIRECTIONS[name].arrow} affine"] = affine(source), target
+    return found
+
+
 def check_channels(name: str, pair: Pair, h2k: LatentAdapter) -> None:
-    """Refuse a pair that is not of the adapter's spaces.
+    """Refuse a pair whose channels are not those of the adapter's spaces.
 
     Raises:
-        UserError: names the pair.
+        UserError: the channels differ; the message names the pair.
     """
     h, k = h2k.source, h2k.target
     if (len(pair.z_h), len(pair.z_k)) != (h.channels, k.channels):
@@ -81,14 +92,14 @@ def check_channels(name: str, pair: Pair, h2k: LatentAdapter) -> None:
 
 
 class Moments:
-    """Mean and variance of every channel, float64 [c], over clips that count the same."""
+    """Mean and variance of every channel, float64 [c], over clips. Each clip counts the same, whatever its size."""
 
     def __init__(self) -> None:
         self.clips = 0
         self.sum = self.sum_squares = torch.zeros(()).double()
 
     def add(self, z_Bcthw: Tensor) -> None:
-        """Add a clip."""
+        """Add a clip, [1, c, t, h, w]."""
         z = z_Bcthw.cpu().double()  # on the CPU, since Apple's GPUs have no float64
         self.clips += 1
         self.sum = self.sum + z.mean((0, 2, 3, 4))

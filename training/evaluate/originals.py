@@ -52,8 +52,10 @@ def _clip(name: str, pair: Pair, videos_root: str) -> tuple[Clip, Source]:
 
 
 def _check(name: str, source: Source, pair: Pair) -> None:
-    """Raise UserError if the source asks for more frames or pixels than the latents stand for. `Source` itself refuses
-    files outside the folder of videos."""
+    """Raise UserError if the source asks for more frames or pixels than the latents stand for.
+
+    `Source` itself refuses files outside the folder of videos.
+    """
     _, t, h, w = pair.z_h.shape
     sizes = {(each.spatial_factor * h, each.spatial_factor * w) for each in SPACES.values()}
     frames = max(each.temporal_factor for each in SPACES.values()) * (t - 1) + 1

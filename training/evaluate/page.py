@@ -21,7 +21,7 @@ img { max-width: 100%; height: auto; } code { font-size: .9em; } figure { margin
 
 
 def html_page(report: dict[str, Any], facts: list[tuple[str, str]], sheets: dict[str, bytes]) -> str:
-    """The page. Text from file names and metadata is escaped.
+    """The page, as HTML. Text from file names and metadata is escaped.
 
     Args:
         report: as in report.json.

@@ -20,7 +20,14 @@ FRAMES = 3  # of each clip on a sheet
 
 
 def contact_sheet(path: Path, labels: list[str], clips: list[list[Tensor]]) -> None:
-    """Write a PNG with a column for each label and, for each clip, rows of its first, middle and last frame."""
+    """Write a PNG with a column for each label and, for each clip, rows of its first, middle and last frame.
+
+    Args:
+        clips: for each clip, a video for each label; all pictures have one size.
+
+    Raises:
+        WeightsError: the file cannot be written.
+    """
     height, width = clips[0][0].shape[2:]
     rows = FRAMES * len(clips)
     sheet = Image.new("RGB", (width * len(labels), LABEL_HEIGHT + height * rows), "white")

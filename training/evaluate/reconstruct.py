@@ -25,19 +25,19 @@ from .pictures import side_by_side
 
 @dataclass
 class ReconstructConfig:
-    video_path: str = option(..., "the video")
+    video_path: str = option(..., "video to read")
     vae: str = option("kvae", "the VAE to use", choices=("kvae", "hunyuan"))
-    hunyuan_vae: str = option("tiny", HUNYUAN_HELP)
-    kvae: str = option("tiny", KVAE_HELP)
+    hunyuan_vae: str = option("tiny", HUNYUAN_HELP, metavar="VAE")
+    kvae: str = option("tiny", KVAE_HELP, metavar="VAE")
     output: str = option("reconstruction.mp4", "side-by-side video to write", writes="file")
     num_frames: int = option(33, "number of frames, from the start", least=MIN_FRAMES, most=MOST_FRAMES)
-    height: int = option(240, "pixels, a multiple of 8 or 16, as the VAE needs", least=16, most=MOST_SIDE)
-    width: int = option(320, "pixels, a multiple of 8 or 16, as the VAE needs", least=16, most=MOST_SIDE)
-    device: str = option(DEVICE, "device of the VAE")
+    height: int = option(240, "height in pixels, a multiple of 8 or 16, as the VAE needs", least=16, most=MOST_SIDE)
+    width: int = option(320, "width in pixels, a multiple of 8 or 16, as the VAE needs", least=16, most=MOST_SIDE)
+    device: str = option(DEVICE, "device of the VAE", metavar="DEVICE")
 
 
 def run(config: ReconstructConfig) -> int:
-    """Encode and decode; returns 0."""
+    """Encode and decode one video, and write both side by side; return 0."""
     out = Path(config.output)
     _check(config, out)
     vae: VideoVAE
@@ -60,7 +60,7 @@ def run(config: ReconstructConfig) -> int:
 
 
 def _through(vae: VideoVAE, frames: Tensor) -> Tensor:
-    """[3, T, H, W] in 0..255."""
+    """Encode and decode frames, uint8 [3, T, H, W]; return float32 of that shape, in 0..255."""
     return vae.decode(vae.encode(frames[None]))[0, :, : frames.shape[1]].cpu()
 
 

@@ -5,57 +5,72 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 POLL_SECONDS = 0.1
 
 
 def ahead(streams: Iterable[Iterable[T]], threads: int, waiting: int) -> Generator[T, None, None]:
-    """Yield the items of all streams. One of the threads runs each stream; with one thread, items keep their order.
+    """Yield the items of all streams. Each stream runs in one of the threads; with one thread, items keep their order.
 
-    At most `waiting` items are ready at a time. An exception in a stream is raised here, after the items before it.
-    Close the generator to stop the threads early.
+    An exception in a stream is raised here, after the items that the stream yielded before it. Close the generator to
+    stop the threads early.
+
+    Args:
+        waiting: how many items may be ready at a time. Each thread holds one more while it waits for a free place.
     """
-    jobs, lock = iter(streams), threading.Lock()
-    ready: queue.Queue[T | BaseException | None] = queue.Queue(waiting)
-    stopped = threading.Event()
-
-    def put(item: T | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=POLL_SECONDS)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            while not stopped.is_set():
-                with lock:
-                    stream = next(jobs, None)
-                if stream is None:
-                    break
-                for item in stream:
-                    put(item)
-                    if stopped.is_set():
-                        break
-        except BaseException as error:  # the consumer must see it, whatever it is
-            put(error)
-        put(None)
-
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+    reader = _Reader(streams, waiting)
+    workers = [threading.Thread(target=reader.work, daemon=True) for _ in range(threads)]
     for worker in workers:
         worker.start()
+    running = threads
     try:
-        while threads:
-            item = ready.get()
+        while running:
+            item = reader.ready.get()
             if isinstance(item, BaseException):
                 raise item
             if item is None:
-                threads -= 1
+                running -= 1
             else:
                 yield item
     finally:
-        stopped.set()
+        reader.stopped.set()
         for worker in workers:
             worker.join()
+
+
+class _Reader(Generic[T]):
+    """The streams that the threads share, and the items that are ready.
+
+    Attributes:
+        ready: items, exceptions, and a None for each thread that has ended.
+    """
+
+    def __init__(self, streams: Iterable[Iterable[T]], waiting: int):
+        self.streams, self.lock = iter(streams), threading.Lock()
+        self.ready: queue.Queue[T | BaseException | None] = queue.Queue(waiting)
+        self.stopped = threading.Event()
+
+    def work(self) -> None:
+        """Run one stream after another, until none is left or the consumer stops."""
+        try:
+            while not self.stopped.is_set():
+                with self.lock:
+                    stream = next(self.streams, None)
+                if stream is None:
+                    break
+                for item in stream:
+                    self._put(item)
+                    if self.stopped.is_set():
+                        break
+        except BaseException as error:  # the consumer must see it, whatever it is
+            self._put(error)
+        self._put(None)
+
+    def _put(self, item: T | BaseException | None) -> None:
+        while not self.stopped.is_set():  # a plain put would wait for ever once the consumer has stopped
+            try:
+                return self.ready.put(item, timeout=POLL_SECONDS)
+            except queue.Full:
+                continue

@@ -17,7 +17,7 @@ from ..errors import UserError
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Refuse a folder that cannot be written to. It is tried, and nothing is left of the attempt, not even the folder.
+    """Refuse a folder that cannot be written to. The check makes the folder and a file in it, and removes both.
 
     Raises:
         UserError: names the option, the path and the reason.
@@ -29,7 +29,7 @@ def check_folder(option: str, folder: Path) -> None:
 
 
 def check_target(option: str, path: Path) -> None:
-    """Refuse a file that cannot be written: its folder, its name, or what has that name now does not allow it.
+    """Refuse a file that cannot be written, because of its folder, its name, or something else that has its name.
 
     Raises:
         UserError: as `check_folder`.
@@ -67,8 +67,8 @@ def check_apart(outputs: Mapping[str, Path], inputs: Iterable[Path] = ()) -> Non
 
 
 def shareable(config: Any) -> dict[str, Any]:
-    """The settings of a command for files that people share. Paths that tell about this machine, which are absolute or
-    lead upwards, are reduced to their last part."""
+    """The settings of a command, for files that people share. Absolute paths and paths that lead upwards, which tell
+    about this machine, are reduced to their last part."""
     return {key: _shareable(value) if isinstance(value, str) else value for key, value in asdict(config).items()}
 
 
@@ -79,8 +79,8 @@ def _shareable(text: str) -> str:
 
 
 def _another_rank() -> bool:
-    """Whether this is not the first process of the machine. Only the first one tries to write, so that none finds a
-    folder that another one is about to remove."""
+    """Whether this is not the first process of the machine. Only the first tries to write: another process could find
+    the folder that the first is about to remove."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
 
 

@@ -25,7 +25,8 @@ class Processes:
         device: the user's choice; with several processes, each uses the device that accelerate assigns to it.
 
     Raises:
-        UserError: accelerate was told to compute in a precision other than float32 or bfloat16.
+        UserError: accelerate was told to compute in a precision other than float32 or bfloat16, or there are more
+            processes than GPUs.
     """
 
     def __init__(self, device: str):
@@ -55,7 +56,7 @@ class Processes:
             print(text, flush=True)
 
     def wait(self) -> None:
-        """Wait until all processes have come here."""
+        """Wait until all processes have called this."""
         self._accelerator.wait_for_everyone()
 
     def gather(self, value: Any) -> list[Any]:
@@ -73,7 +74,7 @@ class Processes:
         return self._accelerator.reduce(tensor.to(self.device), "sum").to(tensor.device)
 
     def add_gradients(self, parameters: Sequence[nn.Parameter], numbers: Tensor) -> Tensor:
-        """Sum the gradients of these parameters over the processes, and a float32 vector, which is returned.
+        """Sum the gradients of these parameters over the processes, in place; return the sum of a float32 vector.
 
         All of them travel in one message, which suits small models. A parameter without a gradient counts as zero.
         """

@@ -33,18 +33,18 @@ from ..errors import UserError
 
 P = TypeVar("P")  # a dataclass of JSON values
 MODEL = TypeVar("MODEL", bound=nn.Module)
-MAY_CHANGE = ("device", "threads")  # settings that a resumed training may have anew
+MAY_CHANGE = ("device", "threads")  # settings that a resumed training may change
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of each step: linear warm-up, then linear decay to zero.
+    """The learning rate of each step: a linear warm-up, multiplied by a linear decay to zero.
 
     Attributes:
-        lr: the peak.
+        lr: the rate that both factors are applied to.
         total_steps: of the whole training.
         warmup_steps: 1 for no warm-up.
-        decays: False for a constant rate after the warm-up.
+        decays: False for no decay.
     """
 
     lr: float
@@ -59,14 +59,14 @@ class Schedule:
 
 
 class Trainer(Generic[MODEL, P]):
-    """A training between two steps.
+    """The state of a training, and its step.
 
     Attributes:
         models: by name.
         averages: exponential moving averages of the models' state dicts, by the models' names.
         optimisers: of the models' parameters.
         step: number of steps done.
-        progress: what else this training counts; a dataclass of JSON values, saved and resumed with the rest.
+        progress: what this training counts in addition; a dataclass of JSON values, saved and resumed with the rest.
         extra: more tensors to save and resume, by prefix and key.
 
     Args:
@@ -87,7 +87,7 @@ class Trainer(Generic[MODEL, P]):
         return [parameter for model in self.models.values() for parameter in model.parameters()]
 
     def update(self) -> None:
-        """Take an optimiser step with the gradients there are, clear them, and move the averages."""
+        """Take an optimiser step with the present gradients, clear them, and move the averages."""
         rate = self.schedule.rate(self.step)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
@@ -123,8 +123,8 @@ class Trainer(Generic[MODEL, P]):
         """Write the state file.
 
         Args:
-            config: settings of the command, a dataclass; a training resumes with the same settings only.
-            data: identity of what it trains on, by name; a training resumes on the same data only.
+            config: settings of the command, a dataclass; it resumes only with the same settings, except MAY_CHANGE.
+            data: identity of what it trains on, by name; it resumes only on the same data.
 
         Raises:
             WeightsError: the file cannot be written.
@@ -207,7 +207,7 @@ def _check_same_data(path: Path, name: str, theirs: Any, ours: Any) -> None:
 
 @contextmanager
 def state_errors(path: Path) -> Iterator[None]:
-    """Turn what a damaged state file leads to, or one that others wrote, into a UserError of one line."""
+    """Turn errors that a damaged or foreign state file causes into a UserError."""
     try:
         yield
     except (WeightsError, KeyError, IndexError, ValueError, TypeError) as error:
@@ -235,7 +235,7 @@ def _restore_optimiser(prefix: str, optimiser: Optimizer, saved: Weights) -> Non
             continue
         i, name = key.removeprefix(prefix + ".").split(".")
         parameter = parameters[int(i)]
-        # step counters stay on the CPU, moments live beside the parameter
+        # step counters stay on the CPU, moments are on the parameter's device
         expected = () if name == "step" else tuple(parameter.shape)
         if saved.shapes[key] != expected:
             raise ValueError(f"{key} is {saved.shapes[key]}; expected {expected}")

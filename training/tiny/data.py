@@ -20,12 +20,17 @@ from ..errors import UserError
 FRAMES = 17
 SIDE = 128  # of the validation clips, and of the small copies of the training clips
 TRAIN_FRAMES = 96  # of each training video, kept in memory
-MOST_BATCH_BYTES = 2**30  # of a step's crops as float32; activations need some thirty times as much
+MOST_BATCH_BYTES = 2**30  # of a step's crops as float32; activations need about thirty times as much
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A number of steps on batches of crops of 17 frames, `side` x `side` pixels; of the skeleton only, or not."""
+    """A number of steps on batches of crops of 17 frames, `side` x `side` pixels.
+
+    Attributes:
+        batch: number of crops.
+        skeleton: whether only the skeleton is trained.
+    """
 
     steps: int
     side: int
@@ -58,10 +63,10 @@ class TrainingClips:
     """Training clips in two sizes, and the validation clips, all in memory.
 
     Args:
-        videos_root: UCF101, or part of it; its groups g01 to g07 are for validation.
+        videos_root: UCF101, or part of it; its test split, groups g01 to g07, is for validation.
 
     Raises:
-        UserError: no videos, no split, or a video of fewer than 17 frames.
+        UserError: there are no videos or no splits, or a video has fewer than 17 frames.
     """
 
     def __init__(self, videos_root: str):

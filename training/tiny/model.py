@@ -27,7 +27,10 @@ def build(model: str, start_from: str = "") -> Any:
 
     Args:
         model: "kvae" or "hunyuan".
-        start_from: an earlier result to train on.
+        start_from: weights file of an earlier result; empty for new weights.
+
+    Raises:
+        WeightsError: the file is not a VAE of this kind.
     """
     if start_from:
         load = load_kvae if model == "kvae" else lambda path: load_hunyuan_vae(path, "cpu").vae
@@ -42,7 +45,7 @@ def build(model: str, start_from: str = "") -> Any:
 
 @torch.no_grad()
 def initialise(vae: Any) -> None:
-    """Set residual branches to zero, 1x1x1 convolutions to orthogonal, and biases before the last norms to wide."""
+    """Make residual branches zero, 1x1x1 convolutions orthogonal, and biases before the last norms wide."""
     kvae = isinstance(vae, KVAE)
     for name, module in vae.named_modules():
         if name.endswith((".conv2.conv", ".to_out.0")):

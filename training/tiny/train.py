@@ -10,7 +10,7 @@ really differ. UCF101's groups g01 to g07 are for validation. What makes CPU hou
 - Biases before the last norms start wide and random, so that a clip's brightness and contrast survive GroupNorm.
 - The loss is the mean of log(MSE) over clips, which is PSNR, so easy clips count as much as hard ones.
 - Muon trains the convolutions. Small crops come first, larger ones last.
-Ctrl-C or a crash loses at most the steps since the last save; the same command goes on from there.
+Ctrl-C saves the state, as every hundredth step does. A crash loses the steps since. The same command then continues.
 """
 
 from __future__ import annotations
@@ -53,23 +53,24 @@ PCA_SAMPLE = Stage(steps=1, side=64, batch=400, skeleton=False)
 
 @dataclass
 class TinyConfig:
-    videos_root: str = option(..., "UCF101, or part of it")
+    videos_root: str = option(..., "folder of videos: UCF101, or part of it")
     output: str = option(..., "file to write, NAME.safetensors", writes="file")
-    model: str = option("kvae", "which of the pair", choices=("kvae", "hunyuan"))
-    start_from: str = option("", "an earlier output to train further")
+    model: str = option("kvae", "VAE to train", choices=("kvae", "hunyuan"))
+    start_from: str = option("", "file to start from, an earlier --output; without it, random weights")
     stages: str = option(
         "1600x32x4s,600x32x4,950x64x2,100x128x1",
-        "STEPSxSIDExBATCH of each stage, crops of 17xSIDExSIDE; with an s at the end, the skeleton only",
+        "STEPSxSIDExBATCH of each stage: crops of 17xSIDExSIDE; with an s at the end, the skeleton only",
+        metavar="STAGES",
     )
     lr: float = option(1.5e-3, "peak learning rate; falls linearly to zero over all stages", above=0)
     seed: int = option(0, "seed of the weights and the crops", least=0, most=MOST_SEED)
     threads: int = option(0, "CPU threads; 0 for PyTorch's choice", least=0, most=1024)
-    device: str = option(DEVICE, "device to train on")
+    device: str = option(DEVICE, "device to train on", metavar="DEVICE")
 
 
 @dataclass
 class Progress:
-    """What the training keeps in addition to its steps."""
+    """What the training counts in addition to its steps."""
 
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
@@ -102,7 +103,7 @@ def _files(config: TinyConfig) -> tuple[Path, Path]:
     """The files of the state and of the log, next to the output.
 
     Raises:
-        UserError: the output is not named like weights, or one of the three cannot be written or is another file too.
+        UserError: the output does not end in .safetensors, a file cannot be written, or two of them are the same.
     """
     output = Path(config.output)
     if output.suffix != ".safetensors":
@@ -155,7 +156,7 @@ def train(
 
 
 class TinyTraining:
-    """The training of one VAE: its trainer, and what a step needs."""
+    """The training of one VAE: its trainer, and the work of a step and of a validation."""
 
     def __init__(self, config: TinyConfig, total_steps: int, vae: Any):
         self.config = config
@@ -178,7 +179,7 @@ class TinyTraining:
         return torch.Generator().manual_seed(1_000_003 * self.config.seed + self.trainer.step)
 
     def train_step(self, crops: Tensor, stage: Stage) -> dict[str, Any]:
-        """Take one step on uint8 [B, 3, T, H, W]; return what to log."""
+        """Take one step on crops, uint8 [B, 3, T, H, W]; return the row to log."""
         start = time.time()
         x = self.pixels(crops)
         posterior = posterior_of(self.vae, x)
@@ -201,7 +202,7 @@ class TinyTraining:
         return {"step": self.trainer.step, "psnr": round(psnr, 2), "std": round(mean.std().item(), 3)}
 
     def pixels(self, crops: Tensor) -> Tensor:
-        """uint8 → this VAE's −1..1, channels last."""
+        """uint8 [B, 3, T, H, W] → floats in −1..1 as this VAE scales them, channels last."""
         x = to_unit(crops.to(self.config.device), self.half_range)
         return x.contiguous(memory_format=torch.channels_last_3d)
 

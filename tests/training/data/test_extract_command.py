@@ -99,7 +99,7 @@ def test_ctrl_c_and_a_full_disk_end_in_one_line(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert err.splitlines()[-1] == "interrupted; the same command continues from what is saved"
     assert "Traceback" not in err
 
     import resource  # POSIX only
