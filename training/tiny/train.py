@@ -90,7 +90,8 @@ def run(config: TinyConfig) -> int:
     clips = TrainingClips(config.videos_root)
     yardstick = pca_psnr(clips.windows(), clips.validation)
     print(f"to beat: {yardstick:.2f} dB, 16 principal components of each 4x8x8 block")
-    training.find_components(clips)
+    if config.model == "hunyuan":
+        training.find_components(clips)
     keep_rows(log_file, sum(row["step"] <= training.trainer.step for row in read_log(log_file)))
     with BetweenSteps() as interrupts:
         train(training, stages, clips, state_file, log_file, interrupts)
