@@ -59,9 +59,13 @@ def test_version_two_equals_the_vae_of_kandinsky_6(frames, blocks):
 
 
 def test_bfloat16_is_no_further_from_float32_than_diffusers(small_kvae):
-    """On average over five models, within 5 %: how much of the rounding cancels out is a matter of chance."""
+    """On average over twenty models, within 5 %.
+
+    How much of the rounding cancels out is a matter of chance, which differs between processors and numbers of threads:
+    for one model, the ratio of the two errors is between 0.7 and 1.24.
+    """
     errors: dict[str, list[float]] = {"encode": [], "their encode": [], "decode": [], "their decode": []}
-    for seed in range(5):
+    for seed in range(20):
         torch.manual_seed(seed)
         ours = KVAE(small_kvae.config).eval().requires_grad_(False)
         theirs = in_diffusers(ours)
@@ -73,7 +77,7 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers(small_kvae):
         errors["their encode"].append(relative(theirs.encode(x).latent_dist.mode(), z))
         errors["decode"].append(relative(ours.decode(z_half), y))
         errors["their decode"].append(relative(theirs.decode(z_half).sample, y))
-    mean = {name: sum(e) / 5 for name, e in errors.items()}
+    mean = {name: sum(e) / len(e) for name, e in errors.items()}
     assert mean["encode"] <= 1.05 * mean["their encode"] < 0.05
     assert mean["decode"] <= 1.05 * mean["their decode"] < 0.05
 
