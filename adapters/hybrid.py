@@ -18,13 +18,12 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..kvae import KVAE, Execution, WeightsError
+from ..kvae.model import DEFAULT
 from ..kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
 from ..kvae.signature import same_weights, signature
 from .checks import check_finite, check_latent
 from .files import PUBLISHED_FILES, LatentAdapter
 from .spaces import LatentSpace, native_space
-
-DEFAULT = Execution()
 
 
 class HybridVAE(nn.Module):

@@ -1,7 +1,7 @@
 """Download a file over HTTP in pieces that the next run can continue.
 
-huggingface_hub's hf_hub_download does not continue: from version 1.18 on it restarts every interrupted download from
-zero (https://github.com/huggingface/huggingface_hub/issues/4196). It also never compares the hash.
+huggingface_hub's hf_hub_download does not always continue: versions 1.33 and 2.4 restart an interrupted download from
+zero, 1.12 did not (https://github.com/huggingface/huggingface_hub/issues/4196). None of them compares the hash.
 """
 
 from __future__ import annotations
