@@ -47,7 +47,7 @@ def rows(rounds: int) -> Iterator[str]:
             for execution, results in zip(executions, zip(*runs, strict=True), strict=True):
                 seconds = statistics.median(result[0] for result in results)
                 first = first or seconds
-                row = [execution.segment, execution.strip_bytes >> 20, execution.recompute.name.lower()]
+                row = [execution.segment, execution.strip_bytes_on(torch.device("cpu")) >> 20, execution.recompute.name.lower()]
                 measured = f"{seconds:.1f} | {seconds / first:.2f} | {results[0][1] / 1e9:.2f}"
                 yield f"| {model} {direction} | {' | '.join(map(str, row))} | {measured} |"
 

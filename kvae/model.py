@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .coders import Coder, Decoder, Encoder
 from .config import SEGMENT_FRAMES, KVAEConfig
 from .engine.execution import Execution, Recompute, frames_to_recompute
-from .engine.run_segment import in_fastest_format, run_segment
+from .engine.run_segment import fastest_format, run_segment
 from .engine.stream_state import GroupNormStats, StreamState
 from .engine.tiles import Part, Span, Tiling, blended_tiling, exact_tiling, shrink_to_tile
 from .frames import padded, padded_frames, pieces_of, regroup, with_last
@@ -244,7 +244,8 @@ class KVAE(nn.Module):
         if self._needs_gradient(coder, x):
             return coder(self._pad(coder, x.to(self._weight), first), state.cache)
         with torch.no_grad():
-            x = self._pad(coder, in_fastest_format(x.to(self._weight)), first)
+            x = self._pad(coder, x.to(self._weight), first)
+            x = x.contiguous(memory_format=fastest_format(x.device))
             return run_segment(coder, x, state, first, last, execution)
 
     def _pad(self, coder: Encoder | Decoder, x: Tensor, first: bool) -> Tensor:

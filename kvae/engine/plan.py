@@ -15,8 +15,8 @@ from ..coders import Coder
 from ..config import SEGMENT_FRAMES
 from ..frames import padded_frames
 from ..model import KVAE
+from .count import clip_bytes
 from .execution import Execution, Recompute, frames_to_recompute
-from .segment_cost import SegmentCost
 from .tiles import Tiling, blended_tiling, exact_tiling
 
 STRIP_BYTES = (256 << 20, 64 << 20, 16 << 20)
@@ -44,10 +44,15 @@ MARGIN = 1.03
 
 @dataclass(frozen=True)
 class Plan:
-    """An execution, and the most bytes that it needs in addition to the weights."""
+    """An execution, and the most bytes that it needs in addition to the weights.
+
+    Attributes:
+        first: the most bytes that the first segment alone needs.
+    """
 
     execution: Execution
     peak: int
+    first: int
 
     def __str__(self) -> str:
         execution = self.execution
@@ -115,25 +120,26 @@ def _plan(
     kvae: KVAE, coder: Coder, shape: Sequence[int], side: int, budget: int | None, stream: bool, approximate: bool
 ) -> Plan:
     """Plan for a source [B, C, T, H, W] with `side` rows and columns per latent."""
-    B, _, T, H, W = shape
+    B, C, T, H, W = shape
+    weight = coder.conv_in.conv.weight
     decode = coder is kvae.decoder
     h, w = H // side, W // side
 
-    def peak(execution: Execution, tiling: Tiling) -> int:
-        cost = SegmentCost(kvae, coder, execution, B)
+    def planned(execution: Execution, tiling: Tiling) -> Plan:
         rows, columns = (n * side for n in tiling.largest)
         length = execution.segment // (kvae.config.temporal_compress_times if decode else 1)
         tiled = len(tiling) > 1
-        most = max(cost.peak_bytes(n, rows, columns, *ends, tiled) for n, ends in _segment_kinds(T, length))
+        tile = B, C, T, rows, columns
+        first, most = clip_bytes(kvae, coder, execution, tile, _segment_kinds(T, length), tiled)
         if tiled and not decode and not kvae.config.norm_is_per_position:  # two segments of the shrunk clip
-            most += 2 * cost.batch_bytes * 3 * (length + 1) * rows * columns
-        return int(MARGIN * most)
+            most += 2 * weight.itemsize * B * 3 * (length + 1) * rows * columns
+        return Plan(execution, int(MARGIN * most), int(MARGIN * first))
 
     plans = []
     for overlap in (None, OVERLAP) if approximate and not stream else (None,):
         tilings = _tilings(kvae, h, w, decode, stream, overlap)
         for execution in _executions(kvae, coder, tilings, overlap):
-            plans.append(Plan(execution, peak(execution, tilings[execution.tiles])))
+            plans.append(planned(execution, tilings[execution.tiles]))
             if budget is None or plans[-1].peak <= budget:
                 return plans[-1]
     raise BudgetError(budget, min(plans, key=lambda plan: plan.peak))  # type: ignore[arg-type]
@@ -185,10 +191,9 @@ def _check_shape(shape: Sequence[int]) -> None:
         raise ValueError(f"the shape is {list(shape)}; expected five sides of at least 1: batch, channels, T, H, W")
 
 
-def _segment_kinds(total: int, length: int) -> list[tuple[int, tuple[bool, bool]]]:
-    """The kinds of segment that a clip is cut into, as (length, (is the first, is the last))."""
+def _segment_kinds(total: int, length: int) -> list[int]:
+    """The segments that a clip is cut into: the first, one in the middle, and the last."""
     if total <= length + 1:
-        return [(total, (True, True))]
+        return [total]
     rest = total - length - 1
-    kinds = [(length + 1, (True, False)), (rest % length or length, (False, True))]
-    return [*kinds, (length, (False, False))] if rest > length else kinds
+    return [length + 1, *[length] * (rest > length), rest % length or length]
