@@ -23,12 +23,12 @@ from . import downsample
 from .affine import ScaleShift
 from .execution import Execution
 from .feature_map import FeatureMap, Materialized, Rows
-from .run_segment import fastest_format, run_stages
+from .layout import fastest_format
+from .run_segment import run_stages
 from .segment import SegmentRun
 from .statistics import statistics_bytes
 from .stream_state import StreamState
 from .strips import largest_strip
-
 
 NO_VALUES = cast(ScaleShift, (None, None))
 
@@ -125,29 +125,35 @@ class CountedRun(SegmentRun):
 
 
 def clip_bytes(
-    kvae: KVAE, coder: Coder, execution: Execution, shape: Sequence[int], segments: Sequence[int], tiled: bool
+    kvae: KVAE,
+    coder: Coder,
+    execution: Execution,
+    shape: Sequence[int],
+    segments: Sequence[int],
+    device: torch.device,
+    tiled: bool,
 ) -> tuple[int, int]:
     """The most bytes that the first segment needs, and that any segment needs.
 
     Args:
         shape: of the clip or the latents, [B, C, T, H, W].
         segments: frames or latents of each segment that may need most: of the first, of one in the middle, of the last.
+        device: where it will run, which need not be where the weights are.
         tiled: whether the clip is one of many tiles, so that the result of another may still be in memory.
     """
-    weight = coder.conv_in.conv.weight
+    dtype = coder.conv_in.conv.weight.dtype
     ledger, state = Ledger(), StreamState()
     B, C, _, H, W = shape
 
     def run(T: int, first: bool, last: bool) -> Tensor:
-        format = fastest_format(weight.device)
-        segment = CountedRun(ledger, execution, state, first, last, weight.dtype, weight.device, format)
+        segment = CountedRun(ledger, execution, state, first, last, dtype, device, fastest_format(device))
         return run_stages(segment, segment.empty((B, C, T, H, W)), coder)
 
     # whoever is given a result may hold it until there is the next one
     result: Tensor | None = None
     if tiled:
         of_another_tile = _result_shape(kvae, coder, (B, C, max(segments), H, W))
-        result = SizeOnly.made(of_another_tile, weight.dtype.itemsize, ledger)
+        result = SizeOnly.made(of_another_tile, dtype.itemsize, ledger)
     most_of_first = 0
     for i, T in enumerate(segments):
         result = run(T, first=i == 0, last=i == len(segments) - 1)

@@ -63,7 +63,8 @@ def count(segment: CountedRun, source: FeatureMap, layer: Downsample) -> Materia
         # strip by strip first, in the last segment too, and then in one piece
         next_past = segment.empty((B, channels, 1, H, W))
         kept = 0 if segment.last else segment.bytes_of(B, channels, 1, H, W)
-        peak = max(peak, segment.bytes_of(B, channels, T + T + 2, rows, W) + result)  # the strip, alone and with its past
+        alone_and_with_its_past = segment.bytes_of(B, channels, T + T + 2, rows, W)
+        peak = max(peak, alone_and_with_its_past + result)
         if not segment.last:
             segment.state.cache[layer.name] = next_past
     segment.ledger.touch(max(peak, result, kept))

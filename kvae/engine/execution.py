@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -71,6 +72,14 @@ class Execution:
     def strip_bytes_on(self, device: torch.device) -> int:
         """The size of strips on a device: larger on a GPU, which small strips would leave idle."""
         return self.strip_bytes or (64 << 20 if device.type in ("cpu", "meta") else 1 << 30)
+
+
+Executions = Execution | Callable[[], Execution]  # one for all segments, or a function that is asked before each
+
+
+def present(execution: Executions) -> Execution:
+    """The execution for the next segment."""
+    return execution if isinstance(execution, Execution) else execution()
 
 
 def frames_to_recompute(blocks: int) -> int:

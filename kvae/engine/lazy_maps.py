@@ -104,7 +104,9 @@ class LazyConv:
         norm = 0
         if self.affine:
             norm = self.affine.workspace_bytes((B, C, T + self.lead_frames, asked, W), self.segment.dtype.itemsize)
-        work = self.result_bytes(rows) + winograd.workspace_bytes(self.conv.conv.weight, T, rows, W)
+        work = self.result_bytes(rows)
+        if self.segment.device.type == "cpu":
+            work += winograd.workspace_bytes(self.conv.conv.weight, T, rows, W)
         past = self.past.peak_bytes(asked) if self.past else 0
         return max(source_peak, source_bytes + padded + max(norm, work, past))
 

@@ -9,19 +9,17 @@ normalised, so strips are exact. A block's output overwrites its inner feature m
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..coders import Coder, Decoder
 from ..layers import ResnetBlock
 from ..resample import Downsample, Upsample
 from .execution import PAST_FRAMES, Execution, Recompute, frames_to_recompute
 from .feature_map import FeatureMap, Materialized
+from .layout import fastest_format
 from .lazy_maps import LazyConv, LazyResBlock, LazyUpsample, Shortcut
 from .segment import SegmentRun
 from .stream_state import StreamState
-
-CHANNELS_LAST = ("cpu", "cuda")  # devices whose convolutions are fastest in channels-last memory
 
 
 def run_segment(
@@ -39,11 +37,6 @@ def run_segment(
     return run_stages(segment, x_BCTHW, coder)
 
 
-def fastest_format(device: torch.device) -> torch.memory_format:
-    """The memory format that is fastest to compute with."""
-    return torch.channels_last_3d if device.type in CHANNELS_LAST else torch.contiguous_format
-
-
 def run_stages(segment: SegmentRun, x_BCTHW: Tensor, coder: Coder) -> Tensor:
     """Run all layers of a coder, in the order of the modules' own `forward`."""
     decode = isinstance(coder, Decoder)
@@ -53,10 +46,9 @@ def run_stages(segment: SegmentRun, x_BCTHW: Tensor, coder: Coder) -> Tensor:
     start = LazyConv(segment, source, coder.conv_in, None)
     h: FeatureMap = segment.materialize(start) if decode else start
     on_demand = coder.full_resolution() if segment.execution.recompute >= Recompute.FULL_RESOLUTION else ()
-    stages = list(coder.stages())
+    stages: list[nn.Module] = list(coder.stages())
     for i, stage in enumerate(stages):
-        if stage in on_demand:
-            assert isinstance(stage, ResnetBlock)
+        if isinstance(stage, ResnetBlock) and stage in on_demand:
             inner = LazyConv(segment, h, stage.conv1, stage.norm1, recompute_past=True)
             h = LazyResBlock(LazyConv(segment, inner, stage.conv2, stage.norm2, recompute_past=True), stage)
         elif isinstance(stage, ResnetBlock):

@@ -65,9 +65,9 @@ class SegmentRun:
         inner = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
         if isinstance(inner, RMSNorm):
             return NormAffine(norm, source.shape[3], self.z_Bcthw, self.first, self.rms(inner))
+        assert isinstance(inner, nn.GroupNorm)
         stats, key = self.state.norm_stats, (self.state.segments, name)
-        scale_shift = stats.get(key) if stats else None
-        scale_shift = scale_shift or self.statistics(inner, source)  # type: ignore[arg-type]
+        scale_shift = (stats and stats.get(key)) or self.statistics(inner, source)
         if stats is not None:
             stats[key] = scale_shift
         return NormAffine(norm, source.shape[3], self.z_Bcthw, self.first, scale_shift)

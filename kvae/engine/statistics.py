@@ -1,6 +1,6 @@
 """GroupNorm's statistics over a whole feature map, and the memory that gathering them takes.
 
-They are gathered from strips of rows. PyTorch's own statistics of a batch norm read a map once and copy nothing: on a CPU
+They are gathered from strips of rows. PyTorch's statistics of a batch norm read a map once and copy nothing. On a CPU,
 they are 3 to 30 times as fast as `var_mean`.
 
 # B batch, C channels, T frames, H/W rows and columns, lo:hi rows
