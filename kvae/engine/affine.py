@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import RMSNorm, SpatialNorm, apply_scale_shift, wide
+from .fused_norm import LatentAffine, find_kernel
 
 ScaleShift = tuple[Tensor, Tensor | None]
 
@@ -51,15 +52,53 @@ class NormAffine:
         if self.spatial is None:
             self._apply(x_BCTHW, self.scale, self.shift, out)
             return
-        z = self.z
-        assert z is not None
+        scale, shift, rate = self._of_latent(lo, hi)
+        rows = torch.arange(lo, hi, device=scale.device) // rate - lo // rate
+        scale, shift = (self._spread(s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale, shift))
+        apply_scale_shift(x_BCTHW, scale, shift, self.first, out=out)
+
+    def write_fused(
+        self, x_BCTHW: Tensor, lo: int, hi: int, out: Tensor, corner: tuple[int, int] = (0, 0), padding: str = "zeros"
+    ) -> bool:
+        """out = SiLU(norm(x)) with a border, for rows lo:hi of the source; False, with nothing written, if there is no
+        kernel for it.
+
+        Args:
+            out: [B, C, T, H', W'], which has x from row and column `corner` on. The rest of it is border.
+            padding: of the border, as in `fill_border`.
+        """
+        has_shift = self.spatial is not None or self.shift is not None
+        kernel = find_kernel(x_BCTHW, out, self.rms, has_shift, padding)
+        if kernel is None:
+            return False
+        if self.spatial is None:
+            affine = LatentAffine(self.scale, self.shift)
+        else:
+            scale, shift, rate = self._of_latent(lo, hi)
+            t, _, w = scale.shape[2:]
+            frames, skipped = self._frames_of_latents(t, x_BCTHW.shape[2])
+            affine = LatentAffine(scale, shift, (frames, rate, x_BCTHW.shape[4] // w), (skipped, lo % rate))
+        kernel(x_BCTHW, out, affine, corner)
+        return True
+
+    def _of_latent(self, lo: int, hi: int) -> tuple[Tensor, Tensor, int]:
+        """Scale and shift for the latents that cover rows lo:hi, [B, C, t, h, w] each, and rows per latent."""
+        z, spatial = self.z, self.spatial
+        assert z is not None and spatial is not None
         rate = self.height // z.shape[3]
         z = z[:, :, :, lo // rate : (hi - 1) // rate + 1]
-        scale, shift = self.spatial.conv_y(z), self.spatial.conv_b(z)
+        scale, shift = spatial.conv_y(z), spatial.conv_b(z)
         shift = shift if self.shift is None else scale * self.shift + shift
-        rows = torch.arange(lo, hi, device=z.device) // rate - lo // rate
-        scale, shift = (self._spread(s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale * self.scale, shift))
-        apply_scale_shift(x_BCTHW, scale, shift, self.first, out=out)
+        return scale * self.scale, shift, rate
+
+    def _frames_of_latents(self, t: int, T: int) -> tuple[int, int]:
+        """Frames that each of t latents covers, and how many of the first one's come before the T frames."""
+        if self.spread:
+            rate, frames = self.spread
+            return rate, t * rate - frames
+        head = 1 if self.first and t > 1 else 0
+        rate = (T - head) // (t - head)
+        return rate, (rate - 1) * head
 
     def workspace_bytes(self, shape: Sequence[int], item_bytes: int) -> int:
         """Bytes that normalising rows of this shape, [B, C, T, rows, W], needs in addition to input and output."""

@@ -80,7 +80,12 @@ class LazyConv:
         padded = empty_in_layout_of(x, (B, C, T + 2, hi - lo + 2, W + 2))
         inner = padded[:, :, :, 1 - above : padded.shape[3] - 1 + below, 1:-1]
         now = inner[:, :, 2 - self.lead_frames :]
-        if self.affine:
+        unfilled = padded  # frames that have no border yet
+        if self.affine and self.affine.write_fused(
+            x, lo - above, hi + below, padded[:, :, 2 - self.lead_frames :], (1 - above, 1), self.conv.padding
+        ):
+            unfilled = padded[:, :, : 2 - self.lead_frames]
+        elif self.affine:
             self.affine.write(x, lo - above, hi + below, out=now)
             F.silu(now, inplace=True)
         else:
@@ -89,7 +94,7 @@ class LazyConv:
             inner[:, :, :2] = now[:, :, :1] if self.past is None else self.past(lo - above, hi + below)
         if self.next_past:
             self.next_past.x[:, :, :, lo:hi] = padded[:, :, T:, 1:-1, 1:-1]
-        fill_border(padded, self.conv.padding, (True, True, not above, not below))
+        fill_border(unfilled, self.conv.padding, (True, True, not above, not below))
         return conv3d(padded, self.conv.conv.weight, self.conv.conv.bias)
 
     def peak_bytes(self, rows: int) -> int:
@@ -184,6 +189,8 @@ class LazyPast:
     def __call__(self, lo: int, hi: int) -> Tensor:
         x = self.source(lo, hi)
         y = torch.empty_like(x)
+        if self.affine.write_fused(x, lo, hi, out=y):
+            return y
         self.affine.write(x, lo, hi, out=y)
         return F.silu(y, inplace=True)
 
