@@ -18,12 +18,16 @@ def fastest_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last_3d if device.type in CHANNELS_LAST else torch.contiguous_format
 
 
+def weight_format(device: torch.device) -> torch.memory_format:
+    """The memory format of the weights of convolutions. On a CPU, `.winograd` and oneDNN read them in their own order."""
+    return torch.channels_last_3d if device.type == "cuda" else torch.contiguous_format
+
+
 def lay_out_weights(weights: Iterable[Tensor]) -> None:
     """Give frozen weights of convolutions, [o, i, k, k, k], the layout that is fastest on their device, in place."""
     for weight in weights:
         if weight.ndim != 5 or weight.requires_grad or weight.is_inference():
             continue
-        # on a CPU, `.winograd` and oneDNN read them in their own order
-        memory_format = torch.channels_last_3d if weight.is_cuda else torch.contiguous_format
+        memory_format = weight_format(weight.device)
         if not weight.is_contiguous(memory_format=memory_format):
             weight.data = weight.data.contiguous(memory_format=memory_format)
