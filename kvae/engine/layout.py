@@ -19,7 +19,7 @@ def fastest_format(device: torch.device) -> torch.memory_format:
 
 
 def weight_format(device: torch.device) -> torch.memory_format:
-    """The memory format of the weights of convolutions. On a CPU, `.winograd` and oneDNN read them in their own order."""
+    """The memory format of a convolution's weights. On a CPU, `.winograd` and oneDNN read them in their own order."""
     return torch.channels_last_3d if device.type == "cuda" else torch.contiguous_format
 
 

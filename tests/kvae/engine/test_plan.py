@@ -98,14 +98,14 @@ def test_a_plan_for_a_gpu_needs_no_gpu(name, direction):
     with torch.device("meta"):
         kvae = KVAE(FAMILY[name]).requires_grad_(False).fold()
     side, gpu = kvae.config.spatial_factor, torch.device("cuda")
-    shape, plan, stream = (1, 3, 21, 160, 256), plan_encode, kvae.encode_stream
+    shape, plan, stream = (1, 3, 21, 96, 160), plan_encode, kvae.encode_stream
     if direction == "decode":
-        shape = (1, kvae.config.z_channels, 6, 160 // side, 256 // side)
+        shape = (1, kvae.config.z_channels, 6, 96 // side, 160 // side)
         plan, stream = plan_decode, kvae.decode_stream
     found = plan(kvae, shape, stream=True, device=gpu)
     assert found.execution.strip_bytes == 1 << 30 > plan(kvae, shape, stream=True).execution.strip_bytes
     x = torch.empty(shape, device="meta")
-    for found in frontier(plan, kvae, shape, stream=True, device=gpu):
+    for found in frontier(plan, kvae, shape, stream=True, device=gpu)[::2]:
         with PeakMemory() as memory:
             for _ in stream(x, found.execution):
                 pass
