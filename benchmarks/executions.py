@@ -21,8 +21,11 @@ from kvae_comfyui.benchmarks.tables import publish
 from kvae_comfyui.kvae import FAMILY, KVAE, Execution, Recompute
 
 MODELS = ("1.0", "2.0-t4s8")
-EXECUTIONS = [Execution(recompute=level) for level in Recompute] + [Execution(strip_bytes=16 << 20)]
-SHORT = [Execution(segment=8), Execution(segment=4)]  # for 2.0 only
+STRIPS = 64  # MB
+CPU = torch.device("cpu")
+EXECUTIONS = [Execution(strip_bytes=STRIPS << 20, recompute=level) for level in Recompute]
+EXECUTIONS += [Execution(strip_bytes=16 << 20)]
+SHORT = [Execution(segment, STRIPS << 20) for segment in (8, 4)]  # for 2.0 only
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def rows(rounds: int) -> Iterator[str]:
             for execution, results in zip(executions, zip(*runs, strict=True), strict=True):
                 seconds = statistics.median(result[0] for result in results)
                 first = first or seconds
-                row = [execution.segment, execution.strip_bytes >> 20, execution.recompute.name.lower()]
+                row = [execution.segment, execution.strip_bytes_on(CPU) >> 20, execution.recompute.name.lower()]
                 measured = f"{seconds:.1f} | {seconds / first:.2f} | {results[0][1] / 1e9:.2f}"
                 yield f"| {model} {direction} | {' | '.join(map(str, row))} | {measured} |"
 

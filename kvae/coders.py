@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import KVAEConfig
+from .engine.layout import lay_out_weights
 from .layers import Cache, CausalConv3d, ResnetBlock, SpatialNorm, Streamed, make_norm
 from .resample import Downsample, Resampler, Upsample
 
@@ -43,6 +44,7 @@ class Coder(nn.Module):
 
     conv_in: CausalConv3d
     conv_out: CausalConv3d
+    norm_out: nn.Module
     gradient_checkpointing = False
 
     def stages(self) -> Iterator[nn.Module]:
@@ -54,10 +56,15 @@ class Coder(nn.Module):
         raise NotImplementedError
 
     def fold(self) -> None:
-        """Fold the resamplers' weights if they are frozen, unless that is done and they have not changed since."""
+        """Prepare frozen weights to run: lay them out for their device, and fold those of the resamplers.
+
+        What is done already, and has not changed since, stays as it is.
+        """
+        lay_out_weights(self.parameters())
         for module in self.modules():
             if isinstance(module, Resampler):
                 module.fold()
+        lay_out_weights(self.buffers())
 
     def run(self, h_BCTHW: Tensor, cache: Cache, *z: Tensor) -> Tensor:
         """Run all stages; the blocks are conditioned on z if it is given."""

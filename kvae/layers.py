@@ -185,12 +185,13 @@ class ResnetBlock(nn.Module):
         self.conv1 = CausalConv3d(in_channels, out_channels, padding=config.padding)
         self.norm2 = norm(out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels, padding=config.padding)
-        if in_channels != out_channels:
+        self.shortcut_is_a_convolution = in_channels != out_channels
+        if self.shortcut_is_a_convolution:
             self.nin_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
     def shortcut(self, x_BCTHW: Tensor) -> Tensor:
         """The input, with as many channels as the output: [B, C, T, H, W] → [B, C', T, H, W]."""
-        if not hasattr(self, "nin_shortcut"):
+        if not self.shortcut_is_a_convolution:
             return x_BCTHW
         return conv3d(x_BCTHW, self.nin_shortcut.weight, self.nin_shortcut.bias)
 

@@ -72,9 +72,13 @@ def save_kvae(path: str | os.PathLike, kvae: KVAE, dtype: torch.dtype, metadata:
 
 
 def described_state(kvae: KVAE) -> dict[str, Tensor]:
-    """The state dict with the config as a tensor, for writers that drop our metadata. `load_kvae` reads it."""
+    """The state dict with the config as a tensor, for writers that drop our metadata. `load_kvae` reads it.
+
+    Weights that lie in memory as their device wants them are copied: writers refuse those.
+    """
     text = json.dumps(kvae.config.to_dict()).encode()
-    return {**kvae.state_dict(), CONFIG: torch.tensor(list(text), dtype=torch.uint8)}
+    weights = {key: weight.contiguous() for key, weight in kvae.state_dict().items()}
+    return {**weights, CONFIG: torch.tensor(list(text), dtype=torch.uint8)}
 
 
 def official_key(key: str) -> str:

@@ -18,7 +18,7 @@ Source of the model: https://github.com/kandinskylab/kvae.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -26,21 +26,26 @@ from torch import Tensor, nn
 
 from .coders import Coder, Decoder, Encoder
 from .config import SEGMENT_FRAMES, KVAEConfig
-from .engine.execution import Execution, Recompute, frames_to_recompute
-from .engine.run_segment import in_fastest_format, run_segment
+from .engine.execution import Execution, Executions, Recompute, frames_to_recompute, present
+from .engine.layout import fastest_format
+from .engine.run_segment import run_segment
 from .engine.stream_state import GroupNormStats, StreamState
 from .engine.tiles import Part, Span, Tiling, blended_tiling, exact_tiling, shrink_to_tile
 from .frames import padded, padded_frames, pieces_of, regroup, with_last
 from .layers import name_streamed
 from .posterior import Posterior
+from .progress import Progress, progress_over_tiles
 from .resample import Resampler
 
 DEFAULT = Execution()
-Progress = Callable[[int], None]  # called with the number of frames done so far; it may raise, to cancel the run
 
 
 class KVAE(nn.Module):
-    """A KVAE-3D. Pixels are x/128 − 1 for x in 0..255 (see `kvae.pixels`); latents are raw. Any float dtype works."""
+    """A KVAE-3D. Pixels are x/128 − 1 for x in 0..255 (see `kvae.pixels`); latents are raw. Any float dtype works.
+
+    In all methods, `execution` may also be a function that is asked before each segment. Its answers may differ in
+    strips and in what is recomputed.
+    """
 
     def __init__(self, config: KVAEConfig | None = None):
         super().__init__()
@@ -65,7 +70,7 @@ class KVAE(nn.Module):
     def encode_stream(
         self,
         frames: Tensor | Iterable[Tensor],
-        execution: Execution = DEFAULT,
+        execution: Executions = DEFAULT,
         progress: Progress | None = None,
         norm_stats: GroupNormStats | None = None,
     ) -> Iterator[Posterior]:
@@ -81,8 +86,8 @@ class KVAE(nn.Module):
         Raises:
             ValueError: the model does not support the execution or the shape, or there are no frames.
         """
-        self._check_execution(execution)
-        lengths = execution.segment + 1, execution.segment
+        segment = self._checked_segment(execution)
+        lengths = segment + 1, segment
         if isinstance(frames, Tensor):
             pieces = pieces_of(_checked(frames, 3, "video"), *lengths)
         else:
@@ -90,12 +95,12 @@ class KVAE(nn.Module):
         return self._encoded(pieces, StreamState(norm_stats=norm_stats), execution, progress)
 
     def _encoded(
-        self, pieces: Iterator[Tensor], state: StreamState, execution: Execution, progress: Progress | None
+        self, pieces: Iterator[Tensor], state: StreamState, execution: Executions, progress: Progress | None
     ) -> Iterator[Posterior]:
         self.encoder.fold()
         done = 0
         for x, last in with_last(pieces):
-            moments = self._compute(self.encoder, x, state, not done, last, execution)
+            moments = self._compute(self.encoder, x, state, not done, last, present(execution))
             done += x.shape[2]
             yield Posterior(*moments.chunk(2, dim=1))
             if progress:
@@ -106,7 +111,7 @@ class KVAE(nn.Module):
     def decode_stream(
         self,
         z_Bcthw: Tensor,
-        execution: Execution = DEFAULT,
+        execution: Executions = DEFAULT,
         progress: Progress | None = None,
         norm_stats: GroupNormStats | None = None,
     ) -> Iterator[Tensor]:
@@ -121,25 +126,26 @@ class KVAE(nn.Module):
         Raises:
             ValueError: the model does not support the execution or the shape.
         """
-        self._check_execution(execution)
-        length = execution.segment // self._temporal_factor
+        length = self._checked_segment(execution) // self._temporal_factor
         pieces = pieces_of(_checked(z_Bcthw, self.config.z_channels, "latent"), length + 1, length)
         return self._decoded(pieces, StreamState(norm_stats=norm_stats), execution, progress)
 
     def _decoded(
-        self, pieces: Iterator[Tensor], state: StreamState, execution: Execution, progress: Progress | None
+        self, pieces: Iterator[Tensor], state: StreamState, execution: Executions, progress: Progress | None
     ) -> Iterator[Tensor]:
         self.decoder.fold()
         done = 0
         for z, last in with_last(pieces):
-            frames = self._compute(self.decoder, z, state, not done, last, execution)
+            frames = self._compute(self.decoder, z, state, not done, last, present(execution))
             done += frames.shape[2]
             yield frames
             del frames  # before the next ones are made
             if progress:
                 progress(done)
 
-    def posterior(self, x_B3THW: Tensor, execution: Execution = DEFAULT, progress: Progress | None = None) -> Posterior:
+    def posterior(
+        self, x_B3THW: Tensor, execution: Executions = DEFAULT, progress: Progress | None = None
+    ) -> Posterior:
         """Encode a video [B, 3, T, H, W] in −1..1 to the posterior of its latents, [B, c, t, h, w].
 
         See `encode_stream` for sizes and errors; tiles are not supported.
@@ -147,13 +153,13 @@ class KVAE(nn.Module):
         parts = list(self.encode_stream(x_B3THW, execution, progress))
         return Posterior(torch.cat([p.mean for p in parts], 2), torch.cat([p.logvar for p in parts], 2))
 
-    def encode(self, x_B3THW: Tensor, execution: Execution = DEFAULT, progress: Progress | None = None) -> Tensor:
+    def encode(self, x_B3THW: Tensor, execution: Executions = DEFAULT, progress: Progress | None = None) -> Tensor:
         """Encode a video [B, 3, T, H, W] in −1..1 to its raw latent [B, c, t, h, w], the mean of the posterior.
 
         Raises:
             ValueError: as `encode_stream`.
         """
-        if execution.tiles == (1, 1):
+        if present(execution).tiles == (1, 1):
             return torch.cat([posterior.mean for posterior in self.encode_stream(x_B3THW, execution, progress)], dim=2)
         _checked(x_B3THW, 3, "video")
         B, _, T, H, W = x_B3THW.shape
@@ -163,7 +169,7 @@ class KVAE(nn.Module):
             part.put(z)
         return z
 
-    def decode(self, z_Bcthw: Tensor, execution: Execution = DEFAULT, progress: Progress | None = None) -> Tensor:
+    def decode(self, z_Bcthw: Tensor, execution: Executions = DEFAULT, progress: Progress | None = None) -> Tensor:
         """Decode raw latents [B, c, t, h, w] to a video [B, 3, 4(t − 1) + 1, 8h, 8w], about −1..1, not clipped.
 
         2.0-t4s16 has 16h and 16w.
@@ -171,7 +177,7 @@ class KVAE(nn.Module):
         Raises:
             ValueError: as `decode_stream`.
         """
-        if execution.tiles == (1, 1):
+        if present(execution).tiles == (1, 1):
             return torch.cat(list(self.decode_stream(z_Bcthw, execution, progress)), dim=2)
         B, _, t, h, w = _checked(z_Bcthw, self.config.z_channels, "latent").shape
         side = self.config.spatial_factor
@@ -180,7 +186,7 @@ class KVAE(nn.Module):
             part.put(x)
         return x
 
-    def encode_parts(self, x_B3THW: Tensor, execution: Execution, progress: Progress | None = None) -> Iterator[Part]:
+    def encode_parts(self, x_B3THW: Tensor, execution: Executions, progress: Progress | None = None) -> Iterator[Part]:
         """Yield the parts that `encode` assembles: the segments of each tile in turn, as they are computed.
 
         Raises:
@@ -188,9 +194,9 @@ class KVAE(nn.Module):
         """
         _, _, T, H, W = _checked(x_B3THW, 3, "video").shape
         side = self.config.spatial_factor
-        tiling = self._tiling(execution, -(-H // side), -(-W // side), decode=False)
-        each, stats = self._without_tiles(execution), None
-        report = _progress_over_tiles(progress, len(tiling), T)
+        tiling = self._tiling(present(execution), -(-H // side), -(-W // side), decode=False)
+        each, stats = self._of_one_tile(execution), None
+        report = progress_over_tiles(progress, len(tiling), T)
         if self._needs_statistics(tiling):
             stats = GroupNormStats()
             chunks = (shrink_to_tile(frame, tiling, side) for frame in x_B3THW.split(1, dim=2))
@@ -203,16 +209,16 @@ class KVAE(nn.Module):
 
         return tiling.parts(latents, scale=1)
 
-    def decode_parts(self, z_Bcthw: Tensor, execution: Execution, progress: Progress | None = None) -> Iterator[Part]:
+    def decode_parts(self, z_Bcthw: Tensor, execution: Executions, progress: Progress | None = None) -> Iterator[Part]:
         """Yield the parts that `decode` assembles: the segments of each tile in turn, as they are computed.
 
         Raises:
             ValueError: as `decode`.
         """
         _, _, t, h, w = _checked(z_Bcthw, self.config.z_channels, "latent").shape
-        tiling = self._tiling(execution, h, w, decode=True)
-        each, stats = self._without_tiles(execution), None
-        report = _progress_over_tiles(progress, len(tiling), self._temporal_factor * (t - 1) + 1)
+        tiling = self._tiling(present(execution), h, w, decode=True)
+        each, stats = self._of_one_tile(execution), None
+        report = progress_over_tiles(progress, len(tiling), self._temporal_factor * (t - 1) + 1)
         if self._needs_statistics(tiling):
             stats = GroupNormStats()
             deque(self.decode_stream(shrink_to_tile(z_Bcthw, tiling, 1), each, norm_stats=stats), maxlen=0)
@@ -227,10 +233,11 @@ class KVAE(nn.Module):
             return exact_tiling(self.config, h, w, execution.tiles, decode)
         return blended_tiling(h, w, execution.tiles, execution.overlap)
 
-    def _without_tiles(self, execution: Execution) -> Execution:
+    def _of_one_tile(self, execution: Executions) -> Executions:
         """The execution for the stream of a single tile."""
-        each = replace(execution, tiles=(1, 1), overlap=None)
-        self._check_execution(each)
+        now = present(execution)
+        each = execution if now.tiles == (1, 1) and now.overlap is None else replace(now, tiles=(1, 1), overlap=None)
+        self._checked_segment(each)
         return each
 
     def _needs_statistics(self, tiling: Tiling) -> bool:
@@ -244,7 +251,8 @@ class KVAE(nn.Module):
         if self._needs_gradient(coder, x):
             return coder(self._pad(coder, x.to(self._weight), first), state.cache)
         with torch.no_grad():
-            x = self._pad(coder, in_fastest_format(x.to(self._weight)), first)
+            x = self._pad(coder, x.to(self._weight), first)
+            x = x.contiguous(memory_format=fastest_format(x.device))
             return run_segment(coder, x, state, first, last, execution)
 
     def _pad(self, coder: Encoder | Decoder, x: Tensor, first: bool) -> Tensor:
@@ -270,10 +278,12 @@ class KVAE(nn.Module):
         """Frames per latent."""
         return self.config.temporal_compress_times
 
-    def _check_execution(self, execution: Execution) -> None:
-        if execution.tiles != (1, 1):
+    def _checked_segment(self, execution: Executions) -> int:
+        """The frames of a segment, of an execution that this model supports."""
+        now = present(execution)
+        if now.tiles != (1, 1):
             raise ValueError("a stream yields whole pictures, segment by segment; use encode or decode for tiles")
-        frames = execution.segment
+        frames = now.segment
         if not self.config.norm_is_per_position and frames != SEGMENT_FRAMES:
             raise ValueError(
                 f"segments of {frames} frames; this model has GroupNorm over a segment of {SEGMENT_FRAMES} frames"
@@ -281,23 +291,11 @@ class KVAE(nn.Module):
         if frames < 1 or frames % self._temporal_factor:
             raise ValueError(f"segments of {frames} frames; expected a multiple of {self._temporal_factor}")
         needed = frames_to_recompute(len(self.decoder.full_resolution()))
-        if execution.recompute == Recompute.FULL_RESOLUTION and frames < needed:
+        if now.recompute == Recompute.FULL_RESOLUTION and frames < needed:
             raise ValueError(
                 f"segments of {frames} frames; recomputing all maps of full resolution needs {needed} or more"
             )
-
-
-def _progress_over_tiles(progress: Progress | None, tiles: int, frames: int) -> Progress:
-    """Progress of the streams of the tiles, one after the other, as progress of the clip."""
-    before = 0
-
-    def report(done: int) -> None:
-        nonlocal before
-        if progress:
-            progress((before + done) // tiles)
-        before += frames if done == frames else 0
-
-    return report
+        return frames
 
 
 def _checked(x: Tensor, channels: int, name: str) -> Tensor:

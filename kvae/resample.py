@@ -116,6 +116,7 @@ class Downsample(Resampler):
 
     def __init__(self, channels: int, time: bool, config: KVAEConfig):
         super().__init__()
+        self.halves_time = time
         self.doubles = config.downsample_version == 2
         self.padding = config.padding
         width = 2 * channels if self.doubles else channels
@@ -138,7 +139,7 @@ class Downsample(Resampler):
             mean[c, c, 0, 1:, 1:] = 0.25
         space = space + mean
         linear, linear_bias = pointwise_matrix(self.linear)
-        if not hasattr(self, "temporal_conv"):
+        if not self.halves_time:
             return {"space": then_pointwise(linear, space), "space_bias": linear @ space_bias + linear_bias}
         if isinstance(self.temporal_conv, TemporalConv):
             w, time_bias = conv_weights(self.temporal_conv.conv)
@@ -162,7 +163,7 @@ class Downsample(Resampler):
         """[B, C, T, H, W] → [B, C', T', H/2, W/2]; T' is (T + 1) / 2 at the start of a stream, T / 2 later on."""
         w = self.folded()
         x = self.halve_space(x_BCTHW, w)
-        return self.halve_time(x, cache, w) if "time" in w else x
+        return self.halve_time(x, cache, w) if self.halves_time else x
 
     def halve_space(self, x_BCTHW: Tensor, w: dict[str, Tensor], border: bool = True) -> Tensor:
         """[B, C, T, 2h, 2w] → [B, C', T, h, w]; without `border`, x already has the row above."""
@@ -181,6 +182,7 @@ class Upsample(Resampler):
 
     def __init__(self, channels: int, time: bool, config: KVAEConfig):
         super().__init__()
+        self.doubles_time = time
         self.padding = config.padding
         self.spatial_conv = nn.Conv3d(channels, channels, (1, 3, 3))
         if time:
@@ -202,7 +204,7 @@ class Upsample(Resampler):
             taps = [kernel[:, :, :, list(rows)].sum(3, keepdim=True) for rows in groups[row]]
             taps = [tap[..., list(columns)].sum(4, keepdim=True) for tap in taps for columns in groups[column]]
             composed[f"space_{row}{column}"] = torch.cat([torch.cat(taps[:2], 4), torch.cat(taps[2:], 4)], 3)
-        if hasattr(self, "temporal_conv"):
+        if self.doubles_time:
             time, composed["time_bias"] = conv_weights(self.temporal_conv.conv)
             first, second, third = time.flatten(2).unbind(2)
             composed["time_0"] = torch.stack([first + second, third + eye], 2)[..., None, None]
@@ -212,7 +214,7 @@ class Upsample(Resampler):
     def forward(self, x_BCTHW: Tensor, cache: Cache) -> Tensor:
         """[B, C, T, H, W] → [B, C, T', 2H, 2W]; T' is 2T − 1 at the start of a stream, 2T later on."""
         w = self.folded()
-        x = self.double_time(x_BCTHW, cache, w) if "time_0" in w else x_BCTHW
+        x = self.double_time(x_BCTHW, cache, w) if self.doubles_time else x_BCTHW
         return self.double_space(x, w)
 
     def double_space(self, x_BCTHW: Tensor, w: dict[str, Tensor], border: tuple[bool, bool] = (True, True)) -> Tensor:

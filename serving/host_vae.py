@@ -31,7 +31,7 @@ from ..adapters.files import LatentAdapter
 from ..adapters.hybrid import HybridVAE, from_kvae_pixels, to_kvae_pixels
 from ..adapters.spaces import LatentSpace
 from ..kvae import KVAE, SEGMENT_FRAMES, Execution, plan_decode, plan_encode
-from ..kvae.model import Progress
+from ..kvae.progress import Progress
 from .memory import room_for, with_less_memory
 from .planning import Executions, Planner
 

@@ -110,7 +110,7 @@ class Planner:
         try:
             return plan(self.kvae, _one_clip(shape), counted, stream=stream, approximate=self.approximate)
         except BudgetError as error:
-            least = Plan(error.least.execution, int(WORKSPACE * error.least.peak) + 1)
+            least = replace(error.least, peak=int(WORKSPACE * error.least.peak) + 1)
             raise BudgetError(budget, least) from None  # type: ignore[arg-type]
 
     def _in_dtype(self, plan: Plan, dtype: torch.dtype) -> float:

@@ -6,50 +6,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from copy import copy
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import RMSNorm, SpatialNorm, apply_scale_shift, wide
-from .feature_map import FeatureMap, Materialized
-from .strips import even_strips
+from .fused_norm import LatentAffine, find_kernel
 
-STATISTICS_BYTES = 32 << 20  # of the float32 copy, made by strips, from which GroupNorm's statistics are gathered
-ScaleShift = tuple[Tensor, Tensor]
-BATCH_NORM_DEVICES = ("cpu", "cuda")  # those with torch.batch_norm_update_stats
+ScaleShift = tuple[Tensor, Tensor | None]
 
 
 class NormAffine:
-    """A norm of `source` as scale and shift: GroupNorm's from its statistics, in the decoder with the latent's on top.
+    """A norm as scale and shift: GroupNorm's from its statistics, in the decoder with the latent's on top.
 
     Args:
-        strips: bounds of the rows to compute at a time, if the source is not in memory.
+        height: rows of the feature map.
         z_Bcthw: the latent that conditions the norm, in the decoder.
         first: whether the segment starts the stream, so that its first latent covers one frame.
-        known: GroupNorm's scale and shift, if they are not to be gathered from `source`.
+        scale_shift: of the norm itself, [B or 1, C, 1, 1, 1] each; an RMS norm has no shift.
     """
 
-    def __init__(
-        self,
-        norm: nn.Module,
-        source: FeatureMap,
-        strips: Iterable[tuple[int, int]],
-        z_Bcthw: Tensor | None,
-        first: bool,
-        known: ScaleShift | None = None,
-    ):
-        self.height = source.shape[3]
-        self.z, self.first = z_Bcthw, first
+    def __init__(self, norm: nn.Module, height: int, z_Bcthw: Tensor | None, first: bool, scale_shift: ScaleShift):
+        self.height, self.z, self.first = height, z_Bcthw, first
+        self.scale, self.shift = scale_shift
         self.spread: tuple[int, int] | None = None  # of `last_frames`: frames per latent, and how many frames in all
         self.spatial = norm if isinstance(norm, SpatialNorm) else None
-        inner = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
-        self.rms = isinstance(inner, RMSNorm)
-        if isinstance(inner, RMSNorm):
-            self.scale, self.shift = wide(inner.gamma[None]) * len(inner.gamma) ** 0.5, None
-        else:
-            self.scale, self.shift = known or group_affine(inner, source, strips)  # type: ignore[arg-type]
+        self.rms = isinstance(norm.norm_layer if isinstance(norm, SpatialNorm) else norm, RMSNorm)
 
     def last_frames(self, frames: int, T: int) -> NormAffine:
         """The same norm for the last of T frames alone."""
@@ -68,15 +52,65 @@ class NormAffine:
         if self.spatial is None:
             self._apply(x_BCTHW, self.scale, self.shift, out)
             return
-        z = self.z
-        assert z is not None
+        scale, shift, rate = self._of_latent(lo, hi)
+        rows = torch.arange(lo, hi, device=scale.device) // rate - lo // rate
+        scale, shift = (self._spread(s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale, shift))
+        apply_scale_shift(x_BCTHW, scale, shift, self.first, out=out)
+
+    def write_fused(
+        self, x_BCTHW: Tensor, lo: int, hi: int, out: Tensor, corner: tuple[int, int] = (0, 0), padding: str = "zeros"
+    ) -> bool:
+        """out = SiLU(norm(x)) with a border, for rows lo:hi of the source; False, with nothing written, if there is no
+        kernel for it.
+
+        Args:
+            out: [B, C, T, H', W'], which has x from row and column `corner` on. The rest of it is border.
+            padding: of the border, as in `fill_border`.
+        """
+        has_shift = self.spatial is not None or self.shift is not None
+        kernel = find_kernel(x_BCTHW, out, self.rms, has_shift, padding)
+        if kernel is None:
+            return False
+        if self.spatial is None:
+            affine = LatentAffine(self.scale, self.shift)
+        else:
+            scale, shift, rate = self._of_latent(lo, hi)
+            t, _, w = scale.shape[2:]
+            frames, skipped = self._frames_of_latents(t, x_BCTHW.shape[2])
+            affine = LatentAffine(scale, shift, (frames, rate, x_BCTHW.shape[4] // w), (skipped, lo % rate))
+        kernel(x_BCTHW, out, affine, corner)
+        return True
+
+    def _of_latent(self, lo: int, hi: int) -> tuple[Tensor, Tensor, int]:
+        """Scale and shift for the latents that cover rows lo:hi, [B, C, t, h, w] each, and rows per latent."""
+        z, spatial = self.z, self.spatial
+        assert z is not None and spatial is not None
         rate = self.height // z.shape[3]
         z = z[:, :, :, lo // rate : (hi - 1) // rate + 1]
-        scale, shift = self.spatial.conv_y(z), self.spatial.conv_b(z)
+        scale, shift = spatial.conv_y(z), spatial.conv_b(z)
         shift = shift if self.shift is None else scale * self.shift + shift
-        rows = torch.arange(lo, hi, device=z.device) // rate - lo // rate
-        scale, shift = (self._spread(s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale * self.scale, shift))
-        apply_scale_shift(x_BCTHW, scale, shift, self.first, out=out)
+        return scale * self.scale, shift, rate
+
+    def _frames_of_latents(self, t: int, T: int) -> tuple[int, int]:
+        """Frames that each of t latents covers, and how many of the first one's come before the T frames."""
+        if self.spread:
+            rate, frames = self.spread
+            return rate, t * rate - frames
+        head = 1 if self.first and t > 1 else 0
+        rate = (T - head) // (t - head)
+        return rate, (rate - 1) * head
+
+    def workspace_bytes(self, shape: Sequence[int], item_bytes: int) -> int:
+        """Bytes that normalising rows of this shape, [B, C, T, rows, W], needs in addition to input and output."""
+        B, C, T, rows, W = shape
+        norms = item_bytes * B * T * rows * W if self.rms else 0
+        if self.z is None:
+            return norms
+        t, h, w = self.z.shape[2:]
+        covered = min(h, -(-rows * h // self.height) + 1)  # rows of the latent
+        scales = t * ((3 * item_bytes + 8) * covered + 2 * item_bytes * rows)  # and repeated for each row
+        scales += 2 * item_bytes * rows * (T + t) if self.spread else 0  # and for each frame
+        return max(norms, B * C * w * scales)
 
     def _spread(self, s_BCthw: Tensor) -> Tensor:
         """One value for each of the last frames, the first of which may lie inside a latent's block of frames."""
@@ -97,33 +131,6 @@ class NormAffine:
                 y.copy_(torch.addcmul(shift[:, :, 0], x, scale[:, :, 0], out=x))
 
 
-def group_affine(norm: nn.GroupNorm, source: FeatureMap, strips: Iterable[tuple[int, int]]) -> ScaleShift:
-    """GroupNorm over a whole feature map, as scale and shift, [B, C, 1, 1, 1] each in at least float32."""
-    B, C, T, H, W = source.shape
-    bounds = list(strips)
-    if isinstance(source, Materialized):
-        copied = source.x.device.type not in BATCH_NORM_DEVICES
-        bounds = list(even_strips(H, STATISTICS_BYTES // (B * C * T * W * 4))) if copied else [(0, H)]
-    moments = [channel_moments(source(lo, hi)) for lo, hi in bounds]
-    # [strips, B, groups, channels of a group]; a group's variance is the mean of the variances of its parts plus the
-    # variance of their means
-    means, variances = (torch.stack(m).unflatten(2, (norm.num_groups, -1)) for m in zip(*moments, strict=True))
-    weight = means.new_tensor([(hi - lo) / H for lo, hi in bounds])[:, None, None, None]
-    mean = (weight * means).sum(0).mean(-1, keepdim=True)
-    variance = (weight * (variances + (means - mean).square())).sum(0).mean(-1, keepdim=True)
-    scale = wide(norm.weight).view(norm.num_groups, -1) * (variance + norm.eps).rsqrt()
-    shift = wide(norm.bias).view(norm.num_groups, -1) - mean * scale
-    return scale.flatten(1)[..., None, None, None], shift.flatten(1)[..., None, None, None]
-
-
-def channel_moments(x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of each clip, [B, C] each in at least float32."""
-    if x_BCTHW.device.type not in BATCH_NORM_DEVICES:
-        variance, mean = torch.var_mean(wide(x_BCTHW), dim=(2, 3, 4), correction=0)
-        return mean, variance
-    # 3 to 30 times as fast as var_mean on a CPU; given float32 running statistics, it also accumulates in float32
-    dtype = torch.promote_types(x_BCTHW.dtype, torch.float32)
-    unused = torch.zeros(x_BCTHW.shape[1], dtype=dtype, device=x_BCTHW.device)
-    moments = [torch.batch_norm_update_stats(clip[None], unused, unused, 0.0) for clip in x_BCTHW]
-    mean, variance = (torch.stack(m) for m in zip(*moments, strict=True))
-    return mean, variance
+def rms_scale(norm: RMSNorm) -> Tensor:
+    """What to multiply by after a division by the root of the sum of squares: [1, C, 1, 1, 1] in at least float32."""
+    return wide(norm.gamma[None]) * len(norm.gamma) ** 0.5

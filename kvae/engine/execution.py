@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+
+import torch
 
 from ..config import SEGMENT_FRAMES
 
@@ -29,7 +32,8 @@ class Execution:
 
     Attributes:
         segment: frames in each segment after the first, which has one more. Models with GroupNorm require 16.
-        strip_bytes: approximate size of a convolution's input and output for one strip.
+        strip_bytes: approximate size of a convolution's input and output for one strip. None: what is fast on the
+            device, see `strip_bytes_on`.
         recompute: which feature maps are recomputed instead of held in memory.
         tiles: number of rows and of columns of tiles. Each tile is computed for the whole clip before the next (see
             `.tiles`). Streams accept (1, 1) only.
@@ -42,7 +46,7 @@ class Execution:
     """
 
     segment: int = SEGMENT_FRAMES
-    strip_bytes: int = 64 << 20
+    strip_bytes: int | None = None
     recompute: Recompute = Recompute.NOTHING
     tiles: tuple[int, int] = (1, 1)
     overlap: int | None = None
@@ -52,7 +56,8 @@ class Execution:
         if len(self.tiles) != 2:
             raise ValueError(f"tiles is {self.tiles}; expected rows and columns of tiles, such as (2, 3)")
         overlap = 0 if self.overlap is None else self.overlap
-        numbers = [self.segment, self.strip_bytes, *self.tiles, self.recompute, overlap]
+        strip_bytes = 1 if self.strip_bytes is None else self.strip_bytes
+        numbers = [self.segment, strip_bytes, *self.tiles, self.recompute, overlap]
         if not all(isinstance(number, int) for number in numbers):
             raise ValueError(f"{self}; expected integers")
         if min(numbers[:4]) < 1:
@@ -63,6 +68,18 @@ class Execution:
         object.__setattr__(self, "recompute", Recompute(self.recompute))
         if overlap < 0:
             raise ValueError(f"overlap is {overlap}; expected 0 or more latents, or None for exact tiles")
+
+    def strip_bytes_on(self, device: torch.device) -> int:
+        """The size of strips on a device: larger on a GPU, which small strips would leave idle."""
+        return self.strip_bytes or (64 << 20 if device.type in ("cpu", "meta") else 1 << 30)
+
+
+Executions = Execution | Callable[[], Execution]  # one for all segments, or a function that is asked before each
+
+
+def present(execution: Executions) -> Execution:
+    """The execution for the next segment."""
+    return execution if isinstance(execution, Execution) else execution()
 
 
 def frames_to_recompute(blocks: int) -> int:

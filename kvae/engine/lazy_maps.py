@@ -9,7 +9,7 @@ A 3x3 window needs one row beyond its strip. What a convolution reads is normali
 from __future__ import annotations
 
 from copy import copy
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ..layers import CausalConv3d, ResnetBlock, empty_in_layout_of, fill_border
 from ..resample import Upsample
+from . import winograd
 from .affine import NormAffine
 from .convolution import conv3d
 from .execution import PAST_FRAMES
-from .feature_map import FeatureMap, Materialized, ReadRows
+from .feature_map import FeatureMap, Materialized, ReadRows, Rows
 from .segment import SegmentRun
 
 
@@ -41,37 +42,29 @@ class LazyConv:
         norm: nn.Module | None,
         recompute_past: bool = False,
     ):
-        B, _, T, H, W = source.shape
+        B, C, T, H, W = source.shape
         self.shape = torch.Size((B, conv.conv.out_channels, T, H, W))
         self.segment, self.source, self.conv = segment, source, conv
-        self.affine = self._affine(norm) if norm else None
-        element = segment.element_size
-        self.row_bytes = source.row_bytes + B * (source.shape[1] + self.shape[1]) * (T + 2) * (W + 2) * element
+        self.affine = segment.affine(norm, source, conv.name) if norm else None
+        channels = C + conv.conv.out_channels
+        self.row_bytes = source.row_bytes + segment.bytes_of(B, channels, T + 2, 1, W + 2)
         self.lead_frames = 0  # frames of the source before those of the output
-        self.past: ReadRows | None = segment.state.past_frames.pop(conv.name, None)
+        self.past: Rows | None = segment.state.past_frames.pop(conv.name, None)
         self.next_past: Materialized | None = None
-        recompute_past = recompute_past and T >= PAST_FRAMES
-        self.collects_past = not (recompute_past or segment.last)
-        if recompute_past and self.affine and not segment.last:
-            past = LazyPast(source.last_frames(PAST_FRAMES), self.affine.last_frames(PAST_FRAMES, T))
+        if segment.last:
+            return
+        if not recompute_past or T < PAST_FRAMES:
+            self.next_past = Materialized(segment.empty((B, C, PAST_FRAMES, H, W)))
+        elif self.affine:
+            past = LazyPast(segment, source.last_frames(PAST_FRAMES), self.affine.last_frames(PAST_FRAMES, T))
             segment.state.past_frames[conv.name] = past
-
-    def _affine(self, norm: nn.Module) -> NormAffine:
-        state = self.segment.state
-        stats, key = state.norm_stats, (state.segments, self.conv.name)
-        known = stats.get(key) if stats else None
-        strips = self.segment.strips(self.source)
-        affine = NormAffine(norm, self.source, strips, self.segment.z_Bcthw, self.segment.first, known)
-        if stats is not None and affine.shift is not None:
-            stats[key] = affine.scale, affine.shift
-        return affine
 
     def last_frames(self, frames: int) -> LazyConv:
         """The last frames alone. The source has the two frames before them, so no past is needed."""
         part = copy(self)
         part.source = self.source.last_frames(frames + PAST_FRAMES)
         part.affine = self.affine and self.affine.last_frames(frames + PAST_FRAMES, self.shape[2])
-        part.lead_frames, part.past, part.collects_past = PAST_FRAMES, None, False
+        part.lead_frames, part.past, part.next_past = PAST_FRAMES, None, None
         part.shape = torch.Size((*self.shape[:2], frames, *self.shape[3:]))
         return part
 
@@ -87,22 +80,48 @@ class LazyConv:
         padded = empty_in_layout_of(x, (B, C, T + 2, hi - lo + 2, W + 2))
         inner = padded[:, :, :, 1 - above : padded.shape[3] - 1 + below, 1:-1]
         now = inner[:, :, 2 - self.lead_frames :]
-        if self.affine:
+        unfilled = padded  # frames that have no border yet
+        if self.affine and self.affine.write_fused(
+            x, lo - above, hi + below, padded[:, :, 2 - self.lead_frames :], (1 - above, 1), self.conv.padding
+        ):
+            unfilled = padded[:, :, : 2 - self.lead_frames]
+        elif self.affine:
             self.affine.write(x, lo - above, hi + below, out=now)
             F.silu(now, inplace=True)
         else:
             now.copy_(x)
         if not self.lead_frames:
             inner[:, :, :2] = now[:, :, :1] if self.past is None else self.past(lo - above, hi + below)
-        if self.collects_past:
-            self.next_past = self.next_past or Materialized(empty_in_layout_of(padded, (B, C, 2, H, W)))
+        if self.next_past:
             self.next_past.x[:, :, :, lo:hi] = padded[:, :, T:, 1:-1, 1:-1]
-        fill_border(padded, self.conv.padding, (True, True, not above, not below))
+        fill_border(unfilled, self.conv.padding, (True, True, not above, not below))
         return conv3d(padded, self.conv.conv.weight, self.conv.conv.bias)
+
+    def peak_bytes(self, rows: int) -> int:
+        asked = min(self.shape[3], rows + 2)
+        return self.peak_bytes_after(rows, self.source.peak_bytes(asked), self.source.result_bytes(asked))
+
+    def peak_bytes_after(self, rows: int, source_peak: int, source_bytes: int) -> int:
+        """The peak of `compute`, if reading its source has a peak of `source_peak` and leaves `source_bytes`."""
+        B, C, _, H, W = self.source.shape
+        T, rows, asked = self.shape[2], min(H, rows), min(H, rows + 2)
+        padded = self.segment.bytes_of(B, C, T + 2, rows + 2, W + 2)
+        norm = 0
+        if self.affine:
+            norm = self.affine.workspace_bytes((B, C, T + self.lead_frames, asked, W), self.segment.dtype.itemsize)
+        work = self.result_bytes(rows)
+        if self.segment.device.type == "cpu":
+            work += winograd.workspace_bytes(self.conv.conv.weight, T, rows, W)
+        past = self.past.peak_bytes(asked) if self.past else 0
+        return max(source_peak, source_bytes + padded + max(norm, work, past))
+
+    def result_bytes(self, rows: int) -> int:
+        B, C, T, H, W = self.shape
+        return self.segment.bytes_of(B, C, T, min(H, rows), W)
 
     def store_past(self) -> None:
         """Hand the collected frames to the stream's state; to be called once all rows have been computed."""
-        if self.next_past is not None:
+        if self.next_past:
             self.segment.state.past_frames[self.conv.name] = self.next_past
 
 
@@ -117,8 +136,7 @@ class LazyResBlock:
         assert isinstance(outer.source, LazyConv)
         self.outer, self.inner, self.source = outer, outer.source, outer.source.source
         self.block, self.shape = block, outer.shape
-        B, C, T, _, W = self.shape
-        self.row_bytes = B * C * T * W * outer.segment.element_size
+        self.row_bytes = outer.result_bytes(1)
 
     def last_frames(self, frames: int) -> LazyResBlock:
         """The last frames alone."""
@@ -135,18 +153,52 @@ class LazyResBlock:
         y += self.block.shortcut(source(lo, hi)[:, :, -y.shape[2] :])
         return y
 
+    def peak_bytes(self, rows: int) -> int:
+        H = self.shape[3]
+        inner_rows, asked = min(H, rows + 2), min(H, rows + 4)
+        x, y = self.source.result_bytes(asked), self.result_bytes(rows)
+        inner = self.inner.peak_bytes_after(inner_rows, 0, 0)
+        outer = self.outer.peak_bytes_after(rows, inner, self.inner.result_bytes(inner_rows))
+        shortcut = y if self.block.shortcut_is_a_convolution else 0
+        return max(self.source.peak_bytes(asked), x + max(outer, y + shortcut))
+
+    def result_bytes(self, rows: int) -> int:
+        return self.outer.result_bytes(rows)
+
+
+class Shortcut:
+    """What a residual block adds to its second convolution: rows of its input, with as many channels as the output."""
+
+    def __init__(self, source: FeatureMap, block: ResnetBlock, outer: LazyConv):
+        self.source, self.block, self.outer = source, block, outer
+
+    def __call__(self, lo: int, hi: int) -> Tensor:
+        return self.block.shortcut(self.source(lo, hi))
+
+    def peak_bytes(self, rows: int) -> int:
+        made = self.outer.result_bytes(rows) if self.block.shortcut_is_a_convolution else 0
+        return max(self.source.peak_bytes(rows), self.source.result_bytes(rows) + made)
+
 
 class LazyPast:
     """The last frames of an earlier segment after norm and SiLU, on demand, with the statistics of that segment."""
 
-    def __init__(self, source: FeatureMap, affine: NormAffine):
-        self.source, self.affine = source, affine
+    def __init__(self, segment: SegmentRun, source: FeatureMap, affine: NormAffine):
+        self.segment, self.source, self.affine = segment, source, affine
 
     def __call__(self, lo: int, hi: int) -> Tensor:
         x = self.source(lo, hi)
         y = torch.empty_like(x)
+        if self.affine.write_fused(x, lo, hi, out=y):
+            return y
         self.affine.write(x, lo, hi, out=y)
         return F.silu(y, inplace=True)
+
+    def peak_bytes(self, rows: int) -> int:
+        B, C, T, _, W = self.source.shape
+        shape = B, C, T, rows, W
+        made = self.segment.bytes_of(*shape) + self.affine.workspace_bytes(shape, self.segment.dtype.itemsize)
+        return max(self.source.peak_bytes(rows), self.source.result_bytes(rows) + made)
 
 
 class LazyUpsample:
@@ -156,19 +208,18 @@ class LazyUpsample:
         copied_frames: the most frames that `last_frames` is asked for.
     """
 
-    def __init__(self, segment: SegmentRun, source: FeatureMap, upsample: Upsample, copied_frames: int):
-        self.upsample, self.weights, self.copied_frames = upsample, upsample.folded(), copied_frames
-        x = source(0, source.shape[3])
-        if "time_0" in self.weights:
-            x = upsample.double_time(x, segment.state.cache, self.weights)
-            if segment.last:
-                segment.state.cache.pop(upsample.name)
-        self.x = x
+    def __init__(self, segment: SegmentRun, source: Materialized, upsample: Upsample, copied_frames: int):
+        self.segment, self.upsample, self.copied_frames = segment, upsample, copied_frames
+        self.x = segment.double_time(source.x, upsample) if upsample.doubles_time else source.x
         self._copy: Tensor | None = None
-        B, C, T, H, W = x.shape
+        B, C, T, H, W = self.x.shape
         self.shape = torch.Size((B, C, T, 2 * H, 2 * W))
         # a row of the result (2W), and the part that is being copied into it (W)
-        self.row_bytes = 3 * B * C * T * W * segment.element_size
+        self.row_bytes = 3 * segment.bytes_of(B, C, T, 1, W)
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        return self.upsample.folded()
 
     def last_frames(self, frames: int) -> LazyUpsample:
         """The last frames alone, from one copy that all calls share."""
@@ -186,3 +237,16 @@ class LazyUpsample:
         x = self.x[:, :, :, first - above : end + below]
         y = self.upsample.double_space(x, self.weights, border=(not above, not below))
         return y[:, :, :, lo - 2 * first : hi - 2 * first]
+
+    def peak_bytes(self, rows: int) -> int:
+        small = self._small_rows(rows)
+        B, C, T, _, W = self.x.shape
+        quarter, padded = self.segment.bytes_of(B, C, T, small, W), self.segment.bytes_of(B, C, T, small + 2, W + 2)
+        return self.result_bytes(rows) + quarter + padded
+
+    def result_bytes(self, rows: int) -> int:
+        B, C, T, _, W = self.shape
+        return self.segment.bytes_of(B, C, T, 2 * self._small_rows(rows), W)
+
+    def _small_rows(self, rows: int) -> int:
+        return min(self.x.shape[3], rows // 2 + 1)

@@ -11,15 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import torch
+from torch import Tensor
+
 from ..coders import Coder
 from ..config import SEGMENT_FRAMES
 from ..frames import padded_frames
 from ..model import KVAE
+from .count import clip_bytes
 from .execution import Execution, Recompute, frames_to_recompute
-from .segment_cost import SegmentCost
 from .tiles import Tiling, blended_tiling, exact_tiling
 
 STRIP_BYTES = (256 << 20, 64 << 20, 16 << 20)
+LARGEST_STRIP_BYTES = 1 << 30  # on a GPU
+# On a GPU, strips of n bytes take 1 + STRIP_COST / n times as long as whole maps. On an H200 it was 1.13 times with
+# 256 MB and 1.7 times with 64 MB (KVAE-3D-1.0 in bfloat16, mean of 33x480x832 and 33x720x1280)
+STRIP_COST = 36 << 20
 # Relative time of each level of `Recompute`, by (norm, whether it decodes): measured by benchmarks/executions.py, less
 # the cost of the strips
 RECOMPUTE_COST = {
@@ -44,18 +51,24 @@ MARGIN = 1.03
 
 @dataclass(frozen=True)
 class Plan:
-    """An execution, and the most bytes that it needs in addition to the weights."""
+    """An execution, and the most bytes that it needs in addition to the weights.
+
+    Attributes:
+        first: the most bytes that the first segment alone needs.
+    """
 
     execution: Execution
     peak: int
+    first: int
 
     def __str__(self) -> str:
         execution = self.execution
         rows, columns = execution.tiles
         blended = "" if execution.overlap is None else f" blended over {execution.overlap} latents (not exact)"
         tiles = f"{rows}x{columns} tiles{blended}, " if rows * columns > 1 else ""
+        strips = f", {execution.strip_bytes >> 20} MB strips" if execution.strip_bytes else ""
         return (
-            f"{tiles}{execution.segment}-frame segments, {execution.strip_bytes >> 20} MB strips"
+            f"{tiles}{execution.segment}-frame segments{strips}"
             f"{RECOMPUTE_WORDS[execution.recompute]}; peak {self.peak / 1e9:.2f} GB"
         )
 
@@ -73,7 +86,12 @@ class BudgetError(ValueError):
 
 
 def plan_decode(
-    kvae: KVAE, z_shape: Sequence[int], budget: int | None = None, stream: bool = False, approximate: bool = False
+    kvae: KVAE,
+    z_shape: Sequence[int],
+    budget: int | None = None,
+    stream: bool = False,
+    approximate: bool = False,
+    device: torch.device | None = None,
 ) -> Plan:
     """The fastest way to decode latents of shape [B, c, t, h, w] within `budget` bytes; exact, if an exact way fits.
 
@@ -81,17 +99,24 @@ def plan_decode(
         budget: bytes in addition to the weights, the latents and the clip; None: as many as the fastest way needs.
         stream: plan for `decode_stream`, which supports no tiles.
         approximate: whether blended tiles are acceptable if nothing exact fits.
+        device: where it will run. None: where the weights are.
 
     Raises:
         BudgetError: nothing fits the budget.
         ValueError: the shape does not have five sides of at least 1.
     """
     _check_shape(z_shape)
-    return _plan(kvae, kvae.decoder, z_shape, 1, budget, stream, approximate)
+    search = Search(kvae, kvae.decoder, z_shape, 1, device or weight_of(kvae).device)
+    return search.plan(budget, stream, approximate)
 
 
 def plan_encode(
-    kvae: KVAE, x_shape: Sequence[int], budget: int | None = None, stream: bool = False, approximate: bool = False
+    kvae: KVAE,
+    x_shape: Sequence[int],
+    budget: int | None = None,
+    stream: bool = False,
+    approximate: bool = False,
+    device: torch.device | None = None,
 ) -> Plan:
     """The fastest way to encode pixels of shape [B, 3, T, H, W] within `budget` bytes; exact, if an exact way fits.
 
@@ -99,6 +124,7 @@ def plan_encode(
         budget: bytes in addition to the weights, the latents and the clip; None: as many as the fastest way needs.
         stream: plan for `encode_stream`, which supports no tiles.
         approximate: whether blended tiles are acceptable if nothing exact fits.
+        device: where it will run. None: where the weights are.
 
     Raises:
         BudgetError: nothing fits the budget.
@@ -108,76 +134,91 @@ def plan_encode(
     side, temporal_factor = kvae.config.spatial_factor, kvae.config.temporal_compress_times
     B, C, T, H, W = x_shape
     shape = B, C, padded_frames(T, temporal_factor), side * -(-H // side), side * -(-W // side)
-    return _plan(kvae, kvae.encoder, shape, side, budget, stream, approximate)
+    search = Search(kvae, kvae.encoder, shape, side, device or weight_of(kvae).device)
+    return search.plan(budget, stream, approximate)
 
 
-def _plan(
-    kvae: KVAE, coder: Coder, shape: Sequence[int], side: int, budget: int | None, stream: bool, approximate: bool
-) -> Plan:
-    """Plan for a source [B, C, T, H, W] with `side` rows and columns per latent."""
-    B, _, T, H, W = shape
-    decode = coder is kvae.decoder
-    h, w = H // side, W // side
+class Search:
+    """The search for the plan of one clip.
 
-    def peak(execution: Execution, tiling: Tiling) -> int:
-        cost = SegmentCost(kvae, coder, execution, B)
-        rows, columns = (n * side for n in tiling.largest)
-        length = execution.segment // (kvae.config.temporal_compress_times if decode else 1)
-        tiled = len(tiling) > 1
-        most = max(cost.peak_bytes(n, rows, columns, *ends, tiled) for n, ends in _segment_kinds(T, length))
-        if tiled and not decode and not kvae.config.norm_is_per_position:  # two segments of the shrunk clip
-            most += 2 * cost.batch_bytes * 3 * (length + 1) * rows * columns
-        return int(MARGIN * most)
+    Args:
+        shape: of the source, [B, C, T, H, W], with `side` rows and columns per latent.
+        device: where it will run.
+    """
 
-    plans = []
-    for overlap in (None, OVERLAP) if approximate and not stream else (None,):
-        tilings = _tilings(kvae, h, w, decode, stream, overlap)
-        for execution in _executions(kvae, coder, tilings, overlap):
-            plans.append(Plan(execution, peak(execution, tilings[execution.tiles])))
-            if budget is None or plans[-1].peak <= budget:
-                return plans[-1]
-    raise BudgetError(budget, min(plans, key=lambda plan: plan.peak))  # type: ignore[arg-type]
+    def __init__(self, kvae: KVAE, coder: Coder, shape: Sequence[int], side: int, device: torch.device):
+        self.kvae, self.coder, self.shape, self.side, self.device = kvae, coder, shape, side, device
+        self.decode = coder is kvae.decoder
+        self.item_bytes = weight_of(kvae).dtype.itemsize
 
+    def plan(self, budget: int | None, stream: bool, approximate: bool) -> Plan:
+        """The fastest plan within the budget."""
+        plans = []
+        for overlap in (None, OVERLAP) if approximate and not stream else (None,):
+            tilings = self._tilings(stream, overlap)
+            for execution in self._executions(tilings, overlap):
+                plans.append(self._plan(execution, tilings[execution.tiles]))
+                if budget is None or plans[-1].peak <= budget:
+                    return plans[-1]
+        raise BudgetError(budget, min(plans, key=lambda plan: plan.peak))  # type: ignore[arg-type]
 
-def _tilings(
-    kvae: KVAE, h: int, w: int, decode: bool, stream: bool, overlap: int | None
-) -> dict[tuple[int, int], Tiling]:
-    """The tilings to choose from, by (rows, columns) of tiles."""
-    if overlap is not None:  # nearly square tiles only: others gain nothing
-        counts = {(-(-n * h // max(h, w)), -(-n * w // max(h, w))) for n in range(2, MOST_BLENDED + 1)}
-        return {count: blended_tiling(h, w, count, overlap) for count in sorted(counts)}
-    most = MOST_TILES if kvae.config.norm_is_per_position and not stream else 1
-    pairs = product(range(1, most + 1), range(1, most + 1))
-    return {count: exact_tiling(kvae.config, h, w, count, decode) for count in pairs}
+    def _plan(self, execution: Execution, tiling: Tiling) -> Plan:
+        B, C, T, _, _ = self.shape
+        rows, columns = (n * self.side for n in tiling.largest)
+        length = execution.segment // (self.kvae.config.temporal_compress_times if self.decode else 1)
+        tile, tiled = (B, C, T, rows, columns), len(tiling) > 1
+        segments = _segment_kinds(T, length)
+        first, most = clip_bytes(self.kvae, self.coder, execution, tile, segments, self.device, tiled)
+        if tiled and not self.decode and not self.kvae.config.norm_is_per_position:  # two segments of the shrunk clip
+            most += 2 * self.item_bytes * B * 3 * (length + 1) * rows * columns
+        return Plan(execution, int(MARGIN * most), int(MARGIN * first))
 
+    def _tilings(self, stream: bool, overlap: int | None) -> dict[tuple[int, int], Tiling]:
+        """The tilings to choose from, by (rows, columns) of tiles."""
+        h, w = (n // self.side for n in self.shape[3:])
+        if overlap is not None:  # nearly square tiles only: others gain nothing
+            counts = {(-(-n * h // max(h, w)), -(-n * w // max(h, w))) for n in range(2, MOST_BLENDED + 1)}
+            return {count: blended_tiling(h, w, count, overlap) for count in sorted(counts)}
+        config = self.kvae.config
+        most = MOST_TILES if config.norm_is_per_position and not stream else 1
+        pairs = product(range(1, most + 1), range(1, most + 1))
+        return {count: exact_tiling(config, h, w, count, self.decode) for count in pairs}
 
-def _executions(
-    kvae: KVAE, coder: Coder, tilings: dict[tuple[int, int], Tiling], overlap: int | None
-) -> list[Execution]:
-    """All executions with these tilings, the fastest first."""
-    config, blocks = kvae.config, len(coder.full_resolution())
-    temporal_factor = config.temporal_compress_times
-    segments = (
-        (SEGMENT_FRAMES, 2 * temporal_factor, temporal_factor) if config.norm_is_per_position else (SEGMENT_FRAMES,)
-    )
-    choices = product(segments, STRIP_BYTES, Recompute)
-    executions = [Execution(*choice, count, overlap) for choice in choices for count in tilings]
-    recomputed_frames = frames_to_recompute(len(kvae.decoder.full_resolution()))
-    row = 3 * config.decoder_widths[0] * kvae.decoder.conv_out.conv.weight.element_size() * config.spatial_factor
+    def _executions(self, tilings: dict[tuple[int, int], Tiling], overlap: int | None) -> list[Execution]:
+        """All executions with these tilings, the fastest first."""
+        config = self.kvae.config
+        rate = config.temporal_compress_times
+        segments = (SEGMENT_FRAMES, 2 * rate, rate) if config.norm_is_per_position else (SEGMENT_FRAMES,)
+        strips = STRIP_BYTES if self.device.type in ("cpu", "meta") else (LARGEST_STRIP_BYTES, *STRIP_BYTES)
+        needed = frames_to_recompute(len(self.kvae.decoder.full_resolution()))
+        possible = [
+            Execution(segment, strip_bytes, recompute, count, overlap)
+            for segment, strip_bytes, recompute in product(segments, strips, Recompute)
+            if recompute < Recompute.FULL_RESOLUTION or segment >= needed
+            for count in tilings
+        ]
+        return sorted(possible, key=lambda execution: self._time(execution, tilings[execution.tiles]))
 
-    def time(execution: Execution) -> float:
-        tiling = tilings[execution.tiles]
-        rows = execution.strip_bytes / (row * tiling.largest[1] * execution.segment)
+    def _time(self, execution: Execution, tiling: Tiling) -> float:
+        """The time of an execution, relative to that of others."""
+        config = self.kvae.config
+        strip_bytes = execution.strip_bytes_on(self.device)
+        row = 3 * config.decoder_widths[0] * self.item_bytes * config.spatial_factor
+        rows = strip_bytes / (row * tiling.largest[1] * execution.segment)
         full = execution.recompute == Recompute.FULL_RESOLUTION
-        halo = 1 + 2 * blocks * full  # rows beyond a strip: those of all blocks, if they are computed at once
-        recompute = RECOMPUTE_COST[config.norm, coder is kvae.decoder][execution.recompute]
-        short = 1 + 0.05 * segments.index(execution.segment)
-        return recompute * (1 + halo / rows) * short * tiling.work
+        # rows beyond a strip: those of all blocks, if they are computed at once
+        halo = 1 + 2 * len(self.coder.full_resolution()) * full
+        strips = 1 + halo / rows
+        if self.device.type not in ("cpu", "meta"):
+            strips += STRIP_COST / strip_bytes
+        recompute = RECOMPUTE_COST[config.norm, self.decode][execution.recompute]
+        short = 1 + 0.05 * ((SEGMENT_FRAMES // execution.segment).bit_length() - 1)
+        return recompute * strips * short * tiling.work
 
-    possible = (
-        each for each in executions if each.recompute < Recompute.FULL_RESOLUTION or each.segment >= recomputed_frames
-    )
-    return sorted(possible, key=time)
+
+def weight_of(kvae: KVAE) -> Tensor:
+    """Any weight: of the model's dtype and device."""
+    return kvae.decoder.conv_out.conv.weight
 
 
 def _check_shape(shape: Sequence[int]) -> None:
@@ -185,10 +226,9 @@ def _check_shape(shape: Sequence[int]) -> None:
         raise ValueError(f"the shape is {list(shape)}; expected five sides of at least 1: batch, channels, T, H, W")
 
 
-def _segment_kinds(total: int, length: int) -> list[tuple[int, tuple[bool, bool]]]:
-    """The kinds of segment that a clip is cut into, as (length, (is the first, is the last))."""
+def _segment_kinds(total: int, length: int) -> list[int]:
+    """The segments that a clip is cut into: the first, one in the middle, and the last."""
     if total <= length + 1:
-        return [(total, (True, True))]
+        return [total]
     rest = total - length - 1
-    kinds = [(length + 1, (True, False)), (rest % length or length, (False, True))]
-    return [*kinds, (length, (False, False))] if rest > length else kinds
+    return [length + 1, *[length] * (rest > length), rest % length or length]

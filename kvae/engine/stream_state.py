@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from ..layers import Cache
-from .feature_map import ReadRows
+from .affine import ScaleShift
+from .feature_map import Rows
 
 
-class GroupNormStats(dict[tuple[int, str], tuple[Tensor, Tensor]]):
+class GroupNormStats(dict[tuple[int, str], ScaleShift]):
     """GroupNorm's statistics of a stream, by segment and layer: as scale and shift, [B, C, 1, 1, 1] each.
 
     Pass an empty one to a stream to record its statistics, and the same object to other streams to reuse them. With
@@ -33,7 +32,7 @@ class StreamState:
         segments: number of segments that are done.
     """
 
-    past_frames: dict[str, ReadRows] = field(default_factory=dict)
+    past_frames: dict[str, Rows] = field(default_factory=dict)
     cache: Cache = field(default_factory=dict)
     norm_stats: GroupNormStats | None = None
     segments: int = 0

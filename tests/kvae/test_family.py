@@ -120,6 +120,27 @@ def test_past_frames_may_be_recomputed(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_the_execution_may_change_from_segment_to_segment(name):
+    """Memory may become short in the middle of a clip."""
+    kvae = small(name)
+    z, x = latent(kvae, 18), clip(kvae, 69)
+    asked = []
+
+    def execution():
+        asked.append(STRIPS[len(asked) % len(STRIPS)])
+        return asked[-1]
+
+    with torch.no_grad():
+        for way in (kvae.decode_stream, kvae.encode_stream):
+            source = z if way == kvae.decode_stream else x
+            asked.clear()
+            assert_same(joined(way(source, execution)), joined(way(source)))
+            assert len(asked) >= 5
+        assert_same(kvae.decode(z, lambda: STRIPS[2]), kvae.decode(z))
+        assert_same(kvae.encode(x, lambda: STRIPS[2]), kvae.encode(x))
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_any_length_and_size_equals_padding_by_hand(name):
     """By hand: repeat the last frame, row and column, up to 4n + 1 frames and full latents."""
     kvae = small(name)

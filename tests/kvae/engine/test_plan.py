@@ -91,6 +91,42 @@ def test_no_plan_is_below_the_counted_peak(name, direction, dtype, size):
         assert memory.peak <= found.peak <= 1.2 * memory.peak, found
 
 
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_plan_for_a_gpu_needs_no_gpu(name, direction):
+    """It has larger strips, and none of what only a CPU needs. In float32, no device copies anything else."""
+    with torch.device("meta"):
+        kvae = KVAE(FAMILY[name]).requires_grad_(False).fold()
+    side, gpu = kvae.config.spatial_factor, torch.device("cuda")
+    shape, plan, stream = (1, 3, 21, 96, 160), plan_encode, kvae.encode_stream
+    if direction == "decode":
+        shape = (1, kvae.config.z_channels, 6, 96 // side, 160 // side)
+        plan, stream = plan_decode, kvae.decode_stream
+    found = plan(kvae, shape, stream=True, device=gpu)
+    assert found.execution.strip_bytes == 1 << 30 > plan(kvae, shape, stream=True).execution.strip_bytes
+    x = torch.empty(shape, device="meta")
+    for found in frontier(plan, kvae, shape, stream=True, device=gpu)[::2]:
+        with PeakMemory() as memory:
+            for _ in stream(x, found.execution):
+                pass
+        assert memory.peak <= found.peak <= 1.15 * memory.peak, found
+
+
+def test_a_plan_tells_what_the_first_segment_alone_needs(kvae):
+    z = torch.empty(1, kvae.config.z_channels, 11, 12, 16, dtype=torch.bfloat16, device="meta")
+    for found in frontier(plan_decode, kvae, z.shape, stream=True):
+        with PeakMemory() as memory:
+            next(kvae.decode_stream(z, found.execution))
+        assert memory.peak <= found.first <= 1.15 * memory.peak
+        assert found.first <= found.peak
+
+
+def test_a_plan_for_a_cpu_counts_its_workspace():
+    kvae = KVAE(KVAEConfig((32, 128), (128, 128), num_res_blocks=1, temporal_compress_times=2)).requires_grad_(False)
+    cpu, gpu = (plan_decode(kvae, (1, 16, 5, 32, 32), device=torch.device(name)) for name in ("cpu", "cuda"))
+    assert cpu.peak > gpu.peak + (10 << 20)
+
+
 @pytest.mark.parametrize("approximate", [False, True])
 def test_absurd_sizes_are_refused_quickly(kvae, approximate):
     for plan, sides in (
