@@ -9,17 +9,16 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from kvae_comfyui.benchmarks.gpu.measure import FAILED, attempt, cost_of
-from kvae_comfyui.benchmarks.gpu.models import random_kvae, source_of
+from kvae_comfyui.benchmarks.gpu.models import source_of
 from kvae_comfyui.benchmarks.gpu.setup import Setup, Size, shape_text
+from kvae_comfyui.benchmarks.kvae import operations
 from kvae_comfyui.benchmarks.tables import paragraph
-from kvae_comfyui.kvae import Execution, KVAEConfig
+from kvae_comfyui.kvae import KVAEConfig
 
 META = torch.device("meta")
 REPEATS = 5
-WHOLE_MAPS = 1 << 50  # bytes of a strip
 Convolution = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -84,17 +83,13 @@ def by_frames(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @lru_cache
-def operations(config: KVAEConfig, direction: str, size: Size) -> int:
-    """Operations of a run with folded resamplers, counted on the meta device."""
-    kvae = random_kvae(config, META, torch.bfloat16).fold()
-    source = source_of(config, direction, size, META, torch.bfloat16)
-    with FlopCounterMode(display=False) as flops:
-        getattr(kvae, direction)(source, Execution(strip_bytes=WHOLE_MAPS))
-    return flops.get_total_flops()
+def operations_of(config: KVAEConfig, direction: str, size: Size) -> int:
+    """Operations of a run for a clip of this size."""
+    return operations(config, direction, source_of(config, direction, size, META, torch.bfloat16))
 
 
 def floor(setup: Setup, config: KVAEConfig, direction: str, size: Size) -> float:
     """Seconds that the arithmetic of a run needs at the best rate of one convolution."""
     if "rate" not in setup.figures:
         rate_of(setup, config.decoder_widths[1], (16, size[1] // 4, size[2] // 4), torch.channels_last_3d, F.conv3d)
-    return operations(config, direction, size) / max(setup.figures["rate"])
+    return operations_of(config, direction, size) / max(setup.figures["rate"])

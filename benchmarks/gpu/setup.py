@@ -26,6 +26,7 @@ TINY_FAMILY = {
         padding="zeros",
     ),
 }
+SHARES = {"1.0": 45, "2.0": 60, "peaks": 60, "ladder": 90, "comfyui": 75, "extraction": 20}
 TINY_HUNYUAN = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
 
@@ -54,9 +55,7 @@ class Setup:
     ladder_size: Size = (33, 720, 1280)
     free: tuple[float | None, ...] = (None, 24.0, 16.0, 12.0, 8.0)
     row_seconds: float = 12
-    shares: dict[str, float] = field(
-        default_factory=lambda: {"1.0": 45, "2.0": 60, "peaks": 60, "ladder": 90, "comfyui": 75, "extraction": 20}
-    )
+    shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
     pairs: int = 256
     pair_shape: tuple[int, ...] = (16, 9, 30, 40)
     epochs: int = 5
@@ -88,6 +87,7 @@ def tiny_setup() -> Setup:
         ladder_size=(9, 64, 64),
         free=(None,),
         row_seconds=0,
+        shares=dict.fromkeys(SHARES, 3600),
         pairs=24,
         pair_shape=(16, 3, 8, 8),
         epochs=2,
