@@ -92,4 +92,4 @@ def floor(setup: Setup, config: KVAEConfig, direction: str, size: Size) -> float
     """Seconds that the arithmetic of a run needs at the best rate of one convolution."""
     if "rate" not in setup.figures:
         rate_of(setup, config.decoder_widths[1], (16, size[1] // 4, size[2] // 4), torch.channels_last_3d, F.conv3d)
-    return operations_of(config, direction, size) / max(setup.figures["rate"])
+    return operations_of(config, direction, size) / max(setup.figures["rate"], default=math.nan)
