@@ -5,8 +5,9 @@
     python -m benchmarks.gpu --tiny                 # all, with small models on the CPU: whether the bench itself works
 
 It needs a card, diffusers and this checkout; training and extraction also need requirements-training.txt. With
-COMFYUI_PATH, the folder of a ComfyUI, its VAE Decode is measured too, in about a minute more. A section that has used
-up its share of the time leaves out the rest. What does not fit the card's memory is reported, and the report goes on.
+COMFYUI_PATH, the folder of a ComfyUI, its VAE Decode is measured too, in about two minutes more (run this with a Python
+that has ComfyUI's requirements). A section that has used up its share of the time leaves out the rest. What does not
+fit the card's memory is reported, and the report goes on.
 """
 
 from __future__ import annotations
@@ -57,9 +58,7 @@ def main() -> None:
 def report(setup: Setup, only: list[str]) -> Iterator[str]:
     """The page, line by line."""
     start = time.perf_counter()
-    settings = (
-        "Random weights from one seed. GB are 10⁹ bytes." if not setup.tiny else "Small models: no figure counts."
-    )
+    settings = "Small models: no figure counts." if setup.tiny else "Random weights from one seed. GB are 10⁹ bytes."
     yield from head("Speed and memory on a GPU", settings, setup.device)
     for name in only:
         yield from section(setup, name)
@@ -80,7 +79,7 @@ def section(setup: Setup, name: str) -> Iterator[str]:
         yield from ["", f"{name}: not measured, since it needs {error.name} (requirements-training.txt)."]
     except Exception as error:
         traceback.print_exc()
-        yield from ["", f"{name}: not measured, {type(error).__name__}: {str(error).splitlines()[:1]}"]
+        yield from ["", f"{name}: not measured, {type(error).__name__}: {' '.join(str(error).split())}"]
     free(setup.device)
 
 

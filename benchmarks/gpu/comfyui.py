@@ -54,7 +54,6 @@ def section(setup: Setup) -> Iterator[str]:
     yield ""
     yield "| GB | KVAE | exact | HunyuanVideo |"
     yield "|---|---|---|---|"
-    free(setup.device)
     found = {(decode.free, decode.way): decode for decode in decodes(setup)}
     for gigabytes in setup.free:
         kvae, stock = (found.get((gigabytes, way)) for way in LOADERS)
@@ -68,6 +67,7 @@ def decodes(setup: Setup) -> Iterator[Decode]:
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_files(setup, base)
+        free(setup.device)
         holder = None if setup.tiny else stack.enter_context(Holder())
         comfyui = Path(os.environ["COMFYUI_PATH"]).resolve()
         server = stack.enter_context(Server(comfyui, base, "--cpu" if setup.tiny else ""))

@@ -56,10 +56,12 @@ def test_without_a_card_one_line_says_so(monkeypatch):
         bench.main()
 
 
-def test_a_section_that_fails_says_why_and_the_next_one_is_measured(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SECTIONS", {"1": ("nowhere", "section"), "goals": ("goals", "section")})
-    lines = list(bench.report(tiny_setup(), ["1", "goals"]))
-    assert any(line.startswith("1: not measured") for line in lines)
+def test_a_section_that_fails_says_why_and_the_next_one_is_measured(monkeypatch):
+    sections = {"absent": ("nowhere", "section"), "broken": ("goals", "nothing"), "goals": ("goals", "section")}
+    monkeypatch.setattr(bench, "SECTIONS", sections)
+    lines = list(bench.report(tiny_setup(), list(sections)))
+    assert any(line.startswith("absent: not measured, since it needs ") for line in lines)
+    assert any(line.startswith("broken: not measured, AttributeError: ") for line in lines)
     assert "## Goals" in lines
 
 
