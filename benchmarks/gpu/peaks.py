@@ -54,7 +54,8 @@ def folded(setup: Setup, name: str) -> KVAE:
 def rows(setup: Setup, share: Share, label: str, kvae: KVAE, direction: str, size: Size) -> Iterator[str]:
     """A row for each plan of one model, direction and size."""
     source = source_of(kvae.config, direction, size, setup.device, setup.dtype)
-    parts = getattr(kvae, f"{direction}_parts")
+    parts, host = getattr(kvae, f"{direction}_parts"), HostVAE(kvae)
+    attempt(partial(getattr(host, direction), source), setup.device)  # what the nodes allow for may be learned from it
     for plan in frontier(PLANS[direction], kvae, source.shape, setup.plan_steps[size], approximate=True):
         if share.is_over:
             yield f"| {label} | {NO_TIME} | | | | |"
