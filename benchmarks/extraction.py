@@ -108,7 +108,7 @@ def plain_hunyuan(hunyuan: HunyuanVAE) -> HunyuanVAE:
     """The same weights in diffusers' own module."""
     vae = type(hunyuan.vae).from_config(hunyuan.vae.config)
     vae.load_state_dict(hunyuan.vae.state_dict())
-    return HunyuanVAE(vae.to(hunyuan.vae.device).eval(), hunyuan.source, hunyuan.digest)
+    return HunyuanVAE(vae.to(hunyuan.vae.device, hunyuan.vae.dtype).eval(), hunyuan.source, hunyuan.digest)
 
 
 def plain_kvae(kvae: KVAE3D) -> KVAE3D:
@@ -125,13 +125,13 @@ class DiffusersKVAE(KVAE3D):
         kvae.kvae.fold()
         vae: Any = AutoencoderKLKVAEVideo()
         vae.load_state_dict({key: state[official_key(key)] for key in vae.state_dict()})
-        self.vae = vae.to(next(kvae.kvae.parameters()).device).eval()
+        self.vae = vae.to(next(kvae.kvae.parameters())).eval()
 
     @torch.inference_mode()
     def encode(self, x_B3THW: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """uint8 [B, 3, T, H, W] → raw latents, the posterior's mode."""
         x = pad_frames(to_unit(x_B3THW.to(self.vae.device), KVAE_HALF_RANGE))
-        return self.vae.encode(x).latent_dist.mode().float()
+        return self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode().float()
 
 
 def one_at_a_time(config: extract.ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> None:

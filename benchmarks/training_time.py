@@ -67,7 +67,7 @@ def log_of_training(**options: Any) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         files = {f"out_{name}": str(Path(folder, f"{name}.safetensors")) for name in DIRECTIONS}
         with contextlib.redirect_stdout(io.StringIO()):
-            train.run(train.TrainConfig(**options | files | {"device": "cpu"}))
+            train.run(train.TrainConfig(**{"device": "cpu"} | options | files))
         return read_log(Path(folder, "train.jsonl"))
 
 

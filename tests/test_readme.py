@@ -81,7 +81,9 @@ def test_every_option_that_a_page_names_exists(page, capsys):
 def test_benches_and_options_that_pages_name_exist():
     for page in PAGES:
         for name, rest in re.findall(r"-m benchmarks\.(\w+)([^`\n]*)", page.read_text(encoding="utf-8")):
-            source = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
+            module = ROOT / "benchmarks" / name
+            file = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
+            source = file.read_text(encoding="utf-8")
             for option in re.findall(r"--[\w-]+", rest):
                 assert f'"{option}"' in source, f"{page}: {name} {option}"
 

@@ -45,14 +45,14 @@ def _empty_model(path: Path, weights: Weights) -> Any:
     try:
         with torch.device("meta"):
             vae = (AutoencoderKLHunyuanVideo15 if newer else AutoencoderKLHunyuanVideo).from_config(config)
-            _replace_convolutions(vae)
+            replace_convolutions(vae)
     except Exception as error:  # diffusers checks little, so a config can fail anywhere within it
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(f"{path}: its config is not that of a HunyuanVideo VAE ({line})") from None
     return vae
 
 
-def _replace_convolutions(vae: nn.Module) -> None:
+def replace_convolutions(vae: nn.Module) -> None:
     """Use this project's convolutions: they need half the time on a CPU and give the same results."""
     for parent in list(vae.modules()):
         for name, conv in parent.named_children():

@@ -15,7 +15,12 @@ from kvae_comfyui.benchmarks.tables import head, publish
 from kvae_comfyui.training.data.pairs import SUFFIX, Pair, Source, write_pair
 from kvae_comfyui.training.directions import DIRECTIONS
 
-BENCHES = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if "ArgumentParser" in path.read_text("utf-8")]
+FOLDER = ROOT / "benchmarks"
+BENCHES = [
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    for path in FOLDER.rglob("*.py")
+    if "ArgumentParser" in path.read_text("utf-8")
+]
 
 
 @pytest.mark.parametrize("name", BENCHES)

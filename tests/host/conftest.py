@@ -19,9 +19,8 @@ import torch
 import needs
 from kvae_comfyui.adapters import LatentAdapter, latent_space, save_adapter
 from kvae_comfyui.adapters.networks import Affine
+from kvae_comfyui.benchmarks.comfy_server import Server
 from kvae_comfyui.kvae import load_kvae
-
-from .server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = "KVAE (native)"  # what latents is called for KVAE's own

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import needs
+from kvae_comfyui.benchmarks.comfy_server import Server
 from kvae_comfyui.serving.latent_files import save_latent
 
-from .server import Server
 from .test_workflows import find, read, to_api
 
 

@@ -1,6 +1,5 @@
 """Plans predict the memory in use, and what does not fit a budget is refused before it starts."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import torch
 
 import needs
 from conftest import ROOT
+from kvae_comfyui.benchmarks.frontier import frontier
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.kvae import FAMILY, KVAE, BudgetError, KVAEConfig, plan_decode, plan_encode
 
@@ -55,15 +55,6 @@ def test_plans_are_close_to_the_counted_peak(kvae, direction):
         assert found.peak <= 1.15 * memory.peak
         executions.add(found.execution)
     assert len(executions) > 2
-
-
-def frontier(plan, kvae, shape, **way):
-    """Every plan that some budget gets, from the fastest to the one that needs least memory."""
-    found = [plan(kvae, shape, **way)]
-    with contextlib.suppress(BudgetError):
-        while True:
-            found.append(plan(kvae, shape, found[-1].peak - 1, **way))
-    return found
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ class Server:
     """ComfyUI with the given base directory, as a context manager. It signals only its own process.
 
     Args:
-        device: the option that chooses the device: --cpu, or --lowvram, --novram … on a GPU.
+        device: the option that chooses the device: --cpu, or --lowvram, --novram … on a GPU; empty: ComfyUI's choice.
     """
 
     def __init__(self, comfyui: Path, base: Path, device: str = "--cpu"):
@@ -31,7 +31,7 @@ class Server:
             self.port = free.getsockname()[1]
 
     def __enter__(self) -> Server:
-        command = [sys.executable, str(self.comfyui / "main.py"), self.device, "--listen", "127.0.0.1"]
+        command = [sys.executable, str(self.comfyui / "main.py"), *self.device.split(), "--listen", "127.0.0.1"]
         command += ["--port", str(self.port), "--base-directory", str(self.base)]
         command += ["--temp-directory", str(self.base), "--user-directory", str(self.base / "user")]
         command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
