@@ -136,14 +136,15 @@ def clip_bytes(
     """The most bytes that the first segment needs, and that any segment needs.
 
     Args:
-        shape: of the clip or the latents, [B, C, T, H, W].
+        shape: [B, T, H, W] of the clip or the latents.
         segments: frames or latents of each segment that may need most: of the first, of one in the middle, of the last.
         device: where it will run, which need not be where the weights are.
         tiled: whether the clip is one of many tiles, so that the result of another may still be in memory.
     """
     dtype = coder.conv_in.conv.weight.dtype
     ledger, state = Ledger(), StreamState()
-    B, C, _, H, W = shape
+    B, _, H, W = shape
+    C = coder.conv_in.conv.in_channels
 
     def run(T: int, first: bool, last: bool) -> Tensor:
         segment = CountedRun(ledger, execution, state, first, last, dtype, device, fastest_format(device))

@@ -163,10 +163,10 @@ class Search:
         raise BudgetError(budget, min(plans, key=lambda plan: plan.peak))  # type: ignore[arg-type]
 
     def _plan(self, execution: Execution, tiling: Tiling) -> Plan:
-        B, C, T, _, _ = self.shape
+        B, _, T, _, _ = self.shape
         rows, columns = (n * self.side for n in tiling.largest)
         length = execution.segment // (self.kvae.config.temporal_compress_times if self.decode else 1)
-        tile, tiled = (B, C, T, rows, columns), len(tiling) > 1
+        tile, tiled = (B, T, rows, columns), len(tiling) > 1
         segments = _segment_kinds(T, length)
         first, most = clip_bytes(self.kvae, self.coder, execution, tile, segments, self.device, tiled)
         if tiled and not self.decode and not self.kvae.config.norm_is_per_position:  # two segments of the shrunk clip

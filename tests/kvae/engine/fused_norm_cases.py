@@ -121,7 +121,7 @@ class Problem:
         case = self.case
         state = StreamState({} if case.first else {"conv": Materialized(self.past)})
         z = self.z if case.decoder else None
-        segment = SegmentRun(Execution(), state, case.first, True, self.x.element_size(), z)
+        segment = SegmentRun(Execution(), state, case.first, True, case.dtype, self.x.device, torch.channels_last_3d, z)
         conv = CausalConv3d(case.channels, 1, padding=case.padding)
         conv.name = "conv"
         monkeypatch.setattr(lazy_maps, "conv3d", lambda padded, weight, bias: padded)
