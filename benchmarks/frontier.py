@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvae_comfyui.kvae import KVAE, BudgetError, Plan
 
 
-def frontier(plan: Callable[..., Plan], kvae: KVAE, shape: Sequence[int], step: float = 1, **way: bool) -> list[Plan]:
+def frontier(plan: Callable[..., Plan], kvae: KVAE, shape: Sequence[int], step: float = 1, **way: Any) -> list[Plan]:
     """The plans that smaller and smaller budgets get, from the fastest to the one that needs least memory.
 
     Args:
