@@ -138,12 +138,12 @@ def test_a_budget_holds_or_is_refused_with_the_least_that_is_needed(small_kvae):
 
 
 def test_out_of_memory_continues_with_less_memory_and_loses_no_frame(small_kvae, caplog):
-    host, z = HostVAE(small_kvae), torch.randn(1, 16, 10, 4, 4)
+    host, z = HostVAE(small_kvae), torch.randn(1, 16, 10, 8, 8)
     decode_stream, executions, seen = small_kvae.decode_stream, [], []
     host.on_progress = lambda done, total: seen.append((done, total))
 
     def small_card(z, execution, *progress_and_norms):
-        executions.append(execution)
+        executions.append(execution())
         for i, frames in enumerate(decode_stream(z, execution, *progress_and_norms)):
             if len(executions) == 1 and i == 1:
                 raise torch.OutOfMemoryError("small card")
