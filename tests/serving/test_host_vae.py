@@ -166,6 +166,17 @@ def test_out_of_memory_continues_with_less_memory_and_loses_no_frame(small_kvae,
             host.decode(z)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_that_a_host_left_elsewhere_are_moved_before_it_is_asked_what_is_free(small_kvae, way):
+    """To the device of the latents, here the meta device. Otherwise the weights' own bytes would count as free."""
+    host, moved = HostVAE(small_kvae), []
+    host.latents_checked, host.output_device = True, torch.device("meta")
+    host.planner.free_memory = lambda: moved.append(next(host.kvae.parameters()).is_meta)
+    with torch.no_grad():
+        WAYS[way](host, torch.randn(2, 16, 2, 8, 8, device="meta"))
+    assert moved == [True]
+
+
 def test_frames_beyond_all_memory_are_refused_in_words(host):
     z = torch.zeros(1).expand(1, 16, 100_000, 2000, 2000)
     with pytest.raises(MemoryError, match="1,228,791 GB of frames, 1 x 399997 of 16000x16000"):
