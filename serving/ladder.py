@@ -39,9 +39,9 @@ class Ladder:
     """The plan for all clips of one decode or encode, and the smaller plans below it.
 
     After a failure comes the fastest plan that needs at most STEP of the failed one's memory, and in the end the exact
-    plan that needs least. If `approximate`, blended tiles are below that. They are not slower than the exact plan above
-    them: the fastest plan that fits is taken, tiles share a few latents only, and nothing need be recomputed, while the
-    least exact plan computes most feature maps several times. A later clip begins where the one before arrived.
+    plan that needs least. If `approximate`, blended tiles are below that. By the order of plans, the first of them is
+    not slower than the exact plan above it: tiles share a few latents only, and what is computed by tiles fits with less
+    recomputing, or none. A later clip begins where the one before arrived.
 
     Attributes:
         plan: the present plan.
