@@ -40,8 +40,8 @@ class Ladder:
 
     After a failure comes the fastest plan that needs at most STEP of the failed one's memory, and in the end the exact
     plan that needs least. If `approximate`, blended tiles are below that. By the order of plans, the first of them is
-    not slower than the exact plan above it: tiles share a few latents only, and what is computed by tiles fits with less
-    recomputing, or none. A later clip begins where the one before arrived.
+    not slower than the exact plan above it: tiles share a few latents only, and what is computed by tiles fits with
+    less recomputing, or none. A later clip begins where the one before arrived.
 
     Attributes:
         plan: the present plan.
