@@ -73,7 +73,7 @@ class Planner:
 
         return Ladder(
             self._first(plan, shape, stream, counted()),
-            partial(plan, self.kvae, _one_clip(shape)),
+            partial(plan, self.kvae, _one_clip(shape), device=self.device),
             stream,
             self.approximate,
             self.make_room,
@@ -133,10 +133,11 @@ class Planner:
     def _within(self, plan: PlanFunction, shape: Sequence[int], counted: int | None, stream: bool) -> Plan:
         """The fastest plan within `counted` bytes; None is no limit. The last plan is kept."""
         weight = next(self.kvae.parameters())
-        key = plan, _one_clip(shape), counted, stream, self.approximate, weight.dtype, weight.device
+        device = self.device or weight.device
+        key = plan, _one_clip(shape), counted, stream, self.approximate, weight.dtype, device
         if self._last is None or self._last[0] != key:
-            found = plan(self.kvae, _one_clip(shape), counted, stream=stream, approximate=self.approximate)
-            self._last = key, found
+            clip = self.kvae, _one_clip(shape), counted
+            self._last = key, plan(*clip, stream=stream, approximate=self.approximate, device=device)
         return self._last[1]
 
     def _case(self, plan: PlanFunction) -> Case:

@@ -11,6 +11,7 @@ from kvae_comfyui.adapters.hybrid import from_kvae_pixels
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.kvae import BudgetError, GroupNormStats, WeightsError, load_kvae, plan_decode
+from kvae_comfyui.kvae.engine.execution import present
 from kvae_comfyui.kvae.engine.tiles import blended_tiling
 from kvae_comfyui.serving import host_vae
 from kvae_comfyui.serving.host_vae import HostVAE, to_image
@@ -143,7 +144,7 @@ def test_out_of_memory_continues_with_less_memory_and_loses_no_frame(small_kvae,
     host.on_progress = lambda done, total: seen.append((done, total))
 
     def small_card(z, execution, *progress_and_norms):
-        executions.append(execution())
+        executions.append(present(execution))
         for i, frames in enumerate(decode_stream(z, execution, *progress_and_norms)):
             if len(executions) == 1 and i == 1:
                 raise torch.OutOfMemoryError("small card")

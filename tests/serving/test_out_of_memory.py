@@ -10,6 +10,7 @@ import torch
 
 import needs
 from conftest import ROOT
+from kvae_comfyui.kvae.engine.execution import present
 from kvae_comfyui.serving.host_vae import HostVAE
 from kvae_comfyui.serving.memory import is_out_of_memory, with_less_memory
 
@@ -31,7 +32,7 @@ class Card:
 
     def limited(self, stream):
         def limited(x, execution, *rest, **options):
-            self.executions.append(execution())
+            self.executions.append(present(execution))
             self.alive.append([ref() is not None for ref in self.held])
             for i, part in enumerate(stream(x, execution, *rest, **options)):
                 if i and len(self.executions) <= self.failures:
