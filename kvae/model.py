@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -99,12 +100,13 @@ class KVAE(nn.Module):
     ) -> Iterator[Posterior]:
         self.encoder.fold()
         done = 0
-        for x, last in with_last(pieces):
-            moments = self._compute(self.encoder, x, state, not done, last, present(execution))
-            done += x.shape[2]
-            yield Posterior(*moments.chunk(2, dim=1))
-            if progress:
-                progress(done)
+        with closing(state):
+            for x, last in with_last(pieces):
+                moments = self._compute(self.encoder, x, state, not done, last, present(execution))
+                done += x.shape[2]
+                yield Posterior(*moments.chunk(2, dim=1))
+                if progress:
+                    progress(done)
         if not done:
             raise ValueError("there are no frames to encode; expected at least one")
 
@@ -135,13 +137,14 @@ class KVAE(nn.Module):
     ) -> Iterator[Tensor]:
         self.decoder.fold()
         done = 0
-        for z, last in with_last(pieces):
-            frames = self._compute(self.decoder, z, state, not done, last, present(execution))
-            done += frames.shape[2]
-            yield frames
-            del frames  # before the next ones are made
-            if progress:
-                progress(done)
+        with closing(state):
+            for z, last in with_last(pieces):
+                frames = self._compute(self.decoder, z, state, not done, last, present(execution))
+                done += frames.shape[2]
+                yield frames
+                del frames  # before the next ones are made
+                if progress:
+                    progress(done)
 
     def posterior(
         self, x_B3THW: Tensor, execution: Executions = DEFAULT, progress: Progress | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -85,18 +86,22 @@ def crop_to_grid(pixels: torch.Tensor) -> torch.Tensor:
 
 def run(vae, pixels: torch.Tensor | None, z: torch.Tensor | None) -> Run:
     """Encode and decode the clip, or decode the latent, with one VAE."""
+    cost: dict[str, float] = {}
+    if pixels is not None:
+        z = _costing(cost, "encode", lambda: vae.encode(pixels))
+    frames = _costing(cost, "decode", lambda: vae.decode(z))
+    return Run(frames.flatten(0, -4), cost)
+
+
+def _costing(cost: dict[str, float], name: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The result of `work`, whose seconds and peak are added to `cost`. A KVAE resets the card's peak."""
     device = comfy.model_management.get_torch_device()
     on_cuda = comfy.model_management.is_device_cuda(device)
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    cost: dict[str, float] = {}
     start = time.perf_counter()
-    if pixels is not None:
-        z = vae.encode(pixels)
-        cost["encode"] = time.perf_counter() - start
-        start = time.perf_counter()
-    frames = vae.decode(z)
-    cost["decode"] = time.perf_counter() - start
+    result = work()
+    cost[name] = time.perf_counter() - start
     if on_cuda:
-        cost["peak"] = torch.cuda.max_memory_allocated(device) / 1e9
-    return Run(frames.flatten(0, -4), cost)
+        cost["peak"] = max(cost.pop("peak", 0), torch.cuda.max_memory_allocated(device) / 1e9)
+    return result

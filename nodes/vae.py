@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from functools import partial
 
 import comfy.model_management
 import comfy.sd
@@ -34,6 +35,19 @@ def patcher_of(kvae: KVAE) -> ModelPatcher:
     """What ComfyUI moves between devices: the KVAE without adapters, so that it can be kept when adapters change."""
     offload = comfy.model_management.vae_offload_device()
     return ModelPatcher(kvae, load_device=comfy.model_management.vae_device(), offload_device=offload)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that activations may use. What PyTorch keeps in its cache is free; what --reserve-vram keeps is not."""
+    free = comfy.model_management.get_free_memory(device) - comfy.model_management.extra_reserved_memory()
+    return max(0, int(free))
+
+
+def make_room(patcher: ModelPatcher) -> None:
+    """Unload all models but this one from its device, and give PyTorch's cache back to the card."""
+    ours = comfy.model_management.LoadedModel(patcher)  # equal to its entry in ComfyUI's list
+    comfy.model_management.free_memory(1e30, patcher.load_device, keep_loaded=[ours])
+    comfy.model_management.soft_empty_cache()
 
 
 class ComfyVAE(comfy.sd.VAE):
@@ -68,7 +82,10 @@ class ComfyVAE(comfy.sd.VAE):
         self.patcher = patcher
         self.size = patcher.model_size()
         host.on_progress = show_progress
-        host.planner.free_memory = lambda: int(comfy.model_management.get_free_memory(self.device))
+        host.pin_memory = comfy.model_management.MAX_PINNED_MEMORY > 0  # not with --disable-pinned-memory
+        host.planner.device = self.device
+        host.planner.free_memory = partial(free_memory, self.device)
+        host.planner.make_room = partial(make_room, patcher)
 
     def configured(self, budget: int | None, approximate: bool = False) -> ComfyVAE:
         """A copy that shares the weights.

@@ -17,9 +17,7 @@ save nothing, since memory does not grow with the length. Adapters convert the w
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from math import prod
 
@@ -28,12 +26,13 @@ from torch import Tensor, nn
 
 from ..adapters.checks import check_finite, check_shape, check_tensor
 from ..adapters.files import LatentAdapter
-from ..adapters.hybrid import HybridVAE, from_kvae_pixels, to_kvae_pixels
+from ..adapters.hybrid import HybridVAE
 from ..adapters.spaces import LatentSpace
-from ..kvae import KVAE, SEGMENT_FRAMES, Execution, plan_decode, plan_encode
-from ..kvae.progress import Progress
-from .memory import room_for, with_less_memory
-from .planning import Executions, Planner
+from ..kvae import KVAE, SEGMENT_FRAMES, plan_decode, plan_encode
+from .clip_work import Report, decode_clip, decode_clip_stream, encode_clip
+from .ladder import Ladder
+from .memory import room_for
+from .planning import Planner
 
 
 class HostVAE(nn.Module):
@@ -47,6 +46,7 @@ class HostVAE(nn.Module):
         planner: chooses how to compute within the memory that it is told of.
         latents_checked: whether the caller has checked that latents are finite, so that `decode` does not scan them.
         output_device: where decoded frames go.
+        pin_memory: whether frames may go from a GPU to the host through pinned memory.
 
     Raises:
         WeightsError: the adapters do not fit the KVAE or each other.
@@ -63,6 +63,7 @@ class HostVAE(nn.Module):
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         self.latents_checked = False
         self.output_device = torch.device("cpu")
+        self.pin_memory = True
 
     @property
     def kvae(self) -> KVAE:
@@ -84,7 +85,9 @@ class HostVAE(nn.Module):
             torch.OutOfMemoryError: not even the execution that needs least fits.
         """
         x = self._checked_pixels(x_B3THW)
-        return self._encode(x, self.planner.executions(plan_encode, x.shape), device)
+        self._bring_weights(device or x.device)
+        held = self._clip_bytes(x.shape, next(self.kvae.parameters()).dtype)
+        return self._encode(x, self.planner.ladder(plan_encode, x.shape, held=held))
 
     def encode_tiled(
         self, x_B3THW: Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64, **_: int
@@ -97,8 +100,8 @@ class HostVAE(nn.Module):
         x, side = self._checked_pixels(x_B3THW), self.space.spatial_factor
         x = x[..., : x.shape[3] // side * side, : x.shape[4] // side * side]
         tile = tile_y // side, tile_x // side
-        execution = self.planner.tiles(plan_encode, x.shape, tile, overlap // side, side)
-        return self._encode(x, (lambda: execution,))
+        self._bring_weights(x.device)
+        return self._encode(x, self.planner.tiles(plan_encode, x.shape, tile, overlap // side, side))
 
     def decode(self, z_Bcthw: Tensor, output_buffer: Tensor | None = None) -> Tensor:
         """Raw latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W] on `output_device`, or in `output_buffer`.
@@ -112,7 +115,10 @@ class HostVAE(nn.Module):
         """
         x = self._empty_frames(z_Bcthw.shape) if output_buffer is None else output_buffer
         self._check_latent(z_Bcthw)
-        return self._decode(x, z_Bcthw, self.planner.executions(plan_decode, z_Bcthw.shape))
+        self._bring_weights(z_Bcthw.device)
+        return self._decode(
+            x, z_Bcthw, self.planner.ladder(plan_decode, z_Bcthw.shape, held=self._frame_bytes(z_Bcthw.shape))
+        )
 
     def decode_tiled(self, z_Bcthw: Tensor, tile_x: int = 32, tile_y: int = 32, overlap: int = 8, **_: int) -> Tensor:
         """Decode by tiles of at most tile_x x tile_y latents, blended over at least `overlap` latents: not exact.
@@ -124,8 +130,10 @@ class HostVAE(nn.Module):
         """
         x = self._empty_frames(z_Bcthw.shape)
         self._check_latent(z_Bcthw)
-        execution = self.planner.tiles(plan_decode, z_Bcthw.shape, (tile_y, tile_x), overlap, side=1)
-        return self._decode(x, z_Bcthw, (lambda: execution,))
+        self._bring_weights(z_Bcthw.device)
+        held = self._frame_bytes((*z_Bcthw.shape[:3], tile_y, tile_x))
+        ladder = self.planner.tiles(plan_decode, z_Bcthw.shape, (tile_y, tile_x), overlap, side=1, held=held)
+        return self._decode(x, z_Bcthw, ladder)
 
     def decode_stream(self, z_Bcthw: Tensor) -> Iterator[Tensor]:
         """Decode each clip in turn, segment by segment: [1, 3, 17, H, W], [1, 3, 16, H, W] …
@@ -135,10 +143,13 @@ class HostVAE(nn.Module):
         """
         self.check_room(z_Bcthw.shape, stream=True)
         self._check_latent(z_Bcthw)
+        self._bring_weights(z_Bcthw.device)
+        ladder = self.planner.ladder(plan_decode, z_Bcthw.shape, stream=True, held=self._frame_bytes(z_Bcthw.shape))
         reports = self._reports(len(z_Bcthw), z_Bcthw.shape[2])
         for z, report in zip(z_Bcthw.split(1), reports, strict=True):
-            for frames in self._clip_stream(z, report):
+            for frames in decode_clip_stream(self.vae, z, ladder, report, self._pinned):
                 yield frames.to(self.output_device)
+                del frames  # before the next ones are computed
 
     def decode_output_shape(self, z_shape: Sequence[int]) -> tuple[int, ...]:
         """Latents of shape [B, c, t, h, w] → the shape [B, 3, T, H, W] of the frames they decode to.
@@ -169,7 +180,7 @@ class HostVAE(nn.Module):
         Raises:
             BudgetError: nothing fits the budget.
         """
-        return self.planner.memory(plan_decode, z_shape, dtype, stream)
+        return self.planner.memory(plan_decode, z_shape, dtype, stream, self._frame_bytes(z_shape))
 
     def memory_used_encode(self, x_shape: Sequence[int], dtype: torch.dtype) -> float:
         """Bytes that encoding pixels of this shape needs in addition to the weights.
@@ -177,8 +188,7 @@ class HostVAE(nn.Module):
         Raises:
             BudgetError: nothing fits the budget.
         """
-        clip = prod(x_shape[1:]) * (torch.float32.itemsize + dtype.itemsize)
-        return self.planner.memory(plan_encode, x_shape, dtype) + clip
+        return self.planner.memory(plan_encode, x_shape, dtype, held=self._clip_bytes(x_shape, dtype))
 
     def preferred_decode_tile(self, free_memory: float, dtype: torch.dtype) -> int:
         """The side, in latents, of the largest square tile that decodes in half of `free_memory` bytes."""
@@ -209,62 +219,46 @@ class HostVAE(nn.Module):
         what = f"frames, {b} x {T} of {W}x{H}: write them to a file as they come (KVAE Decode to Video), or make fewer"
         return room_for(shape, self.output_device, what)
 
-    def _encode(self, x_B3THW: Tensor, executions: Executions, device: torch.device | None = None) -> Tensor:
+    def _encode(self, x_B3THW: Tensor, ladder: Ladder) -> Tensor:
         clips = x_B3THW.split(1)
         reports = self._reports(len(clips), (x_B3THW.shape[2] - 1) // self.space.temporal_factor + 1)
+        return torch.cat([encode_clip(self.vae, x, ladder, report) for x, report in zip(clips, reports, strict=True)])
 
-        def work(clip: Tensor, report: Progress, execution: Execution) -> Iterator[Tensor]:
-            x = to_kvae_pixels(self._place(clip, device))
-            yield self.vae.from_kvae(self.kvae.encode(x, execution, report))
-
-        latents = (with_less_memory(partial(work, *each), executions) for each in zip(clips, reports, strict=True))
-        return torch.cat([z for each in latents for z in each])
-
-    def _decode(self, x_B3THW: Tensor, z_Bcthw: Tensor, executions: Executions) -> Tensor:
+    def _decode(self, x_B3THW: Tensor, z_Bcthw: Tensor, ladder: Ladder) -> Tensor:
         """Decode all clips into x_B3THW."""
         reports = self._reports(len(z_Bcthw), z_Bcthw.shape[2])
-
-        def work(x: Tensor, z: Tensor, report: Progress, execution: Execution) -> Iterator[None]:
-            if execution.overlap is not None:
-                x.zero_()  # tiles that overlap are added up
-            for part in self.kvae.decode_parts(self.vae.to_kvae(self._place(z)), execution, report):
-                replace(part, x=from_kvae_pixels(part.x)).put(x)
-                yield
-
-        for each in zip(x_B3THW.split(1), z_Bcthw.split(1), reports, strict=True):
-            deque(with_less_memory(partial(work, *each), executions), maxlen=0)
+        for x, z, report in zip(x_B3THW.split(1), z_Bcthw.split(1), reports, strict=True):
+            decode_clip(self.vae, z, x, ladder, report, self._pinned)
         return x_B3THW
 
-    def _clip_stream(self, z_1cthw: Tensor, report: Progress) -> Iterator[Tensor]:
-        """The frames of one clip, each once, even if memory runs out and a second try begins at the first frame."""
-        sent = 0
+    @property
+    def _pinned(self) -> bool:
+        """Whether frames are copied to the host while the next segment is computed."""
+        device = next(self.kvae.parameters()).device
+        return self.pin_memory and device.type == "cuda" and self.output_device.type == "cpu"
 
-        def work(execution: Execution) -> Iterator[Tensor]:
-            nonlocal sent
-            done = 0
-            for frames in self.kvae.decode_stream(self.vae.to_kvae(self._place(z_1cthw)), execution):
-                done += frames.shape[2]
-                if done > sent:
-                    frames, sent = frames[:, :, sent - done :], done
-                    yield from_kvae_pixels(frames)
-                    report(done)
+    @staticmethod
+    def _clip_bytes(x_shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Bytes of one clip's pixels on the device, in float32 and in the dtype of the weights."""
+        return prod(x_shape[1:]) * (torch.float32.itemsize + dtype.itemsize)
 
-        return with_less_memory(work, self.planner.executions(plan_decode, z_1cthw.shape, stream=True))
+    def _frame_bytes(self, z_shape: Sequence[int]) -> int:
+        """Bytes of the frames that wait on the device for their copy while the next segment is computed."""
+        pixels = (SEGMENT_FRAMES + 1) * prod(z_shape[-2:]) * self.space.spatial_factor**2
+        return 3 * pixels * torch.float32.itemsize if self._pinned else 0
 
-    def _place(self, x: Tensor, device: torch.device | None = None) -> Tensor:
-        """x in the dtype of the weights. Weights that the host left on another device are moved to that of x."""
-        x = x.to(device=device or x.device, dtype=next(self.kvae.parameters()).dtype)
-        if any(parameter.device != x.device for parameter in self.parameters()):
-            self.to(x.device)
-        return x
+    def _bring_weights(self, device: torch.device) -> None:
+        """Move weights that the host left elsewhere, as ComfyUI does with --novram, before free memory is asked for."""
+        if any(parameter.device != device for parameter in self.parameters()):
+            self.to(device)
 
-    def _reports(self, clips: int, latent_frames: int) -> list[Progress]:
-        """A function for each clip, to be called with the number of its frames that are done."""
+    def _reports(self, clips: int, latent_frames: int) -> list[Report]:
+        """A function for each clip, to be called with the number of its latent frames that are done."""
         told = 0
 
-        def report(frames: int, clip: int) -> None:
+        def report(latents: int, clip: int) -> None:
             nonlocal told
-            done = clip * latent_frames + -(-frames // self.space.temporal_factor)
+            done = clip * latent_frames + latents
             if done > told:  # not so if memory ran out and the clip was restarted
                 told = done
                 self.on_progress(done, clips * latent_frames)

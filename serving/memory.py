@@ -14,7 +14,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-M = TypeVar("M")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -37,27 +36,30 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(each in str(error) for each in _MESSAGES)
 
 
-def with_less_memory(work: Callable[[M], Iterator[T]], executions: Sequence[Callable[[], M]]) -> Iterator[T]:
-    """Yield from `work` with the first execution; if memory runs out, from the beginning with the next one.
+def with_less_memory(work: Callable[[], Iterator[T]], step_down: Callable[[], object]) -> Iterator[T]:
+    """Yield from `work`; if memory runs out, call `step_down`, and yield from `work` again, from its beginning.
 
-    The tensors of a failed try are freed before the next one. An exception holds the locals of all frames that it
-    passed, so neither the next try nor the final error is made while the exception is handled.
+    The tensors of a failed try are freed before that. An exception holds the locals of all frames that it passed, so
+    neither the next try nor the final error is made while the exception is handled.
+
+    Args:
+        step_down: chooses how to work in less memory, and returns its description, or None if there is no other way.
 
     Raises:
-        torch.OutOfMemoryError: there is not enough memory for the last execution either, on any device.
+        torch.OutOfMemoryError: there is not enough memory for the last way either, on any device.
     """
-    said = ""
-    for execution in executions:
-        if said:
-            logger.warning("Out of memory; trying again with the least memory")
+    while True:
         try:
-            yield from work(execution())
+            yield from work()
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             said = str(error) or type(error).__name__
-    raise torch.OutOfMemoryError(said)
+        way = step_down()
+        if way is None:
+            raise torch.OutOfMemoryError(said)
+        logger.warning("Out of memory; trying again with %s", way)
 
 
 def room_for(shape: Sequence[int], device: torch.device | str, what: str) -> Tensor:

@@ -1,6 +1,6 @@
-"""Choose how a HostVAE computes a clip within the memory that the host grants.
+"""Choose how a HostVAE computes clips within the memory that the host grants.
 
-`kvae.engine.plan` counts the tensors of a computation. WORKSPACE adds what the convolution library allocates; all bytes
+`kvae.engine.plan` counts the tensors of a computation. A ratio adds what it cannot count (see `.measured`); all bytes
 here include it.
 """
 
@@ -12,12 +12,12 @@ from functools import partial
 
 import torch
 
-from ..kvae import KVAE, BudgetError, Execution, Plan, plan_decode
+from ..kvae import KVAE, BudgetError, Plan, plan_decode
+from .ladder import Ladder, empty_cache
+from .measured import RATIOS, Case, Ratios
 
 PlanFunction = Callable[..., Plan]  # plan_decode or plan_encode
-Executions = tuple[Callable[[], Execution], ...]  # to try in turn
 
-WORKSPACE = 1.1  # an allowance: bytes granted for each byte counted
 MOST_TILE = 512  # latents: 4096 pixels
 
 
@@ -25,38 +25,66 @@ MOST_TILE = 512  # latents: 4096 pixels
 class Planner:
     """Plans for one KVAE, which computes the clips of a batch one after the other.
 
-    In all methods `plan` is `plan_decode` or `plan_encode`, `shape` is that of the latents or pixels, and `stream`
-    excludes tiles.
+    In all methods `plan` is `plan_decode` or `plan_encode`, `shape` is that of the latents or pixels, `stream` excludes
+    tiles, and `held` is how many bytes the caller holds on the device beside the activations. A budget excludes them.
 
     Args:
         free_memory: returns the bytes that are free for activations, or None if there is no limit. The fastest
             execution within them is used; if none fits, the one that needs least.
         budget: bytes that activations may use; replaces `free_memory`. If nothing fits, a BudgetError is raised.
         approximate: whether to use blended tiles if nothing exact fits; not in streams.
+        make_room: frees memory that others hold, after memory has run out and before a smaller plan is tried.
+        device: where the KVAE will compute. None: where its weights are.
+        ratios: how many bytes are taken for each byte counted.
     """
 
     kvae: KVAE
     free_memory: Callable[[], int | None] = lambda: None
     budget: int | None = None
     approximate: bool = False
+    make_room: Callable[[], None] = empty_cache
+    device: torch.device | None = None
+    ratios: Ratios = RATIOS
     _last: tuple[tuple, Plan] | None = field(default=None, init=False)  # hosts ask for its bytes, then for it
 
-    def memory(self, plan: PlanFunction, shape: Sequence[int], dtype: torch.dtype, stream: bool = False) -> float:
+    def memory(
+        self, plan: PlanFunction, shape: Sequence[int], dtype: torch.dtype, stream: bool = False, held: int = 0
+    ) -> float:
         """Bytes that a clip needs in addition to the weights, within the budget, with weights in `dtype`.
 
         Raises:
             BudgetError: nothing fits the budget.
         """
-        return self._in_dtype(self._within(plan, shape, self.budget, stream), dtype)
+        return self._in_dtype(plan, self._within_budget(plan, shape, stream), dtype) + held
 
-    def executions(self, plan: PlanFunction, shape: Sequence[int], stream: bool = False) -> Executions:
-        """The execution to use, and the one to use if memory runs out. Each, when called, may raise a BudgetError."""
-        return partial(self._execution, plan, shape, stream), lambda: self._least(plan, shape, 0, stream).execution
+    def ladder(self, plan: PlanFunction, shape: Sequence[int], stream: bool = False, held: int = 0) -> Ladder:
+        """The plan for clips of this shape, and the smaller ones below it, for one decode or encode.
+
+        The free memory is asked for here, once: the weights and the result must be in their places.
+
+        Raises:
+            BudgetError: nothing fits the budget.
+        """
+        free = self.free_memory() if self.budget is None else None
+        room = self.budget if free is None else free - held
+
+        def counted() -> int | None:
+            return None if room is None else self._counted(plan, room)
+
+        return Ladder(
+            self._first(plan, shape, stream, counted()),
+            partial(plan, self.kvae, _one_clip(shape), device=self.device),
+            stream,
+            self.approximate,
+            self.make_room,
+            counted,
+            partial(self.ratios.measured, self._case(plan)),
+        )
 
     def tiles(
-        self, plan: PlanFunction, shape: Sequence[int], tile: tuple[int, int], overlap: int, side: int
-    ) -> Execution:
-        """An execution by tiles of at most `tile` latents, blended over at least `overlap` latents.
+        self, plan: PlanFunction, shape: Sequence[int], tile: tuple[int, int], overlap: int, side: int, held: int = 0
+    ) -> Ladder:
+        """Tiles of at most `tile` latents, blended over at least `overlap` latents, with no smaller plan below them.
 
         Args:
             side: rows of `shape` per latent: 1 to decode.
@@ -68,54 +96,64 @@ class Planner:
         sides = [n // side for n in shape[3:]]
         rows, columns = (tile_count(n, t, overlap) for n, t in zip(sides, tile, strict=True))
         largest = (side * min(n, t) for n, t in zip(sides, tile, strict=True))
-        execution = self._execution(plan, (*shape[:3], *largest), stream=True)
-        return replace(execution, tiles=(rows, columns), overlap=overlap)
+        one = self.ladder(plan, (*shape[:3], *largest), stream=True, held=held).plan
+        return Ladder(replace(one, execution=replace(one.execution, tiles=(rows, columns), overlap=overlap)))
 
     def preferred_decode_tile(self, free_memory: float, dtype: torch.dtype) -> int:
         """The side, in latents, of the largest square tile that decodes in half of `free_memory` bytes."""
         side = 0
         while side < MOST_TILE:
             shape = 1, 1, 13, side + 8, side + 8
-            if self._in_dtype(self._within(plan_decode, shape, None, False), dtype) > free_memory / 2:
+            if self._in_dtype(plan_decode, self._within(plan_decode, shape, None, False), dtype) > free_memory / 2:
                 break
             side += 8
         return side
 
-    def _execution(self, plan: PlanFunction, shape: Sequence[int], stream: bool) -> Execution:
-        if self.budget is not None:
-            return self._within(plan, shape, self.budget, stream).execution
-        free, fastest = self.free_memory(), self._within(plan, shape, None, stream)
-        if free is None or fastest.peak <= _counted(free):
-            return fastest.execution
-        # plans count cautiously, so that the least may fit after all; if it does not, hosts fall back to tiles
-        return self._least(plan, shape, free, stream).execution
-
-    def _within(self, plan: PlanFunction, shape: Sequence[int], budget: int | None, stream: bool) -> Plan:
-        """The fastest plan within `budget` bytes; None is no limit. The last plan is kept."""
-        weight = next(self.kvae.parameters())
-        key = plan, _one_clip(shape), budget, stream, self.approximate, weight.dtype, weight.device
-        if self._last is None or self._last[0] != key:
-            self._last = key, self._search(plan, shape, budget, stream)
-        return self._last[1]
-
-    def _least(self, plan: PlanFunction, shape: Sequence[int], free: int, stream: bool) -> Plan:
-        """The fastest plan within `free` bytes; if none fits, the one with the lowest peak."""
+    def _first(self, plan: PlanFunction, shape: Sequence[int], stream: bool, counted: int | None) -> Plan:
+        """The plan to begin with, where a plan may count `counted` bytes."""
+        fastest = self._within_budget(plan, shape, stream)
+        if counted is None or fastest.peak <= counted:
+            return fastest
         try:
-            return self._search(plan, shape, free, stream)
+            return self._within(plan, shape, counted, stream)
         except BudgetError as error:
+            # plans count cautiously, so that the least may fit after all; if it does not, hosts fall back to tiles
             return error.least
 
-    def _search(self, plan: PlanFunction, shape: Sequence[int], budget: int | None, stream: bool) -> Plan:
-        counted = None if budget is None else _counted(budget)
+    def _within_budget(self, plan: PlanFunction, shape: Sequence[int], stream: bool) -> Plan:
+        """The fastest plan within the budget, if there is one."""
+        if self.budget is None:
+            return self._within(plan, shape, None, stream)
         try:
-            return plan(self.kvae, _one_clip(shape), counted, stream=stream, approximate=self.approximate)
+            return self._within(plan, shape, self._counted(plan, self.budget), stream)
         except BudgetError as error:
-            least = replace(error.least, peak=int(WORKSPACE * error.least.peak) + 1)
-            raise BudgetError(budget, least) from None  # type: ignore[arg-type]
+            least = replace(error.least, peak=int(self._ratio(plan) * error.least.peak) + 1)
+        raise BudgetError(self.budget, least)
 
-    def _in_dtype(self, plan: Plan, dtype: torch.dtype) -> float:
+    def _within(self, plan: PlanFunction, shape: Sequence[int], counted: int | None, stream: bool) -> Plan:
+        """The fastest plan within `counted` bytes; None is no limit. The last plan is kept."""
+        weight = next(self.kvae.parameters())
+        device = self.device or weight.device
+        key = plan, _one_clip(shape), counted, stream, self.approximate, weight.dtype, device
+        if self._last is None or self._last[0] != key:
+            clip = self.kvae, _one_clip(shape), counted
+            self._last = key, plan(*clip, stream=stream, approximate=self.approximate, device=device)
+        return self._last[1]
+
+    def _case(self, plan: PlanFunction) -> Case:
+        weight = next(self.kvae.parameters())
+        return self.device or weight.device, weight.dtype, self.kvae.config, plan
+
+    def _ratio(self, plan: PlanFunction) -> float:
+        return self.ratios.of(self._case(plan))
+
+    def _counted(self, plan: PlanFunction, room: int) -> int:
+        """The part of `room` bytes that counted tensors may fill."""
+        return int(room / self._ratio(plan))
+
+    def _in_dtype(self, plan: PlanFunction, planned: Plan, dtype: torch.dtype) -> float:
         """The bytes of a plan, which counts in the dtype of the weights, for weights in another dtype."""
-        return WORKSPACE * plan.peak * dtype.itemsize / next(self.kvae.parameters()).dtype.itemsize
+        return self._ratio(plan) * planned.peak * dtype.itemsize / next(self.kvae.parameters()).dtype.itemsize
 
 
 def tile_count(n: int, tile: int, overlap: int) -> int:
@@ -131,11 +169,6 @@ def tile_count(n: int, tile: int, overlap: int) -> int:
             f"tiles of {tile} latents that overlap by {overlap}; expected larger tiles, or a smaller overlap"
         )
     return -(-(n - overlap) // (tile - overlap))
-
-
-def _counted(budget: int) -> int:
-    """The part of a budget, in bytes, that counted tensors may fill."""
-    return int(budget / WORKSPACE)
 
 
 def _one_clip(shape: Sequence[int]) -> tuple[int, ...]:

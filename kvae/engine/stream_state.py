@@ -36,3 +36,8 @@ class StreamState:
     cache: Cache = field(default_factory=dict)
     norm_stats: GroupNormStats | None = None
     segments: int = 0
+
+    def close(self) -> None:
+        """Forget the past. Frames that are recomputed refer to this state, so they would not be freed with it."""
+        self.past_frames.clear()
+        self.cache.clear()

@@ -11,6 +11,7 @@ from kvae_comfyui.adapters.hybrid import from_kvae_pixels
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.kvae import BudgetError, GroupNormStats, WeightsError, load_kvae, plan_decode
+from kvae_comfyui.kvae.engine.execution import present
 from kvae_comfyui.kvae.engine.tiles import blended_tiling
 from kvae_comfyui.serving import host_vae
 from kvae_comfyui.serving.host_vae import HostVAE, to_image
@@ -138,12 +139,12 @@ def test_a_budget_holds_or_is_refused_with_the_least_that_is_needed(small_kvae):
 
 
 def test_out_of_memory_continues_with_less_memory_and_loses_no_frame(small_kvae, caplog):
-    host, z = HostVAE(small_kvae), torch.randn(1, 16, 10, 4, 4)
+    host, z = HostVAE(small_kvae), torch.randn(1, 16, 10, 8, 8)
     decode_stream, executions, seen = small_kvae.decode_stream, [], []
     host.on_progress = lambda done, total: seen.append((done, total))
 
     def small_card(z, execution, *progress_and_norms):
-        executions.append(execution)
+        executions.append(present(execution))
         for i, frames in enumerate(decode_stream(z, execution, *progress_and_norms)):
             if len(executions) == 1 and i == 1:
                 raise torch.OutOfMemoryError("small card")
@@ -164,6 +165,17 @@ def test_out_of_memory_continues_with_less_memory_and_loses_no_frame(small_kvae,
         small_kvae.decode_stream = lambda *_: exec("raise torch.OutOfMemoryError", {"torch": torch})
         with pytest.raises(torch.OutOfMemoryError):  # for the host, which then uses tiles
             host.decode(z)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_that_a_host_left_elsewhere_are_moved_before_it_is_asked_what_is_free(small_kvae, way):
+    """To the device of the latents, here the meta device. Otherwise the weights' own bytes would count as free."""
+    host, moved = HostVAE(small_kvae), []
+    host.latents_checked, host.output_device = True, torch.device("meta")
+    host.planner.free_memory = lambda: moved.append(next(host.kvae.parameters()).is_meta)
+    with torch.no_grad():
+        WAYS[way](host, torch.randn(2, 16, 2, 8, 8, device="meta"))
+    assert moved == [True]
 
 
 def test_frames_beyond_all_memory_are_refused_in_words(host):

@@ -1,5 +1,6 @@
 """If decoding, streaming or encoding runs out of memory, the failed try is freed before the next one."""
 
+import os
 import subprocess
 import sys
 import weakref
@@ -9,6 +10,7 @@ import torch
 
 import needs
 from conftest import ROOT
+from kvae_comfyui.kvae.engine.execution import present
 from kvae_comfyui.serving.host_vae import HostVAE
 from kvae_comfyui.serving.memory import is_out_of_memory, with_less_memory
 
@@ -30,7 +32,7 @@ class Card:
 
     def limited(self, stream):
         def limited(x, execution, *rest, **options):
-            self.executions.append(execution)
+            self.executions.append(present(execution))
             self.alive.append([ref() is not None for ref in self.held])
             for i, part in enumerate(stream(x, execution, *rest, **options)):
                 if i and len(self.executions) <= self.failures:
@@ -52,19 +54,20 @@ class Card:
     ],
 )
 def test_tensors_of_a_failed_try_are_freed_before_the_next(small_kvae, caplog, way, error, message):
-    host, z, x = HostVAE(small_kvae), torch.randn(1, 16, 6, 4, 4), torch.rand(1, 3, 21, 32, 32)
+    host, z, x = HostVAE(small_kvae), torch.randn(1, 16, 6, 8, 8), torch.rand(1, 3, 21, 64, 64)
     with torch.no_grad():
         whole = WAYS[way](host, z, x)
         card = Card(small_kvae, message, error)
         torch.testing.assert_close(WAYS[way](host, z, x), whole, rtol=0, atol=1e-4)
     assert card.alive == [[], [False]]
-    assert [record.getMessage() for record in caplog.records] == ["Out of memory; trying again with the least memory"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Out of memory; trying again with 16-frame segments, 16 MB strips")
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_last_error_is_the_same_on_every_device_and_holds_no_tensors(small_kvae, way):
     """Hosts catch it and decode in tiles, perhaps inside their own `except`."""
-    host, z, x = HostVAE(small_kvae), torch.randn(1, 16, 6, 4, 4), torch.rand(1, 3, 21, 32, 32)
+    host, z, x = HostVAE(small_kvae), torch.randn(1, 16, 6, 8, 8), torch.rand(1, 3, 21, 64, 64)
     card = Card(small_kvae, "DefaultCPUAllocator: can't allocate memory", RuntimeError)
     card.failures = 2
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match="can't allocate memory"):
@@ -85,12 +88,12 @@ def test_tiles_are_not_tried_again(small_kvae):
 def test_other_errors_are_not_tried_again():
     tried = []
 
-    def work(execution):
-        tried.append(execution)
+    def work():
+        tried.append(1)
         yield torch.zeros(2) + torch.zeros(3)
 
     with pytest.raises(RuntimeError, match="must match the size"):
-        list(with_less_memory(work, (lambda: 1, lambda: 2)))
+        list(with_less_memory(work, lambda: "less"))
     assert tried == [1]
 
 
@@ -134,8 +137,12 @@ work()
 
 @needs.linux
 @pytest.mark.parametrize("way", WAYS)
-def test_the_second_try_fits_a_hard_limit(way):
-    """The limit is half-way between the two tries: if the first were still held, the second would not fit."""
-    done = subprocess.run([sys.executable, "-c", UNDER_A_LIMIT, way], cwd=ROOT, capture_output=True, text=True)
+def test_a_later_try_fits_a_hard_limit(way):
+    """The limit is half-way between the most and the least: if a failed try were still held, the next would not fit."""
+    # freed memory goes back to the system at once, so that the limit applies to the memory in use
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+    env = os.environ | malloc | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", UNDER_A_LIMIT, way]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Out of memory; trying again") == 1
+    assert 1 <= done.stderr.count("Out of memory; trying again") <= 2

@@ -5,7 +5,8 @@ import torch
 
 from kvae_comfyui.kvae import KVAE, BudgetError, plan_decode
 from kvae_comfyui.serving.host_vae import HostVAE
-from kvae_comfyui.serving.planning import WORKSPACE, Planner
+from kvae_comfyui.serving.measured import WORKSPACE
+from kvae_comfyui.serving.planning import Planner
 
 Z, BF16 = (1, 16, 9, 90, 160), torch.bfloat16  # 33 frames of 1280x720
 
@@ -28,10 +29,17 @@ def test_memory_grows_with_the_picture_and_hardly_with_the_length(published):
 def test_the_fastest_execution_that_fits_is_used_or_the_smallest_if_none_fits(published):
     levels = []
     for free in (None, 12 << 30, 1):
-        first, least = Planner(published, lambda free=free: free).executions(plan_decode, Z, stream=True)
-        levels.append(int(first().recompute))
-        assert int(least().recompute) == 3
+        ladder = Planner(published, lambda free=free: free).ladder(plan_decode, Z, stream=True)
+        levels.append(int(ladder.execution().recompute))
     assert levels == [0, 2, 3]
+
+
+def test_what_the_caller_holds_is_not_free(published):
+    fastest, held = plan_decode(published, Z), 1 << 30
+    for free, fits in ((WORKSPACE * fastest.peak + held + 100, True), (WORKSPACE * fastest.peak + held - 100, False)):
+        planner = Planner(published, lambda free=free: int(free))
+        assert (planner.ladder(plan_decode, Z, held=held).plan == fastest) == fits
+        assert planner.memory(plan_decode, Z, BF16, held=held) == WORKSPACE * fastest.peak + held
 
 
 def test_a_budget_includes_the_workspace(published):
@@ -58,8 +66,7 @@ def test_a_decode_is_planned_once(published, budget):
 
     planner = Planner(published, lambda: 30 << 30, budget)
     assert planner.memory(plan, Z, BF16) < 30 << 30
-    first, _ = planner.executions(plan, Z)
-    assert first() == first() == plan_decode(published, Z).execution
+    assert planner.ladder(plan, Z).plan == plan_decode(published, Z)
     assert len(planned) == 1
     published_in_float32 = planner.kvae.float()
     assert planner.memory(plan, Z, torch.float32) > 0
