@@ -12,7 +12,6 @@ from copy import copy
 from functools import cached_property, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import CausalConv3d, ResnetBlock, empty_in_layout_of, fill_border
@@ -87,7 +86,6 @@ class LazyConv:
             unfilled = padded[:, :, : 2 - self.lead_frames]
         elif self.affine:
             self.affine.write(x, lo - above, hi + below, out=now)
-            F.silu(now, inplace=True)
         else:
             now.copy_(x)
         if not self.lead_frames:
@@ -189,10 +187,9 @@ class LazyPast:
     def __call__(self, lo: int, hi: int) -> Tensor:
         x = self.source(lo, hi)
         y = torch.empty_like(x)
-        if self.affine.write_fused(x, lo, hi, out=y):
-            return y
-        self.affine.write(x, lo, hi, out=y)
-        return F.silu(y, inplace=True)
+        if not self.affine.write_fused(x, lo, hi, out=y):
+            self.affine.write(x, lo, hi, out=y)
+        return y
 
     def peak_bytes(self, rows: int) -> int:
         B, C, T, _, W = self.source.shape
