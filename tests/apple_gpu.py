@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torchgen
@@ -33,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 MPS, CPU = torch.device("mps", 0), torch.device("cpu")
 aten = torch.ops.aten
 PLAIN_WRITES = {aten.copy_, aten.fill_, aten.zero_, aten.index_put_, aten._index_put_impl_}
-READ_CPU_TENSORS = {aten.copy_, aten._to_copy, aten.index, aten.index_put_, aten._index_put_impl_}
+READ_CPU_TENSORS = {aten.copy_, aten._to_copy, aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
 class NotOnApple(AssertionError):
@@ -69,6 +71,9 @@ class OnApple(Tensor):
     def new_tensor(self, data: Any) -> Tensor:
         return OnApple(torch.tensor(data, dtype=self.dtype))
 
+    def tolist(self) -> Any:
+        return self.values.tolist()
+
     def data_ptr(self) -> int:
         return self.values.data_ptr()
 
@@ -83,19 +88,25 @@ class AppleGPU(TorchDispatchMode):
         operators: the names of the operators that have run on it.
     """
 
-    def __enter__(self):
+    def __init__(self) -> None:
+        super().__init__()
         self.operators: set[str] = set()
+
+    def __enter__(self):
+        self._contexts = ExitStack()
+        self._contexts.enter_context(Numbered())
         # otherwise `module.to` would put the values of the new tensor into the old one
-        self._overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+        overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
-        self._numbered = Numbered()
-        self._numbered.__enter__()
+        self._contexts.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
+        # inference mode would hide the operators that a composite of them runs
+        mode, no_grad = torch.inference_mode, torch.no_grad
+        self._contexts.enter_context(patch.multiple(mode, __enter__=no_grad.__enter__, __exit__=no_grad.__exit__))
         return super().__enter__()
 
     def __exit__(self, *error):
-        self._numbered.__exit__(*error)
-        torch.__future__.set_overwrite_module_params_on_conversion(self._overwrites)
-        return super().__exit__(*error)
+        super().__exit__(*error)
+        self._contexts.close()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {}, self.operators)
