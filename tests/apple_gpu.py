@@ -143,34 +143,35 @@ def run(func: Any, args: tuple, kwargs: dict, operators: set[str] | None = None)
     """The result of an operator, on the device where PyTorch would leave it."""
     tensors: list[Tensor] = []
     changed((args, kwargs), tensors.append)
-    on_apple = any(isinstance(each, OnApple) for each in tensors)
-    asked = kwargs.get("device")
-    if asked is not None and torch.device(asked).type == "meta" and torch.get_default_device().type != "meta":
-        asked = MPS  # PyTorch itself asked for the device of an OnApple
-    to_apple = asked is not None and torch.device(asked).type == "mps"
-    if not on_apple and not to_apple:
+    on_apple = [each for each in tensors if isinstance(each, OnApple)]
+    target = args[0].device if func.overloadpacket is aten.copy_ else asked_for(kwargs.get("device"))
+    if not on_apple and target != MPS:
         return func(*args, **kwargs)
-    leaves_it = (asked is not None and not to_apple) or (func.overloadpacket is aten.copy_ and not isinstance(args[0], OnApple))
-    if operators is not None and not leaves_it:
+    if operators is not None and target in (None, MPS):
         operators.add(func.name())
     if on_apple:
         check(func, args, kwargs, tensors)
     on_cpu = changed((args, kwargs), lambda each: each.values if isinstance(each, OnApple) else each)
-    if asked is not None:
+    if "device" in kwargs:
         on_cpu[1]["device"] = CPU
-    results = func(*on_cpu[0], **on_cpu[1])
-    written = {id(each.values): each for each in tensors if isinstance(each, OnApple)}
+    wrapped = {id(each.values): each for each in on_apple}
 
     def place(result: Tensor) -> Tensor:
-        if leaves_it:
-            return args[0] if leaves_it and result is on_cpu[0][0] else result
-        if func._schema.is_mutable and id(result) in written:
-            return written[id(result)]
+        if id(result) in wrapped or target == CPU:  # written in place, or moved away
+            return wrapped.get(id(result), result)
         if result.dtype == torch.float64:
             raise NotOnApple(f"{func}: float64")
         return OnApple(result)
 
-    return changed(results, place)
+    return changed(func(*on_cpu[0], **on_cpu[1]), place)
+
+
+def asked_for(device: Any) -> torch.device | None:
+    """The device that a call asks for. PyTorch itself asks for the meta device where it means that of an OnApple."""
+    if device is None:
+        return None
+    itself = torch.device(device).type == "meta" and torch.get_default_device().type != "meta"
+    return MPS if itself else torch.device(device)
 
 
 def check(func: Any, args: tuple, kwargs: dict, tensors: list[Tensor]) -> None:

@@ -122,4 +122,3 @@ def test_every_ingredient_can_be_trained(latents):
         for network in networks.values():
             gradient = network.affine.conv.weight.grad
             assert gradient.isfinite().all() and gradient.norm() > 0, name
-
