@@ -15,7 +15,6 @@ from itertools import pairwise, product
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import KVAEConfig
