@@ -9,7 +9,8 @@ wrongly in a version of PyTorch or macOS that people use, raises a `NotOnApple`:
 
 - float64;
 - an operator without a kernel for MPS. PyTorch's own list of operators says which have one;
-- tensors on the CPU among those on the GPU;
+- tensors on the CPU among those on the GPU, and copies between the two that the CPU does not wait for, whose memory may
+  be freed too early;
 - a convolution with channels last, in its input or its weights, or with weights that are not contiguous, which PyTorch
   has read wrongly: pytorch/pytorch#141780, #192212;
 - an operator, other than a plain copy, that writes to memory that is not contiguous: #118115 (addcmul), #139006 (SiLU),
@@ -149,6 +150,8 @@ def run(func: Any, args: tuple, kwargs: dict, operators: set[str] | None = None)
         return func(*args, **kwargs)
     if operators is not None and target in (None, MPS):
         operators.add(func.name())
+    if kwargs.get("non_blocking") or (func.overloadpacket is aten.copy_ and len(args) > 2 and args[2]):
+        raise NotOnApple(f"{func}: a copy that the CPU does not wait for")
     if on_apple:
         check(func, args, kwargs, tensors)
     on_cpu = changed((args, kwargs), lambda each: each.values if isinstance(each, OnApple) else each)

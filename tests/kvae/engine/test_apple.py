@@ -84,6 +84,7 @@ def test_means_are_those_of_area_interpolation(n, count):
         (lambda x: x.double(), "float64"),
         (lambda x: F.interpolate(x, (2, 2, 2), mode="area"), "no kernel"),
         (lambda x: x + torch.ones(5), "on the CPU"),
+        (lambda x: torch.ones(5).to(x.device, non_blocking=True), "does not wait"),
         (lambda x: F.silu(x[..., :3], inplace=True), "writes to"),
         (lambda x: torch.mul(x, 2, out=x[..., :5].permute(0, 1, 4, 3, 2)), "writes to"),
         (lambda x: F.conv3d(x.contiguous(memory_format=torch.channels_last_3d), x[:, :, :1, :1, :1]), "strides"),
