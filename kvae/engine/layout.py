@@ -31,3 +31,11 @@ def lay_out_weights(weights: Iterable[Tensor]) -> None:
         memory_format = weight_format(weight.device)
         if not weight.is_contiguous(memory_format=memory_format):
             weight.data = weight.data.contiguous(memory_format=memory_format)
+
+
+def empty_in_layout_of(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor of x's dtype, device and memory format."""
+    # is_contiguous would miss slices, which are neither contiguous nor channels-last
+    nhwc = x.stride(1) == 1 and x.shape[1] > 1
+    memory_format = torch.channels_last_3d if nhwc else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)

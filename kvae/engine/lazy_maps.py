@@ -14,13 +14,14 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from ..layers import CausalConv3d, ResnetBlock, empty_in_layout_of, fill_border
+from ..layers import CausalConv3d, ResnetBlock, fill_border
 from ..resample import Upsample
 from . import winograd
 from .affine import NormAffine
 from .convolution import conv3d
 from .execution import PAST_FRAMES
 from .feature_map import FeatureMap, Materialized, ReadRows, Rows
+from .layout import empty_in_layout_of
 from .segment import SegmentRun
 
 
