@@ -107,17 +107,19 @@ class NormAffine:
         rate = (T - head) // (t - head)
         return rate, (rate - 1) * head
 
-    def workspace_bytes(self, shape: Sequence[int], item_bytes: int) -> int:
+    def workspace_bytes(self, shape: Sequence[int], item_bytes: int, device: torch.device) -> int:
         """Bytes that normalising rows of this shape, [B, C, T, rows, W], needs in addition to input and output."""
         B, C, T, rows, W = shape
+        # on Apple's GPU, where `out` is not written to, the results of three operators at a time
+        results = 3 * item_bytes * B * C * T * rows * W if device.type == "mps" else 0
         norms = item_bytes * B * T * rows * W if self.rms else 0
         if self.z is None:
-            return norms
+            return results + norms
         t, h, w = self.z.shape[2:]
         covered = min(h, -(-rows * h // self.height) + 1)  # rows of the latent
         scales = t * ((3 * item_bytes + 8) * covered + 2 * item_bytes * rows)  # and repeated for each row
         scales += 2 * item_bytes * rows * (T + t) if self.spread else 0  # and for each frame
-        return max(norms, B * C * w * scales)
+        return results + max(norms, B * C * w * scales)
 
     def _spread(self, s_BCthw: Tensor) -> Tensor:
         """One value for each of the last frames, the first of which may lie inside a latent's block of frames."""

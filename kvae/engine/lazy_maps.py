@@ -107,7 +107,8 @@ class LazyConv:
         padded = self.segment.bytes_of(B, C, T + 2, rows + 2, W + 2)
         norm = 0
         if self.affine:
-            norm = self.affine.workspace_bytes((B, C, T + self.lead_frames, asked, W), self.segment.dtype.itemsize)
+            shape = B, C, T + self.lead_frames, asked, W
+            norm = self.affine.workspace_bytes(shape, self.segment.dtype.itemsize, self.segment.device)
         work = self.result_bytes(rows)
         if self.segment.device.type == "cpu":
             work += winograd.workspace_bytes(self.conv.conv.weight, T, rows, W)
@@ -195,7 +196,8 @@ class LazyPast:
     def peak_bytes(self, rows: int) -> int:
         B, C, T, _, W = self.source.shape
         shape = B, C, T, rows, W
-        made = self.segment.bytes_of(*shape) + self.affine.workspace_bytes(shape, self.segment.dtype.itemsize)
+        norm = self.affine.workspace_bytes(shape, self.segment.dtype.itemsize, self.segment.device)
+        made = self.segment.bytes_of(*shape) + norm
         return max(self.source.peak_bytes(rows), self.source.result_bytes(rows) + made)
 
 

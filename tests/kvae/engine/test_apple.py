@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from apple_gpu import AppleGPU, NotOnApple
-from kvae_comfyui.kvae import Execution, GroupNormStats, Recompute
+from kvae_comfyui.benchmarks.storages import PeakMemory
+from kvae_comfyui.kvae import BudgetError, Execution, GroupNormStats, Recompute, plan_decode, plan_encode
 from kvae_comfyui.kvae.engine.tiles import means
 from small_models import SMALL, VERSION_TWO, assert_same, clip, joined, latent, small
 
@@ -53,6 +54,26 @@ def test_exact_tiles(name):
     with torch.no_grad(), AppleGPU():
         tiled = copy.deepcopy(kvae).to("mps").decode(z.to("mps"), Execution(tiles=(1, 2)))
         assert_same(tiled.cpu(), kvae.decode(z))
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("budget", [None, 0], ids=["fastest", "least"])
+def test_a_plan_is_not_below_the_memory_in_use(name, dtype, budget):
+    kvae = small(name).to(dtype)
+    mps = torch.device("mps")
+    for source, plan in ((latent(kvae, 6, 4, 6), plan_decode), (clip(kvae, 21, 4, 6), plan_encode)):
+        try:
+            found = plan(kvae, source.shape, budget, stream=True, device=mps)
+        except BudgetError as error:
+            found = error.least
+        with AppleGPU():
+            on_apple, x = copy.deepcopy(kvae).to("mps"), source.to("mps", dtype)
+        stream = on_apple.decode_stream if plan is plan_decode else on_apple.encode_stream
+        with torch.no_grad(), PeakMemory() as memory, AppleGPU():
+            for _ in stream(x, found.execution):
+                pass
+        assert memory.peak <= found.peak
 
 
 @pytest.mark.parametrize("name", SMALL)
