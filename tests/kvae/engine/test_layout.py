@@ -46,7 +46,7 @@ def test_weights_that_are_trained_stay_where_they_are(monkeypatch):
 
 
 def test_amds_gpus_are_not_taken_for_nvidias(monkeypatch):
-    """PyTorch calls both cuda. Where nothing was measured, maps and strips are as they were before there were layouts."""
+    """PyTorch calls both cuda. Where nothing was measured, maps and strips are as they were on every GPU before."""
     gpu = torch.device("cuda")
     kvae = small("2.0-t4s8")
     shape = 1, 16, 6, 90, 160
