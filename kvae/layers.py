@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .config import KVAEConfig
 from .engine.convolution import Conv3d, conv3d, wants_autograd_or_graph
+from .engine.layout import empty_in_layout_of
 
 Cache = dict[str, Tensor]
 Sides = tuple[bool, bool, bool, bool]  # left, right, top, bottom
@@ -95,14 +96,6 @@ def fill_border(x_BCTHW: Tensor, padding: str, sides: Sides, inside: int = 1) ->
             x_BCTHW.select(dim, edge).copy_(x_BCTHW.select(dim, source))
         elif needed:
             x_BCTHW.select(dim, edge).zero_()
-
-
-def empty_in_layout_of(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An empty tensor of x's dtype, device and memory format."""
-    # is_contiguous would miss slices, which are neither contiguous nor channels-last
-    nhwc = x.stride(1) == 1 and x.shape[1] > 1
-    memory_format = torch.channels_last_3d if nhwc else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 def wide(x: Tensor) -> Tensor:

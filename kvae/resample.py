@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .config import KVAEConfig
 from .engine.convolution import conv3d
-from .layers import Cache, Streamed, empty_in_layout_of, pad_border, remember, wide
+from .engine.layout import empty_in_layout_of
+from .layers import Cache, Streamed, pad_border, remember, wide
 
 PARITIES = ((0, 0), (0, 1), (1, 0), (1, 1))
 

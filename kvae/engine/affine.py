@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from copy import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import RMSNorm, SpatialNorm, apply_scale_shift, wide
@@ -46,16 +47,22 @@ class NormAffine:
         return part
 
     def write(self, x_BCTHW: Tensor, lo: int, hi: int, out: Tensor) -> None:
-        """out = norm(x), for rows lo:hi of the source."""
+        """out = SiLU(norm(x)), for rows lo:hi of the source."""
+        if out.device.type == "mps":  # wrong values in some versions if out is a slice: pytorch/pytorch#139006
+            out.copy_(F.silu(self._norm(x_BCTHW, lo, hi, None)))
+        else:
+            F.silu(self._norm(x_BCTHW, lo, hi, out), inplace=True)
+
+    def _norm(self, x_BCTHW: Tensor, lo: int, hi: int, out: Tensor | None) -> Tensor:
+        """norm(x), in `out` if that is given."""
         if self.rms:
             x_BCTHW = torch.div(x_BCTHW, x_BCTHW.norm(dim=1, keepdim=True).clamp_min_(1e-12), out=out)
         if self.spatial is None:
-            self._apply(x_BCTHW, self.scale, self.shift, out)
-            return
+            return self._apply(x_BCTHW, self.scale, self.shift, out)
         scale, shift, rate = self._of_latent(lo, hi)
         rows = torch.arange(lo, hi, device=scale.device) // rate - lo // rate
         scale, shift = (self._spread(s.to(x_BCTHW.dtype)[:, :, :, rows]) for s in (scale, shift))
-        apply_scale_shift(x_BCTHW, scale, shift, self.first, out=out)
+        return apply_scale_shift(x_BCTHW, scale, shift, self.first, out=out)
 
     def write_fused(
         self, x_BCTHW: Tensor, lo: int, hi: int, out: Tensor, corner: tuple[int, int] = (0, 0), padding: str = "zeros"
@@ -100,17 +107,19 @@ class NormAffine:
         rate = (T - head) // (t - head)
         return rate, (rate - 1) * head
 
-    def workspace_bytes(self, shape: Sequence[int], item_bytes: int) -> int:
+    def workspace_bytes(self, shape: Sequence[int], item_bytes: int, device: torch.device) -> int:
         """Bytes that normalising rows of this shape, [B, C, T, rows, W], needs in addition to input and output."""
         B, C, T, rows, W = shape
+        # on Apple's GPU, where `out` is not written to, the results of three operators at a time
+        results = 3 * item_bytes * B * C * T * rows * W if device.type == "mps" else 0
         norms = item_bytes * B * T * rows * W if self.rms else 0
         if self.z is None:
-            return norms
+            return results + norms
         t, h, w = self.z.shape[2:]
         covered = min(h, -(-rows * h // self.height) + 1)  # rows of the latent
         scales = t * ((3 * item_bytes + 8) * covered + 2 * item_bytes * rows)  # and repeated for each row
         scales += 2 * item_bytes * rows * (T + t) if self.spread else 0  # and for each frame
-        return max(norms, B * C * w * scales)
+        return results + max(norms, B * C * w * scales)
 
     def _spread(self, s_BCthw: Tensor) -> Tensor:
         """One value for each of the last frames, the first of which may lie inside a latent's block of frames."""
@@ -120,15 +129,17 @@ class NormAffine:
         return s_BCthw.repeat_interleave(rate, 2)[:, :, -frames:]
 
     @staticmethod
-    def _apply(x_BCTHW: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor) -> None:
+    def _apply(x_BCTHW: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor | None) -> Tensor:
         if shift is None:
-            torch.mul(x_BCTHW, scale.to(x_BCTHW.dtype), out=out)
-        elif x_BCTHW.dtype.itemsize > 2 or x_BCTHW.is_cuda:
-            torch.addcmul(shift, x_BCTHW, scale, out=out)
-        else:  # in float32, rounded once at the end; frame by frame, since a CPU would convert the whole input first
-            for x, y in zip(x_BCTHW.unbind(2), out.unbind(2), strict=True):
-                x = x.float()
-                y.copy_(torch.addcmul(shift[:, :, 0], x, scale[:, :, 0], out=x))
+            return torch.mul(x_BCTHW, scale.to(x_BCTHW.dtype), out=out)
+        if x_BCTHW.dtype.itemsize > 2 or x_BCTHW.is_cuda:
+            return torch.addcmul(shift, x_BCTHW, scale, out=out)
+        # in float32, rounded once at the end; frame by frame, since a CPU would convert the whole input first
+        out = torch.empty_like(x_BCTHW) if out is None else out
+        for x, y in zip(x_BCTHW.unbind(2), out.unbind(2), strict=True):
+            x = x.float()
+            y.copy_(torch.addcmul(shift[:, :, 0], x, scale[:, :, 0], out=x))
+        return out
 
 
 def rms_scale(norm: RMSNorm) -> Tensor:

@@ -1,4 +1,4 @@
-"""3-D convolutions, each by the fastest way on a CPU."""
+"""3-D convolutions, each by the fastest way on a CPU; on other devices PyTorch's, or 2-D ones (`.by_frames`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import winograd
+from . import by_frames, winograd
 
 ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch, "mkldnn_convolution")
 
@@ -19,8 +19,10 @@ def wants_autograd_or_graph() -> bool:
 def conv3d(x_BiTHW: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int] = (1, 1, 1)) -> Tensor:
     """The result of `F.conv3d(x, weight, bias, stride)`: [B, i, T, H, W] → [B, o, T', H', W'].
 
-    With gradients, during graph capture, and on devices other than a CPU, it calls that function.
+    With gradients and during graph capture, it calls that function.
     """
+    if by_frames.ENABLED and not wants_autograd_or_graph():
+        return by_frames.conv3d(x_BiTHW, weight, bias, stride)
     if x_BiTHW.device.type != "cpu" or wants_autograd_or_graph():
         return F.conv3d(x_BiTHW, weight, bias, stride)
     sides = [n - k + 1 for n, k in zip(x_BiTHW.shape[2:], weight.shape[2:], strict=True)]

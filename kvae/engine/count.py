@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..coders import Coder
 from ..model import KVAE
 from ..resample import Downsample, Upsample
-from . import downsample
+from . import by_frames, downsample
 from .affine import ScaleShift
 from .execution import Execution
 from .feature_map import FeatureMap, Materialized, Rows
@@ -160,7 +160,8 @@ def clip_bytes(
         result = run(T, first=i == 0, last=i == len(segments) - 1)
         most_of_first = most_of_first or ledger.peak
     del result
-    return most_of_first, ledger.peak
+    workspace = by_frames.workspace_bytes(coder.parameters())
+    return most_of_first + workspace, ledger.peak + workspace
 
 
 def _result_shape(kvae: KVAE, coder: Coder, shape: Sequence[int]) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..layers import empty_in_layout_of
 from ..resample import Downsample
 from .feature_map import FeatureMap, Materialized
+from .layout import empty_in_layout_of
 from .strips import even_strips, largest_strip
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from enum import IntEnum
 import torch
 
 from ..config import SEGMENT_FRAMES
+from .layout import is_nvidia
 
 PAST_FRAMES = 2  # past frames that a causal 3x3x3 convolution reads
 
@@ -70,8 +71,11 @@ class Execution:
             raise ValueError(f"overlap is {overlap}; expected 0 or more latents, or None for exact tiles")
 
     def strip_bytes_on(self, device: torch.device) -> int:
-        """The size of strips on a device: larger on a GPU, which small strips would leave idle."""
-        return self.strip_bytes or (64 << 20 if device.type in ("cpu", "meta") else 1 << 30)
+        """The size of strips on a device: larger on an NVIDIA GPU, which small strips would leave idle.
+
+        Other GPUs may unfold a strip for a convolution, or limit a tensor's bytes.
+        """
+        return self.strip_bytes or (1 << 30 if is_nvidia(device) else 64 << 20)
 
 
 Executions = Execution | Callable[[], Execution]  # one for all segments, or a function that is asked before each

@@ -12,16 +12,16 @@ from copy import copy
 from functools import cached_property, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import CausalConv3d, ResnetBlock, empty_in_layout_of, fill_border
+from ..layers import CausalConv3d, ResnetBlock, fill_border
 from ..resample import Upsample
 from . import winograd
 from .affine import NormAffine
 from .convolution import conv3d
 from .execution import PAST_FRAMES
 from .feature_map import FeatureMap, Materialized, ReadRows, Rows
+from .layout import empty_in_layout_of
 from .segment import SegmentRun
 
 
@@ -87,7 +87,6 @@ class LazyConv:
             unfilled = padded[:, :, : 2 - self.lead_frames]
         elif self.affine:
             self.affine.write(x, lo - above, hi + below, out=now)
-            F.silu(now, inplace=True)
         else:
             now.copy_(x)
         if not self.lead_frames:
@@ -108,7 +107,8 @@ class LazyConv:
         padded = self.segment.bytes_of(B, C, T + 2, rows + 2, W + 2)
         norm = 0
         if self.affine:
-            norm = self.affine.workspace_bytes((B, C, T + self.lead_frames, asked, W), self.segment.dtype.itemsize)
+            shape = B, C, T + self.lead_frames, asked, W
+            norm = self.affine.workspace_bytes(shape, self.segment.dtype.itemsize, self.segment.device)
         work = self.result_bytes(rows)
         if self.segment.device.type == "cpu":
             work += winograd.workspace_bytes(self.conv.conv.weight, T, rows, W)
@@ -189,15 +189,15 @@ class LazyPast:
     def __call__(self, lo: int, hi: int) -> Tensor:
         x = self.source(lo, hi)
         y = torch.empty_like(x)
-        if self.affine.write_fused(x, lo, hi, out=y):
-            return y
-        self.affine.write(x, lo, hi, out=y)
-        return F.silu(y, inplace=True)
+        if not self.affine.write_fused(x, lo, hi, out=y):
+            self.affine.write(x, lo, hi, out=y)
+        return y
 
     def peak_bytes(self, rows: int) -> int:
         B, C, T, _, W = self.source.shape
         shape = B, C, T, rows, W
-        made = self.segment.bytes_of(*shape) + self.affine.workspace_bytes(shape, self.segment.dtype.itemsize)
+        norm = self.affine.workspace_bytes(shape, self.segment.dtype.itemsize, self.segment.device)
+        made = self.segment.bytes_of(*shape) + norm
         return max(self.source.peak_bytes(rows), self.source.result_bytes(rows) + made)
 
 

@@ -20,11 +20,12 @@ from ..frames import padded_frames
 from ..model import KVAE
 from .count import clip_bytes
 from .execution import Execution, Recompute, frames_to_recompute
+from .layout import is_nvidia
 from .tiles import Tiling, blended_tiling, exact_tiling
 
 STRIP_BYTES = (256 << 20, 64 << 20, 16 << 20)
-LARGEST_STRIP_BYTES = 1 << 30  # on a GPU
-# On a GPU, strips of n bytes take 1 + STRIP_COST / n times as long as whole maps. On an H200 it was 1.13 times with
+LARGEST_STRIP_BYTES = 1 << 30  # on an NVIDIA GPU
+# There, strips of n bytes take 1 + STRIP_COST / n times as long as whole maps. On an H200 it was 1.13 times with
 # 256 MB and 1.7 times with 64 MB (KVAE-3D-1.0 in bfloat16, mean of 33x480x832 and 33x720x1280)
 STRIP_COST = 36 << 20
 # Relative time of each level of `Recompute`, by (norm, whether it decodes): measured by benchmarks/executions.py, less
@@ -189,7 +190,7 @@ class Search:
         config = self.kvae.config
         rate = config.temporal_compress_times
         segments = (SEGMENT_FRAMES, 2 * rate, rate) if config.norm_is_per_position else (SEGMENT_FRAMES,)
-        strips = STRIP_BYTES if self.device.type in ("cpu", "meta") else (LARGEST_STRIP_BYTES, *STRIP_BYTES)
+        strips = (LARGEST_STRIP_BYTES, *STRIP_BYTES) if is_nvidia(self.device) else STRIP_BYTES
         needed = frames_to_recompute(len(self.kvae.decoder.full_resolution()))
         possible = [
             Execution(segment, strip_bytes, recompute, count, overlap)
@@ -209,7 +210,7 @@ class Search:
         # rows beyond a strip: those of all blocks, if they are computed at once
         halo = 1 + 2 * len(self.coder.full_resolution()) * full
         strips = 1 + halo / rows
-        if self.device.type not in ("cpu", "meta"):
+        if is_nvidia(self.device):
             strips += STRIP_COST / strip_bytes
         recompute = RECOMPUTE_COST[config.norm, self.decode][execution.recompute]
         short = 1 + 0.05 * ((SEGMENT_FRAMES // execution.segment).bit_length() - 1)

@@ -93,10 +93,10 @@ class SegmentRun:
         def write() -> None:
             lo, hi, strip = pending.pop()
             assert out is not None
-            if add:
+            if add and self.device.type != "mps":  # see NormAffine.write
                 torch.add(strip, add(lo, hi), out=out[:, :, :, lo:hi])
             else:
-                out[:, :, :, lo:hi] = strip
+                out[:, :, :, lo:hi] = strip.add_(add(lo, hi)) if add else strip
 
         for lo, hi in self.strips(source):
             strip = source(lo, hi)

@@ -95,5 +95,5 @@ def _cuda_moments(x_1CTHW: Tensor) -> Moments:
 def shares(sizes: Sequence[int], like: Tensor) -> Tensor:
     """Each size divided by their sum, along the first axis of a tensor with as many axes as `like`."""
     share = torch.tensor([n / sum(sizes) for n in sizes], dtype=like.dtype)
-    # not blocking: the host need not wait until the device has done all its work
-    return share.to(like.device, non_blocking=True).view(-1, *[1] * (like.ndim - 1))
+    # on CUDA the host need not wait until the device has done all its work; on MPS such a copy may read freed memory
+    return share.to(like.device, non_blocking=like.is_cuda).view(-1, *[1] * (like.ndim - 1))

@@ -15,7 +15,6 @@ from itertools import pairwise, product
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import KVAEConfig
@@ -37,7 +36,8 @@ class Part:
         if self.weights is None:
             out[self.where] = self.x
         else:
-            out[self.where] += (self.x * self.weights.to(self.x.device)).to(out)
+            place = out[self.where]
+            place.copy_(place + (self.x * self.weights.to(self.x.device)).to(out))
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,19 @@ def shrink_to_tile(x: Tensor, tiling: Tiling, side: int) -> Tensor:
     """Shrink a clip [B, C, T, H, W], with `side` rows per latent, to the largest tile, for GroupNorm's statistics."""
     sides = [axis.outer[-1][1] for axis in (tiling.rows, tiling.columns)]
     factor = max(n / tile for n, tile in zip(sides, tiling.largest, strict=True))
-    small = [max(1, int(n / factor)) for n in sides]
-    return F.interpolate(wide(x), (x.shape[2], *(n * side for n in small)), mode="area").to(x.dtype)
+    rows, columns = (
+        means(n * side, max(1, int(n / factor)) * side, x.device, torch.promote_types(x.dtype, torch.float32))
+        for n in sides
+    )
+    # as two products of matrices, since Apple's GPU has no pooling of 5-D maps
+    return (rows @ (wide(x) @ columns.T)).to(x.dtype)
+
+
+def means(n: int, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The matrix [count, n] that averages n values to `count`, each over its share, as `F.interpolate(mode="area")`."""
+    i, j = torch.arange(count, device=device)[:, None], torch.arange(n, device=device)
+    shares = ((j >= i * n // count) & (j * count < (i + 1) * n)).to(dtype)
+    return shares / shares.sum(1, keepdim=True)
 
 
 def overlapping_spans(n: int, count: int, overlap: int) -> list[Span]:

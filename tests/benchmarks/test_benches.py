@@ -8,12 +8,13 @@ import torch
 
 from conftest import ROOT
 from kvae_comfyui.adapters.networks import build_network
-from kvae_comfyui.benchmarks import adapters, judge
+from kvae_comfyui.benchmarks import adapters, convolutions, judge
 from kvae_comfyui.benchmarks.entries import BenchEntry
 from kvae_comfyui.benchmarks.ingredients import PLAIN
 from kvae_comfyui.benchmarks.tables import head, publish
 from kvae_comfyui.training.data.pairs import SUFFIX, Pair, Source, write_pair
 from kvae_comfyui.training.directions import DIRECTIONS
+from small_models import SMALL
 
 FOLDER = ROOT / "benchmarks"
 BENCHES = [
@@ -52,6 +53,18 @@ def test_a_results_file_is_what_was_printed(tmp_path, capsys):
     assert text == capsys.readouterr().out
     assert text.startswith("# Title\n\n    python -m ") and f"PyTorch {torch.__version__}." in text
     assert max(map(len, text.splitlines()[4:])) <= 120
+
+
+def test_every_convolution_of_a_model_is_timed_both_ways():
+    config = SMALL["2.0-t4s8"]
+    lines = list(convolutions.rows(config, (5, 32, 32), torch.device("cpu"), torch.float32, rounds=1))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]]
+    kernels = {cell[2].split("x", 2)[2] for cell in cells if cell[2]}
+    assert kernels == {"3x3x3", "1x1x1", "1x3x3", "3x1x1", "1x2x2", "2x1x1"}
+    for direction in ("decode", "encode"):
+        each = [float(cell[5]) for cell in cells if cell[0] == direction]
+        assert each.pop() == pytest.approx(sum(each), abs=1e-3)
+        assert sum(cell[0] == direction and cell[1] == "all" for cell in cells) == 1
 
 
 def test_a_difference_is_paired_clip_by_clip():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -100,7 +100,9 @@ class Processes:
 
     def autocast(self) -> AbstractContextManager:
         """A context in which matrix products and convolutions run in accelerate's mixed precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+        if self._precision == "no":  # before PyTorch 2.5, autocast refuses Apple's GPU even if it is not enabled
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
 
 def _check_devices(device: str) -> None:

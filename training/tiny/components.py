@@ -27,8 +27,9 @@ def fit_components(blocks_Bthwf: Tensor, count: int = COUNT) -> tuple[Tensor, Te
     """Mean [f] and whitening projection [f, count] of blocks."""
     x = rearrange(blocks_Bthwf, "b t h w f -> (b t h w) f")
     mean = x.mean(0)
-    values, vectors = torch.linalg.eigh(((x - mean).T @ (x - mean) / len(x)).double())
-    return mean, (vectors[:, -count:] / values[-count:].sqrt()).float()
+    covariance = ((x - mean).T @ (x - mean) / len(x)).cpu()  # Apple's GPUs have no float64
+    values, vectors = torch.linalg.eigh(covariance.double())
+    return mean, (vectors[:, -count:] / values[-count:].sqrt()).to(mean)
 
 
 def pca_psnr(train: list[Tensor], validation: list[Tensor], count: int = COUNT) -> float:

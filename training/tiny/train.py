@@ -162,7 +162,10 @@ class TinyTraining:
     def __init__(self, config: TinyConfig, total_steps: int, vae: Any):
         self.config = config
         self.half_range = KVAE_HALF_RANGE if config.model == "kvae" else HUNYUAN_HALF_RANGE
-        self.vae = vae.to(config.device, memory_format=torch.channels_last_3d)
+        # Apple's GPU has no channels-last convolutions over three axes
+        apple = torch.device(config.device).type == "mps"
+        self.memory_format = torch.contiguous_format if apple else torch.channels_last_3d
+        self.vae = vae.to(config.device, memory_format=self.memory_format)
         parameters = list(self.vae.parameters())
         matrices = [p for p in parameters if p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 3]
         self.rest = [p for p in parameters if not any(p is m for m in matrices)]
@@ -203,14 +206,15 @@ class TinyTraining:
         return {"step": self.trainer.step, "psnr": round(psnr, 2), "std": round(mean.std().item(), 3)}
 
     def pixels(self, crops: Tensor) -> Tensor:
-        """uint8 [B, 3, T, H, W] → floats in −1..1 as this VAE scales them, channels last."""
+        """uint8 [B, 3, T, H, W] → floats in −1..1 as this VAE scales them, in the memory format of its weights."""
         x = to_unit(crops.to(self.config.device), self.half_range)
-        return x.contiguous(memory_format=torch.channels_last_3d)
+        return x.contiguous(memory_format=self.memory_format)
 
     def principal_components(self, x: Tensor) -> Tensor:
         """Whitened principal components of the blocks of x, [B, 16, t, h, w]."""
         mean, projection = self.components
-        return ((pixel_blocks(x) - mean) @ projection).movedim(-1, 1)
+        z = ((pixel_blocks(x) - mean) @ projection).movedim(-1, 1)
+        return z.contiguous(memory_format=self.memory_format)
 
     @torch.inference_mode()
     def validate(self, clips: list[Tensor]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from kvae_comfyui.kvae import Execution, plan_decode
 from kvae_comfyui.kvae.engine import layout
 from kvae_comfyui.kvae.load import described_state
 from small_models import SMALL, small
@@ -42,3 +43,17 @@ def test_weights_that_are_trained_stay_where_they_are(monkeypatch):
     monkeypatch.setattr(layout, "weight_format", lambda device: torch.channels_last_3d)
     kvae.fold()
     assert pointers == [w.data_ptr() for w in kvae.parameters()]
+
+
+def test_amds_gpus_are_not_taken_for_nvidias(monkeypatch):
+    """PyTorch calls both cuda. Where nothing was measured, maps and strips are as they were on every GPU before."""
+    gpu = torch.device("cuda")
+    kvae = small("2.0-t4s8")
+    shape = 1, 16, 6, 90, 160
+    assert layout.fastest_format(gpu) == layout.weight_format(gpu) == torch.channels_last_3d
+    assert Execution().strip_bytes_on(gpu) == plan_decode(kvae, shape, device=gpu).execution.strip_bytes == 1 << 30
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for other in (gpu, torch.device("mps")):
+        assert layout.fastest_format(other) == layout.weight_format(other) == torch.contiguous_format
+        assert Execution().strip_bytes_on(other) == 64 << 20
+        assert plan_decode(kvae, shape, device=other).execution.strip_bytes == 256 << 20

@@ -4,9 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kvae_comfyui.adapters.networks import build_network
 from kvae_comfyui.benchmarks.ingredients import (
@@ -125,24 +122,3 @@ def test_every_ingredient_can_be_trained(latents):
         for network in networks.values():
             gradient = network.affine.conv.weight.grad
             assert gradient.isfinite().all() and gradient.norm() > 0, name
-
-
-class NoFloat64(TorchDispatchMode):
-    """Raise AssertionError for float64 on Apple's GPUs, which lack it; tensors have a device but no values."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for each in tree_leaves((args, kwargs, out)):
-            if isinstance(each, torch.Tensor) and each.device.type == "mps":
-                assert each.dtype != torch.float64, func
-                self.used = True
-        return out
-
-
-def test_the_closed_form_uses_no_float64_on_an_apple_gpu():
-    with FakeTensorMode(), NoFloat64() as mode:
-        z = torch.empty(2, 16, 3, 8, 8, device="mps")
-        ridge = Ridge(16, 16, 3)
-        ridge.add(z.half(), z)
-        assert ridge.sum_xx.dtype == torch.float64 and ridge.sum_xx.device.type == "cpu"
-        assert mode.used
