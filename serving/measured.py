@@ -66,6 +66,9 @@ class Ratios:
         self._measuring = Lock()
         self._learned: dict[Case, float] = {}
 
+    def __deepcopy__(self, memo: dict) -> Ratios:
+        return self  # a copy of a VAE runs on the same card
+
     def of(self, case: Case) -> float:
         """Bytes to grant for each byte counted; at least 1."""
         learned = self._learned.get(case)
