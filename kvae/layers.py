@@ -64,8 +64,8 @@ def remember(x_BCTHW: Tensor, cache: Cache, name: str, memory: int, stride: int 
         memory: number of past frames; windows have memory + 1 frames.
         stride: frames from one window to the next.
     """
-    past = cache[name] if name in cache else x_BCTHW[:, :, :1].expand(-1, -1, memory, -1, -1)
-    x = torch.cat([past, x_BCTHW], dim=2) if past.shape[2] else x_BCTHW
+    past = [cache[name]] if name in cache else [x_BCTHW[:, :, :1]] * memory  # an expanded frame would lose its layout
+    x = torch.cat([*past, x_BCTHW], dim=2) if memory else x_BCTHW
     windows = (x.shape[2] - memory - 1) // stride + 1
     cache[name] = x[:, :, windows * stride :].clone()
     return x

@@ -86,7 +86,9 @@ class HostVAE(nn.Module):
         """
         x = self._checked_pixels(x_B3THW)
         self._bring_weights(device or x.device)
-        held = self._clip_bytes(x.shape, next(self.kvae.parameters()).dtype)
+        # one more copy on the device, and the clip itself if it is not there yet
+        weight, copies = next(self.kvae.parameters()), 1 if device is None else 2
+        held = copies * prod(x.shape[1:]) * weight.dtype.itemsize
         return self._encode(x, self.planner.ladder(plan_encode, x.shape, held=held))
 
     def encode_tiled(
@@ -147,7 +149,7 @@ class HostVAE(nn.Module):
         ladder = self.planner.ladder(plan_decode, z_Bcthw.shape, stream=True, held=self._frame_bytes(z_Bcthw.shape))
         reports = self._reports(len(z_Bcthw), z_Bcthw.shape[2])
         for z, report in zip(z_Bcthw.split(1), reports, strict=True):
-            for frames in decode_clip_stream(self.vae, z, ladder, report, self._pinned):
+            for frames in decode_clip_stream(self.vae, z, ladder, report, self._pins(z.device)):
                 yield frames.to(self.output_device)
                 del frames  # before the next ones are computed
 
@@ -228,24 +230,23 @@ class HostVAE(nn.Module):
         """Decode all clips into x_B3THW."""
         reports = self._reports(len(z_Bcthw), z_Bcthw.shape[2])
         for x, z, report in zip(x_B3THW.split(1), z_Bcthw.split(1), reports, strict=True):
-            decode_clip(self.vae, z, x, ladder, report, self._pinned)
+            decode_clip(self.vae, z, x, ladder, report, self._pins(z.device))
         return x_B3THW
 
-    @property
-    def _pinned(self) -> bool:
-        """Whether frames are copied to the host while the next segment is computed."""
-        device = next(self.kvae.parameters()).device
+    def _pins(self, device: torch.device) -> bool:
+        """Whether frames are copied from this device to the host while the next segment is computed."""
         return self.pin_memory and device.type == "cuda" and self.output_device.type == "cpu"
 
     @staticmethod
     def _clip_bytes(x_shape: Sequence[int], dtype: torch.dtype) -> int:
-        """Bytes of one clip's pixels on the device, in float32 and in the dtype of the weights."""
+        """Bytes of one clip's pixels on the device, as a host may send them and in the dtype of the weights."""
         return prod(x_shape[1:]) * (torch.float32.itemsize + dtype.itemsize)
 
     def _frame_bytes(self, z_shape: Sequence[int]) -> int:
         """Bytes of the frames that wait on the device for their copy while the next segment is computed."""
         pixels = (SEGMENT_FRAMES + 1) * prod(z_shape[-2:]) * self.space.spatial_factor**2
-        return 3 * pixels * torch.float32.itemsize if self._pinned else 0
+        device = self.planner.device or next(self.kvae.parameters()).device
+        return 3 * pixels * torch.float32.itemsize if self._pins(device) else 0
 
     def _bring_weights(self, device: torch.device) -> None:
         """Move weights that the host left elsewhere, as ComfyUI does with --novram, before free memory is asked for."""

@@ -32,6 +32,8 @@ class Search(Protocol):
 def empty_cache() -> None:
     """Give the memory that PyTorch keeps for later back to the card."""
     torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 @dataclass
@@ -39,9 +41,9 @@ class Ladder:
     """The plan for all clips of one decode or encode, and the smaller plans below it.
 
     After a failure comes the fastest plan that needs at most STEP of the failed one's memory, and in the end the exact
-    plan that needs least. If `approximate`, blended tiles are below that. By the order of plans, the first of them is
-    not slower than the exact plan above it: tiles share a few latents only, and what is computed by tiles fits with
-    less recomputing, or none. A later clip begins where the one before arrived.
+    plan that needs least. If `approximate`, blended tiles are below that. Of clips that may be short of memory, they
+    are several times faster than the exact plan above them, by the planner's estimate: tiles share a few latents only,
+    and recompute less, or nothing. A later clip begins where the one before arrived.
 
     Attributes:
         plan: the present plan.

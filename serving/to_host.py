@@ -83,7 +83,7 @@ class PinnedCopies:
     def _buffer(self, size: int) -> Tensor:
         """The buffer that was used before the last one; a larger one if it is too small for `size` values."""
         if self.buffers[0].numel() < size:
-            self.buffers[0] = torch.empty(0)  # freed before the new one is made
+            self.buffers[0] = torch.empty(0)  # goes back to PyTorch before a new one is made
             self.buffers[0] = torch.empty(size, pin_memory=True)
         self.buffers.rotate()
         return self.buffers[-1][:size]

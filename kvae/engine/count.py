@@ -4,7 +4,7 @@ The functions of `.run_segment` make all that lives for a while in `SegmentRun.e
 from then on until nothing refers to it any more. What a map needs while a strip of it is computed, the map itself says.
 
 Not counted are the weights, the latents, the clip, and what a convolution's kernel allocates for itself, except the
-workspace of `.winograd`.
+workspace of `.winograd`; and, on a GPU, PyTorch's copies of windows that are slices.
 """
 
 from __future__ import annotations

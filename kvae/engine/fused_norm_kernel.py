@@ -46,7 +46,6 @@ def normalise(
     z_row, z_column = (row + skipped_rows) >> row_bits, column >> column_bits
     c = tl.arange(0, CHANNELS)[None, :]
     is_channel = c < C
-
     # a map may have 4e9 elements; within a frame, `.fused_norm` ensures offsets below 2 ** 31
     x_at += b.to(tl.int64) * x_b + t.to(tl.int64) * x_t
     y_at += b.to(tl.int64) * y_b + t.to(tl.int64) * y_t

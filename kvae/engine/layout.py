@@ -32,11 +32,13 @@ def weight_format(device: torch.device) -> torch.memory_format:
 def lay_out_weights(weights: Iterable[Tensor]) -> None:
     """Give frozen weights of convolutions, [o, i, k, k, k], the layout that is fastest on their device, in place."""
     for weight in weights:
-        if weight.ndim != 5 or weight.requires_grad or weight.is_inference():
+        if weight.ndim != 5 or weight.requires_grad:
             continue
         memory_format = weight_format(weight.device)
         if not weight.is_contiguous(memory_format=memory_format):
-            weight.data = weight.data.contiguous(memory_format=memory_format)
+            # a weight stays what it is: hosts make theirs in inference mode, and only the others may meet gradients
+            with torch.no_grad(), torch.inference_mode(weight.is_inference()):
+                weight.data = weight.data.contiguous(memory_format=memory_format)
 
 
 def empty_in_layout_of(x: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -84,16 +84,21 @@ def _cuda_moments(x_1CTHW: Tensor) -> Moments:
 
     Source: batch_norm_choose_impl in PyTorch's aten/src/ATen/native/cuda/Normalization.cu.
     """
-    x_1CRW = x_1CTHW.flatten(2, 3)  # a view: the frames, one below the other
-    parts = x_1CRW.chunk(-(-x_1CRW.numel() // MOST_VALUES), dim=2)
+    parts = [part for picture in _pictures(x_1CTHW) for part in picture.chunk(-(-picture.numel() // MOST_VALUES), 2)]
     means, variances = (torch.stack(m) for m in zip(*map(_batch_norm_moments, parts), strict=True))
     weight = shares([part.shape[2] for part in parts], means)
     mean = (weight * means).sum(0)
     return mean, (weight * (variances + (means - mean).square())).sum(0)
 
 
+def _pictures(x_1CTHW: Tensor) -> Sequence[Tensor]:
+    """The frames as one picture, one below the other, or one by one if they are only slices: views, [1, C, rows, W]."""
+    _, C, T, H, W = x_1CTHW.shape
+    frames_adjoin = x_1CTHW.stride(2) == H * x_1CTHW.stride(3)
+    return [x_1CTHW.view(1, C, T * H, W)] if frames_adjoin else x_1CTHW.unbind(2)
+
+
 def shares(sizes: Sequence[int], like: Tensor) -> Tensor:
     """Each size divided by their sum, along the first axis of a tensor with as many axes as `like`."""
-    share = torch.tensor([n / sum(sizes) for n in sizes], dtype=like.dtype)
-    # on CUDA the host need not wait until the device has done all its work; on MPS such a copy may read freed memory
-    return share.to(like.device, non_blocking=like.is_cuda).view(-1, *[1] * (like.ndim - 1))
+    # filled on the device: a copy from the host could wait until the device has done all its work
+    return torch.cat([like.new_full((1,) * like.ndim, n / sum(sizes)) for n in sizes])

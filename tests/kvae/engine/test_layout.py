@@ -4,10 +4,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from kvae_comfyui.kvae import Execution, plan_decode
-from kvae_comfyui.kvae.engine import layout
+from kvae_comfyui.kvae import Execution, layers, plan_decode, resample
+from kvae_comfyui.kvae.engine import convolution, layout, lazy_maps
 from kvae_comfyui.kvae.load import described_state
-from small_models import SMALL, small
+from small_models import SMALL, clip, joined, latent, small
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -35,6 +35,40 @@ def test_back_on_a_cpu_they_run_as_before(monkeypatch):
         on_a_gpu.setattr(layout, "weight_format", lambda device: torch.channels_last_3d)
         kvae.fold()
     assert torch.equal(kvae.decode(z), expected)
+
+
+def test_weights_that_a_host_moved_in_inference_mode_are_laid_out_and_may_meet_gradients(monkeypatch):
+    """ComfyUI runs nodes in inference mode."""
+    monkeypatch.setattr(layout, "weight_format", lambda device: torch.channels_last_3d)
+    for name in SMALL:
+        with torch.inference_mode():
+            made_there = small(name)
+        outside = small(name)
+        for kvae in (made_there, outside):
+            with torch.inference_mode():
+                kvae.fold()
+            laid_out = [w for w in kvae.parameters() if w.ndim == 5]
+            assert all(w.is_contiguous(memory_format=torch.channels_last_3d) for w in laid_out)
+        z = latent(outside, 2).requires_grad_()
+        outside.decode(z).sum().backward()
+        assert z.grad is not None
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_all_convolutions_read_channels_last_memory(name, monkeypatch):
+    """The past frames of resamplers, too, and the later segments; on a CPU as on an NVIDIA GPU."""
+    kvae, convolve = small(name), convolution.conv3d
+    formats = []
+
+    def seen(x, *args, **options):
+        formats.append(x.shape[1] == 1 or x.stride(1) == 1)
+        return convolve(x, *args, **options)
+
+    for module in (resample, lazy_maps, layers):
+        monkeypatch.setattr(module, "conv3d", seen)
+    with torch.no_grad():
+        joined(kvae.encode_stream(clip(kvae, 40))), joined(kvae.decode_stream(latent(kvae, 10)))
+    assert len(formats) > 50 and all(formats)
 
 
 def test_weights_that_are_trained_stay_where_they_are(monkeypatch):
