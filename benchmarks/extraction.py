@@ -94,6 +94,7 @@ def config_of(options: argparse.Namespace) -> extract.ExtractConfig:
         width=width,
         batch_size=options.batch_size,
         device=options.device,
+        dtype="float32",  # as the other side
     )
 
 

@@ -46,6 +46,9 @@ class VideoVAE(Protocol):
     def decode(self, z_Bcthw: Tensor) -> Tensor:
         """Raw latents [B, c, t, h, w] → float32 pixels [B, 3, T, H, W], clipped to 0..255. T includes padding."""
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Convert the weights. `signature` stays that of the file."""
+
 
 class HunyuanVAE:
     """AutoencoderKLHunyuanVideo or AutoencoderKLHunyuanVideo15 of diffusers, as diffusers runs them.
@@ -73,6 +76,9 @@ class HunyuanVAE:
         x = self.vae.decode(z_Bcthw.to(self.vae.device, self.vae.dtype)).sample
         return from_unit(x, HUNYUAN_HALF_RANGE)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        self.vae.to(dtype)
+
 
 class KVAE3D:
     """A KVAE-3D of any kind, run by this project."""
@@ -91,6 +97,9 @@ class KVAE3D:
     @torch.inference_mode()
     def decode(self, z_Bcthw: Tensor) -> Tensor:
         return from_unit(self.kvae.decode(z_Bcthw), KVAE_HALF_RANGE)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        self.kvae.to(dtype).fold()
 
 
 def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32) -> HunyuanVAE:

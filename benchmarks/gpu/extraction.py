@@ -16,8 +16,9 @@ from kvae_comfyui.benchmarks.gpu.models import made_on, random_hunyuan, random_k
 from kvae_comfyui.benchmarks.gpu.setup import Setup, shape_text
 from kvae_comfyui.serving.sample_clip import sample_clip
 from kvae_comfyui.serving.video_writer import write_video
-from kvae_comfyui.training.data.extract import DTYPES, ExtractConfig
+from kvae_comfyui.training.data.extract import ExtractConfig
 from kvae_comfyui.training.data.pairs import find_pairs, read_pair
+from kvae_comfyui.training.data.precision import DTYPES
 from kvae_comfyui.training.hunyuan import replace_convolutions
 from kvae_comfyui.training.vaes import KVAE3D, HunyuanVAE
 

@@ -185,10 +185,11 @@ def validate(training: Training) -> None:
     row: dict[str, float] = {"step": trainer.step, "epoch": trainer.progress.epoch}
     with trainer.averaged():
         for name, network in trainer.models.items():
-            error = torch.zeros((), dtype=torch.float64)
+            errors = [torch.zeros((), device=processes.device)]  # they stay there until the last one is computed
             for i in range(processes.rank, len(val), processes.count):
                 source, target = DIRECTIONS[name].ordered(*val.batch([i], processes.device))
-                error += F.mse_loss(network(source), target).item()
+                errors.append(F.mse_loss(network(source), target))
+            error = torch.stack(errors).cpu().double().sum()
             mse = row[f"val_{name}"] = processes.add(error).item() / len(val)
             if mse < trainer.progress.best_mse[name]:
                 trainer.progress.best_mse[name] = mse

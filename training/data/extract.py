@@ -3,7 +3,8 @@
     python -m training extract --videos-root UCF101 --output-root latents --hunyuan-vae DIR --kvae DIR
     torchrun --nproc_per_node 8 -m training extract …
 
-Threads decode and resize videos while the VAEs run, and pairs are written in the background. Several processes share
+Threads decode and resize videos while the VAEs run, and pairs are written in the background. A GPU is given the next
+clips before the latents of the last ones are fetched. Several processes share
 the videos. Pairs that exist are skipped. So an interrupted run continues where it stopped, with any number of
 processes.
 """
@@ -13,15 +14,15 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from ...kvae import WeightsError, padded_frames
+from ...kvae import WeightsError
 from ...serving.fit import CROP, STRETCH
 from ...serving.memory import is_out_of_memory
 from ..errors import UserError, printable
@@ -31,12 +32,13 @@ from ..runtime.places import shareable
 from ..runtime.processes import Processes
 from ..vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kvae_for_training, made_with
 from .clips import ClipTask, batched, clips_of_videos, pair_endings, read_tasks, reason_of
+from .encoding import PendingPair, encode_clips
 from .manifests import ExtractionManifest, own_manifest
 from .pair_names import PairNames
-from .pairs import Pair, Source, pairs_under, write_pair
+from .pairs import pairs_under, write_pair
+from .precision import AUTO, DTYPES, best_precision, precision_of
 from .videos import find_videos
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DECODERS = 4  # threads, one video each
 BATCH_SIZE = 4 if DEVICE == "cuda" else 1  # several clips do not fit a CPU's caches
 # errors of a pair's file name; any other error of writing is the disk's, and would hit the next pair too
@@ -77,7 +79,12 @@ class ExtractConfig:
     seed: int = option(0, "seed for --posterior sample", least=0, most=MOST_SEED)
     batch_size: int = option(BATCH_SIZE, "clips that go through a VAE at once", least=1)
     device: str = option(DEVICE, "device of both VAEs", metavar="DEVICE")
-    dtype: str = option("float32", "precision of both VAEs", choices=tuple(DTYPES))
+    dtype: str = option(
+        AUTO,
+        "precision of both VAEs; auto: what the folder was begun with, or, on CUDA, bfloat16 if it changes the first "
+        "clip's latents by less than 1 %% of their variance; else float32",
+        choices=(AUTO, *DTYPES),
+    )
 
 
 def run(config: ExtractConfig) -> int:
@@ -90,14 +97,17 @@ def run(config: ExtractConfig) -> int:
     processes = Processes(config.device)
     root, out = Path(config.videos_root), Path(config.output_root)
     _check_options(config)
-    config = replace(config, fit=config.fit or _fit_of(out))
+    begun = _settings_of(out)
+    fit = config.fit or (begun.get("fit", STRETCH) if begun else CROP)
+    config = replace(config, fit=fit, dtype=precision_of(config.dtype, begun, processes.device))
     videos = find_videos(root, config.split)
     all_videos = videos if config.split == "all" else find_videos(root)  # pairs of a split are named as those of all
     names = PairNames(root, out, all_videos, config.clips_per_video > 1)
-    hunyuan = load_hunyuan_vae(config.hunyuan_vae, str(processes.device), DTYPES[config.dtype])
-    kvae = load_kvae_for_training(config.kvae, str(processes.device), DTYPES[config.dtype])
-    check_grids(hunyuan.space, kvae.space)
-    _check_size(config, kvae.space.spatial_factor)
+    hunyuan, kvae = _load_vaes(config, processes.device)
+    if config.dtype == AUTO:
+        config = replace(config, dtype=best_precision(_first_frames(videos, names, config), (hunyuan, kvae), processes))
+        if config.dtype == "float32":
+            hunyuan, kvae = _load_vaes(config, processes.device)
     processes.wait()  # no process may find what another one has begun
     manifest = ExtractionManifest(out, _described(config, hunyuan, kvae))
     processes.wait()
@@ -116,6 +126,27 @@ def run(config: ExtractConfig) -> int:
     if not counts["extracted"] and not counts["already_there"]:
         raise UserError(f"{root}: none of the {len(videos)} videos gave a pair")
     return 1 if failed else 0
+
+
+def _load_vaes(config: ExtractConfig, device: torch.device) -> tuple[VideoVAE, VideoVAE]:
+    """Both VAEs, checked; in float32 if the precision is not chosen yet.
+
+    Raises:
+        UserError: the VAEs have different grids, or --height or --width does not fit them.
+        WeightsError: a VAE cannot be read.
+    """
+    dtype = DTYPES.get(config.dtype, torch.float32)
+    hunyuan = load_hunyuan_vae(config.hunyuan_vae, str(device), dtype)
+    kvae = load_kvae_for_training(config.kvae, str(device), dtype)
+    check_grids(hunyuan.space, kvae.space)
+    _check_size(config, kvae.space.spatial_factor)
+    return hunyuan, kvae
+
+
+def _first_frames(videos: list[Path], names: PairNames, config: ExtractConfig) -> Tensor | None:
+    """The frames of the first clip that can be read, uint8 [3, T, H, W]; None if there is none."""
+    tasks = (task for video in videos for task in read_tasks(video, 1, names, config))
+    return next((task.frames for task in tasks if task.frames is not None), None)
 
 
 def _finish(manifest: ExtractionManifest, counts: dict[str, int], failed: dict[str, str], processes: Processes) -> None:
@@ -169,7 +200,7 @@ class Extraction:
                 self._wait(written)
                 if pairs:
                     self.manifest.write_first()
-                written = [(task, writer.submit(write_pair, task.path, pair)) for task, pair in pairs]
+                written = [(task, writer.submit(_write, task.path, pair)) for task, pair in pairs]
             self._wait(written)
 
     def totals(self) -> tuple[dict[str, int], dict[str, str]]:
@@ -179,12 +210,13 @@ class Extraction:
         failed = {video: reason for _, each in everywhere for video, reason in each.items()}
         return counts | {"skipped": len(failed)}, failed
 
-    def _encode(self, tasks: list[ClipTask]) -> list[tuple[ClipTask, Pair]]:
+    def _encode(self, tasks: list[ClipTask]) -> list[tuple[ClipTask, PendingPair]]:
         """The pairs of clips of one shape. If a batch fails, its clips are encoded one by one."""
         if not tasks:
             return []
         try:
-            pairs = _encode(tasks, self.names.root, self.hunyuan, self.kvae, self.config, self.processes.device)
+            vaes = self.hunyuan, self.kvae
+            pairs = encode_clips(tasks, self.names.root, vaes, self.config, self.processes.device)
             return list(zip(tasks, pairs, strict=True))
         except Exception as error:
             if is_out_of_memory(error):  # the next clip has the same size and would fail too
@@ -221,33 +253,9 @@ def is_disk_error(error: Exception) -> bool:
     return isinstance(cause, OSError) and cause.errno not in NAME_ERRORS
 
 
-def _encode(
-    tasks: list[ClipTask], root: Path, hunyuan: VideoVAE, kvae: VideoVAE, config: ExtractConfig, device: torch.device
-) -> list[Pair]:
-    """Encode clips of one shape with both VAEs; latents are kept as float16."""
-    generator = None
-    if config.posterior == "sample":
-        clip = tasks[0].clip
-        key = f"{config.seed} {clip.video.relative_to(root).as_posix()} {clip.first}"
-        seed = zlib.crc32(key.encode(errors="surrogatepass"))
-        generator = torch.Generator(device).manual_seed(seed)
-    frames = torch.stack([task.frames for task in tasks])  # type: ignore[misc]
-    z_h, z_k = (vae.encode(frames, generator).half().cpu() for vae in (hunyuan, kvae))
-    return [Pair(z_h[i], z_k[i], _source(task, root, config)) for i, task in enumerate(tasks)]
-
-
-def _source(task: ClipTask, root: Path, config: ExtractConfig) -> Source:
-    count = task.frames.shape[1]  # type: ignore[union-attr]
-    return Source(
-        video=task.clip.video.relative_to(root).as_posix(),
-        first=task.clip.first,
-        frames=count,
-        padded=padded_frames(count) - count,
-        height=config.height,
-        width=config.width,
-        mirrored=task.mirrored,
-        fit=config.fit,
-    )
+def _write(path: Path, pair: PendingPair) -> None:
+    """Wait for the latents of a pair, and write it."""
+    write_pair(path, pair())
 
 
 def _described(config: ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> dict:
@@ -270,10 +278,9 @@ def _check_options(config: ExtractConfig) -> None:
         raise UserError("--sampling uniform spreads one clip over the video; --clips-per-video must be 1")
 
 
-def _fit_of(out: Path) -> str:
-    """The --fit that a folder of pairs was begun with; crop for a new folder."""
-    manifest = own_manifest(out) if any(pairs_under(out)) else None
-    return manifest["settings"].get("fit", STRETCH) if manifest else CROP
+def _settings_of(out: Path) -> dict:
+    """The settings of the pairs that a folder has; empty for a new folder."""
+    return own_manifest(out).get("settings", {}) if any(pairs_under(out)) else {}
 
 
 def _check_size(config: ExtractConfig, multiple: int) -> None:
