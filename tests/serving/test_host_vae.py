@@ -255,3 +255,13 @@ def test_tiles_cover_the_picture_and_their_weights_add_up_to_one():
         assert all(one[1] - two[0] >= overlap for one, two in pairwise(axis.outer))
     with pytest.raises(ValueError, match="tiles of 4 latents that overlap by 4"):
         tile_count(8, 4, 4)
+
+
+def test_a_host_is_asked_for_the_frames_that_wait_on_a_card(small_kvae):
+    """While its weights are still elsewhere. One segment of float32 frames waits there while the next is computed."""
+    host, shape = HostVAE(small_kvae), (1, 16, 9, 8, 8)
+    host.planner.device = torch.device("cuda")
+    without = host.planner.memory(plan_decode, shape, torch.float32)
+    assert host.memory_used_decode(shape, torch.float32) == without + 17 * 3 * 64 * 64 * 4
+    host.pin_memory = False
+    assert host.memory_used_decode(shape, torch.float32) == without
