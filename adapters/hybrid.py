@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from ..kvae import KVAE, Execution, WeightsError
+from ..kvae.engine.layout import fastest_format
 from ..kvae.model import DEFAULT
 from ..kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
 from ..kvae.signature import same_weights, signature
@@ -144,7 +146,9 @@ class HybridVAE(nn.Module):
         device = next(self.kvae.parameters()).device
         if next(adapter.parameters()).device != device:
             adapter.to(device)
-        return adapter(z_Bcthw.to(device))
+        z = z_Bcthw.to(device)
+        # elsewhere the caller's layout will do; GPUs of Apple and AMD have contiguous convolutions only
+        return adapter(z.contiguous() if fastest_format(device) == torch.contiguous_format else z)
 
 
 def _check_side(kvae: KVAE, role: str, adapter: LatentAdapter, space: LatentSpace) -> None:
