@@ -89,16 +89,14 @@ class CountedRun(SegmentRun):
         return NO_VALUES
 
     def statistics(self, norm: nn.GroupNorm, source: FeatureMap) -> ScaleShift:
-        rows = largest_strip(source.shape[3], self.rows_in_a_strip(source.row_bytes))
-        self.ledger.touch(statistics_bytes(source, rows, self.dtype, self.device))
+        self.ledger.touch(statistics_bytes(source, self._tallest_strip(source), self.dtype, self.device))
         return NO_VALUES
 
     def materialize(
         self, source: FeatureMap, into: Materialized | None = None, add: Rows | None = None
     ) -> Materialized:
-        H = source.shape[3]
-        rows = largest_strip(H, self.rows_in_a_strip(source.row_bytes))
-        strip, single = source.result_bytes(rows), rows == H
+        rows = self._tallest_strip(source)
+        strip, single = source.result_bytes(rows), rows == source.shape[3]
         peak = source.peak_bytes(rows)
         if add:
             peak = max(peak, strip + add.peak_bytes(rows))
@@ -122,6 +120,10 @@ class CountedRun(SegmentRun):
 
     def downsample(self, source: FeatureMap, layer: Downsample) -> Materialized:
         return downsample.count(self, source, layer)
+
+    def _tallest_strip(self, source: FeatureMap) -> int:
+        """Rows of the tallest strip that `SegmentRun.strips` makes of the map."""
+        return largest_strip(source.shape[3], self.rows_in_a_strip(source.row_bytes))
 
 
 def clip_bytes(
