@@ -11,6 +11,7 @@ import hashlib
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -24,6 +25,7 @@ except ImportError:  # Windows, where nobody can delete a file that is open
 from .errors import WeightsError
 
 PARTIAL_PREFIX, PARTIAL_SUFFIX = ".kvae-", ".partial"
+CLOSED_SECONDS = 60  # Windows has no lock: for this long, a closed file may be about to be renamed by its writer
 MAX_TEXT_BYTES = 64 << 20  # of JSON and other text; an index of ten million pairs in shards needs a tenth of that
 
 _HINTS = {
@@ -133,14 +135,16 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         _sweep(path.parent)
         partial, descriptor = _new_partial(path.parent)
     try:
-        try:
-            with file_errors(path):
+        with file_errors(path):
+            try:
                 yield partial
                 os.fsync(descriptor)
-        finally:
-            os.close(descriptor)  # Windows cannot rename an open file
-        with file_errors(path):
-            os.replace(partial, path)
+                if fcntl is not None:
+                    os.replace(partial, path)  # while it is locked: unlocked, another process would delete it
+            finally:
+                os.close(descriptor)
+            if fcntl is None:
+                os.replace(partial, path)  # Windows cannot rename an open file
     finally:
         with suppress(OSError):
             partial.unlink()
@@ -204,9 +208,10 @@ def _lock(descriptor: int) -> bool:
 def _sweep(folder: Path) -> None:
     """Delete the files of killed writers in a folder; once per process, as a folder may hold millions of files."""
     with suppress(OSError), os.scandir(folder) as entries:
-        left = [e.path for e in entries if e.name.startswith(PARTIAL_PREFIX) and e.name.endswith(PARTIAL_SUFFIX)]
-        for path in left:
-            delete_unlocked(path)
+        names = [e for e in entries if e.name.startswith(PARTIAL_PREFIX) and e.name.endswith(PARTIAL_SUFFIX)]
+        for entry in names:
+            if fcntl is not None or time.time() - entry.stat().st_mtime > CLOSED_SECONDS:
+                delete_unlocked(entry.path)
 
 
 def is_held(descriptor: int) -> bool:

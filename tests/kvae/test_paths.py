@@ -87,6 +87,20 @@ def test_writers_of_one_path_do_not_interfere(tmp_path):
     assert seen == {(size, 1)} and names(tmp_path) == ["shared"]
 
 
+@needs.posix
+def test_a_complete_file_is_not_swept_before_it_has_its_name(tmp_path, monkeypatch):
+    rename = os.replace
+
+    def replace(source, target):
+        write = "import sys; from kvae_comfyui.kvae.paths import write_bytes; write_bytes(sys.argv[1], b'')"
+        assert python(write, tmp_path / "other").wait() == 0  # a new process, which sweeps the folder
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    write_bytes(tmp_path / "mine", b"done")
+    assert (tmp_path / "mine").read_bytes() == b"done" and names(tmp_path) == ["mine", "other"]
+
+
 def test_threads_can_write_into_one_folder(tmp_path):
     threads = [threading.Thread(target=write_text, args=(tmp_path / f"{i % 5}", "x")) for i in range(50)]
     for thread in threads:
