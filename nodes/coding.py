@@ -11,6 +11,7 @@ from ..adapters.checks import check_finite, check_shape, check_tensor
 from ..serving.clips import frames_to_keep, pad_clip
 from ..serving.memory import room_for
 from .latent_dict import FRAMES, SPACE, samples_of, space_of
+from .schema import LATENT, advanced, schema
 from .vae import ComfyVAE
 
 RAW, SCALED = "raw", "scaled"
@@ -19,16 +20,18 @@ RAW, SCALED = "raw", "scaled"
 class KVAEDecode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVAEDecode",
             display_name="KVAE Decode",
-            category="KVAE",
+            category=LATENT,
+            search_aliases=["vae decode", "tiled", "latent to video", "hunyuan decode", "kandinsky decode"],
             description="Decodes a video latent with a VAE from Load KVAE. In addition to what VAE Decode does, it "
             "checks that the latent belongs to the VAE's space, accepts latents from wrapper packs, decodes the video "
             "part of a latent with audio, and returns exactly the frames that KVAE Encode got.",
             inputs=[
                 *latent_inputs(),
-                io.Boolean.Input(
+                advanced(
+                    io.Boolean.Input,
                     "approximate",
                     default=False,
                     tooltip="Used only if nothing exact fits. Off: the exact way that needs least memory, or an error "
@@ -51,10 +54,11 @@ class KVAEDecode(io.ComfyNode):
 class KVAEEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVAEEncode",
             display_name="KVAE Encode",
-            category="KVAE",
+            category=LATENT,
+            search_aliases=["vae encode", "video to latent", "image to latent", "image to video"],
             description="Encodes a clip with a VAE from Load KVAE. In addition to what VAE Encode does, it keeps every "
             "frame, by repeating the last one up to the next 4n + 1, and writes the name of its space into the latent.",
             inputs=[
@@ -81,7 +85,8 @@ def latent_inputs() -> list[io.Input]:
     return [
         io.Latent.Input("samples", tooltip="A video latent of the space that this VAE reads."),
         io.Vae.Input("vae", tooltip="From Load KVAE."),
-        io.Combo.Input(
+        advanced(
+            io.Combo.Input,
             "scaling",
             options=[RAW, SCALED],
             tooltip="Latents of ComfyUI's own nodes are raw. Choose scaled for wrapper packs that pass on their "
@@ -93,7 +98,8 @@ def latent_inputs() -> list[io.Input]:
 
 def memory_input() -> io.Input:
     """The input for the memory budget."""
-    return io.Float.Input(
+    return advanced(
+        io.Float.Input,
         "memory_gb",
         default=0.0,
         min=0.0,

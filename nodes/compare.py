@@ -14,6 +14,7 @@ from ..adapters.checks import check_tensor
 from ..serving.memory import room_for
 from ..serving.metrics import as_text, compare, difference_picture
 from .latent_dict import samples_of
+from .schema import LATENT, schema
 
 
 @dataclass
@@ -27,10 +28,11 @@ class Run:
 class KVAECompare(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVAECompare",
             display_name="Compare VAEs",
-            category="KVAE",
+            category=LATENT,
+            search_aliases=["psnr", "ssim", "metrics", "vae quality", "side by side"],
             description="Runs two VAEs of any kind on one clip (encode and decode) or on one latent (decode). Compares "
             "the results with the clip; for a latent, with each other.",
             inputs=[

@@ -10,6 +10,7 @@ from ..adapters.checks import check_latent
 from ..kvae import WeightsError
 from . import folders
 from .latent_dict import SPACE, samples_of, space_of
+from .schema import LATENT, LOADERS, schema
 
 Adapter = io.Custom("KVAE_LATENT_ADAPTER")
 
@@ -17,10 +18,11 @@ Adapter = io.Custom("KVAE_LATENT_ADAPTER")
 class KVAELoadAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVAELoadAdapter",
             display_name="Load Latent Adapter",
-            category="KVAE",
+            category=LOADERS,
+            search_aliases=["load adapter", "adapter loader", "hunyuan adapter", "kandinsky adapter"],
             description="Loads an adapter between two latent spaces, for Convert Latent.",
             inputs=[
                 io.Combo.Input(
@@ -58,10 +60,11 @@ class KVAELoadAdapter(io.ComfyNode):
 class KVAEConvertLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVAEConvertLatent",
             display_name="Convert Latent",
-            category="KVAE",
+            category=LATENT,
+            search_aliases=["adapter", "latent to latent", "hunyuan to kvae", "kandinsky to kvae"],
             description="Maps a latent from one space to another with an adapter, for example HunyuanVideo → KVAE. "
             "Load KVAE with adapters does this by itself; use this node to work on the converted latent.",
             inputs=[

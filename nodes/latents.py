@@ -13,6 +13,7 @@ from ..serving.latent_files import MODELS, load_latent, save_latent
 from . import folders
 from .latent_dict import FRAMES, SPACE, samples_of, space_of
 from .metadata import workflow_of
+from .schema import LATENT, schema
 
 AUTO = "auto"
 SCALINGS = {AUTO: None, "raw": False, "scaled": True}
@@ -22,10 +23,11 @@ SAVED = "latents"  # the folder in ComfyUI's output that Save Latent writes to b
 class KVAEInspectLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVAEInspectLatent",
             display_name="Inspect Latent",
-            category="KVAE",
+            category=LATENT,
+            search_aliases=["latent info", "latent shape", "latent size", "debug latent"],
             description="Reports what a latent is: its shape, the video it decodes to, its statistics, and which "
             "model's space it looks like and why.",
             inputs=[io.Latent.Input("samples", tooltip="Any latent.")],
@@ -42,10 +44,11 @@ class KVAEInspectLatent(io.ComfyNode):
 class KVAESaveLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVAESaveLatent",
             display_name="Save Latent (KVAE)",
-            category="KVAE",
+            category=LATENT,
+            search_aliases=["latent save", "checkpoint latent", "export latent", "keep latent"],
             description="Saves a latent before it is decoded: if decoding fails after a long sampling, decode the "
             "file. It is a ComfyUI .latent file that also names the latent's space.",
             inputs=[
@@ -76,10 +79,11 @@ class KVAESaveLatent(io.ComfyNode):
 class KVAELoadLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVAELoadLatent",
             display_name="Load Latent from File",
-            category="KVAE",
+            category=LATENT,
+            search_aliases=["load latent", ".latent", "import latent", "open latent", "musubi", "diffusers"],
             description="Loads a latent that ComfyUI, musubi-tuner or diffusers saved, and returns it raw. Reads only "
             "safetensors files: a pickle (.pt, .bin) can run code when it is opened.",
             inputs=[

@@ -15,6 +15,7 @@ from ..kvae import KVAE, WeightsError, load_kvae
 from ..serving.host_vae import HostVAE
 from . import folders
 from .coding import memory_input, with_budget
+from .schema import LOADERS, advanced, schema
 from .vae import ComfyVAE, patcher_of, working_dtype
 
 HUNYUAN, NATIVE = "HunyuanVideo / Kandinsky 5", "KVAE (native)"
@@ -26,10 +27,11 @@ class KVAELoad(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         adapters = [AUTO, *folders.adapter_names(), NONE]
-        return io.Schema(
+        return schema(
             node_id="KVAELoad",
             display_name="Load KVAE",
-            category="KVAE",
+            category=LOADERS,
+            search_aliases=["load vae", "vae loader", "video vae", "hunyuan vae", "kandinsky vae"],
             description="Loads KVAE-3D as a VAE for every node that uses one. With latent adapters it replaces the VAE "
             "of HunyuanVideo and Kandinsky 5: use it instead of Load VAE.",
             inputs=[
@@ -38,27 +40,31 @@ class KVAELoad(io.ComfyNode):
                     options=folders.kvae_names(),
                     tooltip="The KVAE-3D weights, from models/kvae or models/vae.",
                 ),
-                io.Combo.Input(
+                advanced(
+                    io.Combo.Input,
                     "latents",
                     options=[HUNYUAN, NATIVE],
                     tooltip="Which model's latents this VAE reads and writes. HunyuanVideo / Kandinsky 5: through "
                     "latent adapters. KVAE (native): for models trained on KVAE latents, or to encode and decode with "
                     "KVAE alone.",
                 ),
-                io.Combo.Input(
+                advanced(
+                    io.Combo.Input,
                     "decode_adapter",
                     options=adapters,
                     tooltip="HunyuanVideo → KVAE, from models/latent_adapters. auto: the only file that fits, by its "
                     "metadata or its published name. none: the VAE only encodes. Not used for native latents.",
                 ),
-                io.Combo.Input(
+                advanced(
+                    io.Combo.Input,
                     "encode_adapter",
                     options=adapters,
                     tooltip="KVAE → HunyuanVideo, from models/latent_adapters; needed for image-to-video. auto: the "
                     "only file that fits, by its metadata or its published name. none: the VAE only decodes. Not used "
                     "for native latents.",
                 ),
-                io.Combo.Input(
+                advanced(
+                    io.Combo.Input,
                     "dtype",
                     options=[AUTO, *DTYPES],
                     tooltip="auto: what ComfyUI uses for VAEs on this machine. bf16 needs half the memory of fp32.",

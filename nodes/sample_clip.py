@@ -5,15 +5,17 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..serving.sample_clip import sample_clip
+from .schema import VIDEO, schema
 
 
 class KVAESampleClip(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVAESampleClip",
             display_name="Sample Clip",
-            category="KVAE",
+            category=VIDEO,
+            search_aliases=["test video", "test pattern", "test clip", "dummy video"],
             description="A built-in test clip: a drifting colour gradient, a disc, fine stripes and a grey ramp.",
             inputs=[
                 io.Int.Input("width", default=256, min=16, max=4096, step=16, tooltip="Width in pixels."),

@@ -10,16 +10,18 @@ from . import folders
 from .coding import decoder_and_latent, latent_inputs
 from .latent_dict import FRAMES
 from .metadata import workflow_of
+from .schema import VIDEO, advanced, schema
 from .vae import ComfyVAE
 
 
 class KVAEDecodeToVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVAEDecodeToVideo",
             display_name="KVAE Decode to Video",
-            category="KVAE",
+            category=VIDEO,
+            search_aliases=["save video", "video combine", "mp4", "latent to video", "long video", "low vram"],
             description="Decodes a video latent straight into a file, a few frames at a time: the frames of a long "
             "video never have to fit into memory together. Needs a VAE from Load KVAE.",
             inputs=[
@@ -27,10 +29,14 @@ class KVAEDecodeToVideo(io.ComfyNode):
                 io.Float.Input(
                     "fps", default=24.0, min=1.0, max=240.0, step=0.001, tooltip="Frames per second of the video."
                 ),
-                io.Combo.Input(
-                    "codec", options=list(CODECS), tooltip="h264 plays everywhere; h265 and av1 make smaller files."
+                advanced(
+                    io.Combo.Input,
+                    "codec",
+                    options=list(CODECS),
+                    tooltip="h264 plays everywhere; h265 and av1 make smaller files.",
                 ),
-                io.Int.Input(
+                advanced(
+                    io.Int.Input,
                     "crf",
                     default=18,
                     min=0,

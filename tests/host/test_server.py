@@ -27,11 +27,42 @@ def test_every_node_input_and_output_is_explained(ours):
     for name, node in ours.items():
         assert name.startswith("KVAE")
         assert node["description"], name
-        assert node["category"] == "KVAE"
         for part in ("required", "optional"):
             for key, (_, *options) in node["input"].get(part, {}).items():
                 assert options and options[0].get("tooltip"), f"{name}.{key}"
         assert all(node["output_tooltips"]) and len(node["output_tooltips"]) == len(node["output"]), name
+
+
+def test_every_node_is_beside_its_like_of_comfyui(info, ours):
+    beside = {"KVAELoad": "VAELoader", "KVAELoadAdapter": "VAELoader"}
+    beside |= {"KVAEDecodeToVideo": "CreateVideo", "KVAESampleClip": "CreateVideo"}
+    for name, node in ours.items():
+        assert node["category"] == info[beside.get(name, "VAEDecode")]["category"] + "/KVAE", name
+
+
+def test_every_node_is_found_by_other_words(ours, declared):
+    for name, node in ours.items():
+        words = node.get("search_aliases") or []
+        assert len(words) > 3 if "search_aliases" in declared else not words, name
+        assert all(word == word.lower() for word in words) and len(words) == len(set(words)), name
+
+
+def test_settings_that_few_need_are_advanced(ours, declared):
+    few = {
+        "KVAELoad": {"latents", "decode_adapter", "encode_adapter", "dtype", "memory_gb"},
+        "KVAEDecode": {"scaling", "memory_gb", "approximate"},
+        "KVAEDecodeToVideo": {"scaling", "memory_gb", "codec", "crf"},
+    }
+    for name, node in ours.items():
+        inputs = node["input"].get("required", {}) | node["input"].get("optional", {})
+        found = {key for key, (_, *options) in inputs.items() if options and options[0].get("advanced")}
+        assert found >= few.get(name, set()) if "advanced: bool" in declared else not found, name
+
+
+@pytest.fixture(scope="session")
+def declared(comfyui_path):
+    """Where this ComfyUI declares what schemas and inputs may have."""
+    return (comfyui_path / "comfy_api" / "latest" / "_io.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("language", ["zh", "ru"])
