@@ -180,7 +180,7 @@ def test_errors_reach_the_user(server):
 @needs.gpu
 @pytest.mark.parametrize("device", ["--lowvram", "--novram", "--highvram"])
 def test_on_a_gpu_no_weight_is_left_on_the_wrong_device(comfyui_path, base, info, device):
-    workflow = read(find("try it with no downloads"))
+    workflow = read(find("try it, no downloads"))
     with Server(comfyui_path, base, device) as server:
         history = server.wait(server.start(to_api(workflow, info)))
     assert history["status"]["status_str"] == "success", history["status"]
