@@ -22,6 +22,7 @@ from .memory import with_less_memory
 from .to_host import to_host
 
 Report = Callable[[int], None]  # called with the number of latent frames of the clip that are done
+Show = Callable[[Tensor], None]  # called with new frames of the whole picture, [1, 3, n, H, W]; not to be kept
 
 
 def encode_clip(vae: HybridVAE, x_13THW: Tensor, ladder: Ladder, report: Report) -> Tensor:
@@ -52,24 +53,32 @@ def encode_clip(vae: HybridVAE, x_13THW: Tensor, ladder: Ladder, report: Report)
     return z
 
 
-def decode_clip(vae: HybridVAE, z_1cthw: Tensor, x_13THW: Tensor, ladder: Ladder, report: Report, pinned: bool) -> None:
+def decode_clip(
+    vae: HybridVAE, z_1cthw: Tensor, x_13THW: Tensor, ladder: Ladder, report: Report, show: Show, pinned: bool
+) -> None:
     """Write all frames into x_13THW, float32 on any device.
 
     Args:
+        show: gets each frame once, whatever fails; none of a clip in tiles.
         pinned: whether frames go to the host through pinned memory (see `to_host`).
 
     Raises:
         WeightsError: the adapter for decoding is missing.
         torch.OutOfMemoryError: not even the last rung of the ladder fits.
     """
+    shown = 0
 
     def work() -> Iterator[None]:
+        nonlocal shown
         if ladder.plan.execution.overlap is not None:
             x_13THW.zero_()  # tiles that overlap are added up
         done, tiles = 0, prod(ladder.plan.execution.tiles)
         for part in _decoded(vae, z_1cthw, ladder, pinned):
             part.put(x_13THW)
             done += part.x.shape[2]
+            if tiles == 1 and done > shown:
+                show(part.x[:, :, shown - done :])
+                shown = done
             del part  # before the next one is computed
             report(_latents(vae, done // tiles))
             yield
@@ -79,11 +88,12 @@ def decode_clip(vae: HybridVAE, z_1cthw: Tensor, x_13THW: Tensor, ladder: Ladder
 
 
 def decode_clip_stream(
-    vae: HybridVAE, z_1cthw: Tensor, ladder: Ladder, report: Report, pinned: bool
+    vae: HybridVAE, z_1cthw: Tensor, ladder: Ladder, report: Report, show: Show, pinned: bool
 ) -> Iterator[Tensor]:
     """Yield the frames of each segment in turn, [1, 3, 17 or 16, H, W]; each frame once, whatever fails.
 
     Args:
+        show: gets the frames before they are yielded.
         pinned: whether frames go to the host through pinned memory; otherwise they stay on the device.
 
     Raises:
@@ -95,6 +105,7 @@ def decode_clip_stream(
         nonlocal sent
         for part in _decoded(vae, z_1cthw, ladder, pinned, skip=sent):
             sent = part.where[2].stop
+            show(part.x)
             yield part.x.clone() if pinned else part.x  # a pinned buffer is used again
             del part  # before the next one is computed
             report(_latents(vae, sent))

@@ -2,6 +2,7 @@
 
 vae = HostVAE(kvae, decode_adapter, encode_adapter)       # HunyuanVideo's latents; without adapters, KVAE's own
 vae.on_progress = lambda done, total: print(done, total)  # after each segment; an exception from it stops the work
+vae.on_frames = lambda frames: show(frames[0, :, 0])      # of each segment, as it is decoded; so here
 z = vae.encode(x)
 for frames in vae.decode_stream(z):                       # 17, 16, 16 … frames, on `output_device`
     ...
@@ -29,7 +30,7 @@ from ..adapters.files import LatentAdapter
 from ..adapters.hybrid import HybridVAE
 from ..adapters.spaces import LatentSpace
 from ..kvae import KVAE, SEGMENT_FRAMES, plan_decode, plan_encode
-from .clip_work import Report, decode_clip, decode_clip_stream, encode_clip
+from .clip_work import Report, Show, decode_clip, decode_clip_stream, encode_clip
 from .ladder import Ladder
 from .memory import room_for
 from .planning import Planner
@@ -43,6 +44,8 @@ class HostVAE(nn.Module):
 
     Attributes:
         on_progress: called with (done, total) after each segment, in latent frames of the whole batch.
+        on_frames: called with the frames of each segment as they are decoded, float32 [1, 3, n, H, W] in −1..1: each
+            frame once, but none that are decoded in tiles. Copy what you keep: the memory may be used again.
         planner: chooses how to compute within the memory that it is told of.
         latents_checked: whether the caller has checked that latents are finite, so that `decode` does not scan them.
         output_device: where decoded frames go.
@@ -61,6 +64,7 @@ class HostVAE(nn.Module):
         self.vae = HybridVAE(kvae, decode_adapter, encode_adapter)
         self.planner = Planner(kvae)
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
+        self.on_frames: Show = lambda frames: None
         self.latents_checked = False
         self.output_device = torch.device("cpu")
         self.pin_memory = True
@@ -149,7 +153,7 @@ class HostVAE(nn.Module):
         ladder = self.planner.ladder(plan_decode, z_Bcthw.shape, stream=True, held=self._frame_bytes(z_Bcthw.shape))
         reports = self._reports(len(z_Bcthw), z_Bcthw.shape[2])
         for z, report in zip(z_Bcthw.split(1), reports, strict=True):
-            for frames in decode_clip_stream(self.vae, z, ladder, report, self._pins(z.device)):
+            for frames in decode_clip_stream(self.vae, z, ladder, report, self.on_frames, self._pins(z.device)):
                 yield frames.to(self.output_device)
                 del frames  # before the next ones are computed
 
@@ -230,7 +234,7 @@ class HostVAE(nn.Module):
         """Decode all clips into x_B3THW."""
         reports = self._reports(len(z_Bcthw), z_Bcthw.shape[2])
         for x, z, report in zip(x_B3THW.split(1), z_Bcthw.split(1), reports, strict=True):
-            decode_clip(self.vae, z, x, ladder, report, self._pins(z.device))
+            decode_clip(self.vae, z, x, ladder, report, self.on_frames, self._pins(z.device))
         return x_B3THW
 
     def _pins(self, device: torch.device) -> bool:

@@ -64,6 +64,44 @@ def test_an_exception_from_on_progress_stops_the_work(host):
         host.decode(torch.randn(1, 16, 7, 4, 4))
 
 
+STREAMS = {"decode": lambda host, z: host.decode(z), "decode_stream": lambda host, z: list(host.decode_stream(z))}
+
+
+@pytest.mark.parametrize("way", STREAMS)
+def test_on_frames_gets_each_frame_once_as_it_is_decoded_though_memory_runs_out(small_kvae, way):
+    host, z, order, shown = HostVAE(small_kvae), torch.randn(2, 16, 10, 8, 8), [], []
+    decode_stream, tries = small_kvae.decode_stream, []
+
+    def small_card(z, *options):
+        tries.append(options)
+        for i, frames in enumerate(decode_stream(z, *options)):
+            if len(tries) == 1 and i == 2:
+                raise torch.OutOfMemoryError("small card")
+            yield frames
+
+    def show(frames):
+        order.append(frames.shape[2])
+        shown.append(frames.clone())
+
+    host.on_frames, host.on_progress = show, lambda done, total: order.append("progress")
+    with torch.no_grad():
+        whole = host.decode(z)
+        clip = [17, "progress", 16, "progress", 4, "progress"]
+        assert order == 2 * clip
+        order.clear(), shown.clear()
+        small_kvae.decode_stream = small_card
+        STREAMS[way](host, z)
+    assert len(tries) == 3 and order == 2 * clip
+    parts = torch.cat(shown, dim=2).split(whole.shape[2], dim=2)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-4)
+
+
+def test_on_frames_gets_no_tiles(host):
+    host.on_frames = pytest.fail
+    with torch.no_grad():
+        host.decode_tiled(torch.randn(1, 16, 2, 8, 8), 5, 5, 1)
+
+
 def test_wrong_inputs_and_adapters_are_refused(small_kvae, host):
     with pytest.raises(ValueError, match="at least one frame"):
         host.encode(torch.zeros(1, 3, 0, 32, 32))
