@@ -24,13 +24,10 @@ from ..kvae.foreign import build, parse_object
 from ..kvae.layers import Cache
 from ..kvae.signature import same_weights
 from .networks import Network, PointwiseNet, build_network, network_name
+from .published import PUBLISHED_FILES
 from .spaces import LatentSpace, latent_space
 
 FORMAT = "kvae-latent-adapter/1"
-PUBLISHED_FILES = {  # name: (source space, target space)
-    "adapter_hunyuan_to_kvae3d.safetensors": ("hunyuan_video", "kvae_3d_1.0"),
-    "adapter_kvae3d_to_hunyuan.safetensors": ("kvae_3d_1.0", "hunyuan_video"),
-}
 MOST_SHOWN = 600  # characters in a line of `about`
 
 

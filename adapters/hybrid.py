@@ -24,7 +24,8 @@ from ..kvae.model import DEFAULT
 from ..kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
 from ..kvae.signature import same_weights, signature
 from .checks import check_finite, check_latent
-from .files import PUBLISHED_FILES, LatentAdapter
+from .files import LatentAdapter
+from .published import PUBLISHED_FILES, published_address
 from .spaces import LatentSpace, native_space
 
 
@@ -189,4 +190,5 @@ def from_kvae_pixels(x_B3THW: Tensor) -> Tensor:
 def _missing(verb: str, source: str, target: str) -> str:
     text = f"cannot {verb}: no {source} → {target} adapter was given"
     names = [name for name, direction in PUBLISHED_FILES.items() if direction == (source, target)]
-    return f"{text}; put {names[0]} into models/latent_adapters, or train one" if names else f"{text}; train one"
+    known = f"put {names[0]} ({published_address(names[0])}) into models/latent_adapters, or " if names else ""
+    return f"{text}; {known}train one"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ..adapters.files import PUBLISHED_FILES, direction_of, weights_of
+from ..adapters.files import direction_of, weights_of
+from ..adapters.published import PUBLISHED_FILES
 from ..kvae import KVAE as KVAEModel
 from ..kvae import WeightsError
 from ..kvae.hub import hub_address

@@ -79,12 +79,13 @@ def _delete_unless_plain(path: Path) -> None:
             path.unlink()
 
 
-def download_rest(url: str, file: BufferedRandom, size: int, name: str) -> None:
+def download_rest(url: str, file: BufferedRandom, size: int, name: str, token: bool = True) -> None:
     """Append the bytes that are still missing, with a progress bar; reconnect as long as that brings new bytes.
 
     Args:
         size: of the complete file, in bytes.
         name: what the progress bar shows.
+        token: whether to send the hub's token, if there is one.
 
     Raises:
         UserError: the connection fails repeatedly without a new byte, or the server sends more than `size` bytes.
@@ -96,7 +97,7 @@ def download_rest(url: str, file: BufferedRandom, size: int, name: str) -> None:
     ) as bar:
         while file.tell() < size:
             try:
-                _append(url, file, size, bar)
+                _append(url, file, size, bar, token)
                 reason = "the connection ended early"
             except (UserError, WeightsError):
                 raise
@@ -110,9 +111,9 @@ def download_rest(url: str, file: BufferedRandom, size: int, name: str) -> None:
                 time.sleep(1)
 
 
-def _append(url: str, file: BufferedRandom, size: int, bar: Any) -> None:
+def _append(url: str, file: BufferedRandom, size: int, bar: Any, token: bool) -> None:
     """One request for the missing bytes."""
-    with _get(url, file.tell()) as (start, chunks):
+    with _get(url, file.tell(), token) as (start, chunks):
         bar.update(start - file.tell())
         file.seek(start)
         file.truncate()
@@ -127,14 +128,15 @@ def _append(url: str, file: BufferedRandom, size: int, bar: Any) -> None:
 
 
 @contextmanager
-def _get(url: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+def _get(url: str, start: int, token: bool) -> Iterator[tuple[int, Iterator[bytes]]]:
     """Request a file from byte `start` on.
 
     Yields:
         the position where the response starts, which is 0 if the server ignores ranges; and its chunks.
     """
     hub = hub_client()
-    headers = {**hub.utils.build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
+    sent = hub.utils.build_hf_headers(token=None if token else False)
+    headers = {**sent, "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
     session, timeout = hub.get_session(), hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
     if callable(session.stream):  # httpx, from huggingface_hub 1.0 on
         with session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:

@@ -1,6 +1,7 @@
-"""Download a KVAE or an adapter from the Hugging Face hub into a folder.
+"""Download a KVAE or an adapter from the Hugging Face hub, or the published adapters from GitHub, into a folder.
 
     python -m training fetch --model KVAE-3D-1.0 --output ComfyUI/models/vae
+    python -m training fetch --model adapters --output ComfyUI/models/latent_adapters
 
 Prints the size first. The same command continues an interrupted download. HF_HOME (the hub's cache and token),
 HF_ENDPOINT and HF_HUB_OFFLINE are respected.
@@ -16,6 +17,7 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
+from ..adapters.published import PUBLISHED_FILES, SHA256, SIZE, published_address
 from ..kvae import WeightsError
 from ..kvae.files import Weights, what_is
 from ..kvae.hub import HUB_IDS, WEIGHTS_FILES, hub_client, hub_reason
@@ -25,7 +27,8 @@ from .download import download_rest, hash_of, keep, open_partial
 from .errors import UserError
 from .options import option
 
-MODELS = f"{', '.join(HUB_IDS)}, or a file on the hub: owner/name/file.safetensors"
+ADAPTERS = "adapters"
+MODELS = f"{', '.join(HUB_IDS)}, {ADAPTERS} (the two published ones), or a file on the hub: owner/name/file.safetensors"
 
 
 @dataclass
@@ -37,22 +40,38 @@ class FetchConfig:
 
 
 def run(config: FetchConfig) -> int:
-    """Download one file, unless it exists already; return 0."""
+    """Download one file, or the published adapters, unless they exist already; return 0."""
+    folder = Path(config.output)
+    if config.model == ADAPTERS:
+        for name in PUBLISHED_FILES:
+            if is_wanted(folder / name):
+                download_adapter(name, folder / name)
+        return 0
     repository, file = parse_model(config.model)
-    target = Path(config.output) / local_name(repository, file)
+    target = folder / local_name(repository, file)
+    if is_wanted(target):
+        url = _url(repository, file)
+        _report(target, from_cache(repository, file, target) or download(url, target))
+    return 0
+
+
+def is_wanted(target: Path) -> bool:
+    """Whether there is no such file yet. Its folder is made then.
+
+    Raises:
+        UserError: it is a folder.
+        WeightsError: its folder cannot be made.
+    """
     with file_errors(target):
         there, is_folder = target.exists(), target.is_dir()
     if is_folder:
         raise UserError(f"{target}: this is a folder; choose another --output")
     if there:
         print(f"{target} already exists; delete it to download it again")
-        return 0
-    url = _url(repository, file)
+        return False
     with file_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    kind = from_cache(repository, file, target) or download(url, target)
-    print(f"→ {target}: {kind}")
-    return 0
+    return True
 
 
 def parse_model(model: str) -> tuple[str, str]:
@@ -111,17 +130,41 @@ def download(url: str, target: Path) -> str:
         WeightsError: the file cannot be written.
     """
     about = _metadata(url, target)
-    with open_partial(target, about.etag, about.size) as file:
+    return _download(url, target, about.etag, about.size)
+
+
+def download_adapter(name: str, target: Path) -> None:
+    """Download a published adapter to `target`, and compare its hash. GitHub gets no token.
+
+    Raises:
+        UserError, WeightsError: as `download`.
+    """
+    url = published_address(name)
+    if hub_client().constants.HF_HUB_OFFLINE:
+        raise UserError(f"HF_HUB_OFFLINE is set; save {url} as {target} by hand")
+    _report(target, _download(url, target, SHA256[name], SIZE, token=False))
+
+
+def _download(url: str, target: Path, tag: str, size: int, token: bool = True) -> str:
+    with open_partial(target, tag, size) as file:
         have = file.tell()
-        print(f"{url}: {about.size / 1e9:.2f} GB" + f", {have / 1e9:.2f} GB of it already downloaded" * (have > 0))
+        print(f"{url}: {_amount(size)}" + f", {_amount(have)} of it already downloaded" * (have > 0))
         with file_errors(target):
             free = shutil.disk_usage(target.parent).free
-        if about.size - have > free:
-            raise UserError(f"{target.parent}: {free / 1e9:.2f} GB free; {(about.size - have) / 1e9:.2f} GB needed")
-        download_rest(url, file, about.size, target.name)
-        kind = _check(url, file, about.etag)
+        if size - have > free:
+            raise UserError(f"{target.parent}: {_amount(free)} free; {_amount(size - have)} needed")
+        download_rest(url, file, size, target.name, token)
+        kind = _check(url, file, tag)
         keep(file, target)
     return kind
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 5e6 else f"{size / 1e3:,.0f} KB"
+
+
+def _report(target: Path, kind: str) -> None:
+    print(f"→ {target}: {kind}")
 
 
 def kind_of(path: Path) -> str:

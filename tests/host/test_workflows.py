@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 import needs
+from kvae_comfyui.adapters.published import PUBLISHED_FILES, published_address
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 IN_THE_PAGE = {"MarkdownNote", "Note"}  # node types that exist only in the frontend
+HUNYUAN = "HunyuanVideo / Kandinsky 5"
+DECODER, ENCODER = PUBLISHED_FILES
 OFFICIAL = {
     "HunyuanVideo text to video": "hunyuan_video_text_to_video",
     "Kandinsky 5 text to video": "video_kandinsky5_t2v",
@@ -86,12 +89,24 @@ def test_both_ends_of_every_link_agree(path):
 def test_a_workflow_says_where_its_models_are(path):
     for node in nodes_of(read(path)):
         models = {model["name"]: model for model in node["properties"].get("models", ())}
-        if node["type"].startswith("KVAE") and node["type"] != "KVAELoad":
-            continue  # latents and adapters: the note says where they come from
+        if node["type"] == "KVAELoadLatent":
+            continue  # the note says where latents come from
         files = [v for v in node.get("widgets_values") or () if isinstance(v, str) and v.endswith(".safetensors")]
-        assert set(files) == models.keys(), node["type"]
-        for model in models.values():
+        automatic = PUBLISHED_FILES.keys() if node["type"] == "KVAELoad" else set()
+        assert set(files) <= models.keys() <= set(files) | automatic, node["type"]
+        for name, model in models.items():
             assert model["url"].startswith("https://") and model["directory"]
+            if name in PUBLISHED_FILES:
+                assert model == {"name": name, "url": published_address(name), "directory": "latent_adapters"}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_load_kvae_names_the_adapters_that_auto_looks_for(path):
+    for node in nodes_of(read(path)):
+        if node["type"] == "KVAELoad" and node["widgets_values"][:2] == ["KVAE-3D-1.0.safetensors", HUNYUAN]:
+            linked = {model["name"] for model in node["properties"]["models"]}
+            assert DECODER in linked
+            assert (ENCODER in linked) == ("image to video" in path.stem or "video to video" in path.stem)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), OFFICIAL.items())

@@ -10,10 +10,13 @@ from safetensors.torch import save
 import needs
 from conftest import ROOT
 from fake_hub import running
+from kvae_comfyui.adapters import published
+from kvae_comfyui.adapters.networks import PointwiseNet
 from kvae_comfyui.kvae import WeightsError
+from kvae_comfyui.training import fetch
 from kvae_comfyui.training.download import CHUNK_BYTES, MAX_FAILURES, open_partial
 from kvae_comfyui.training.errors import UserError
-from kvae_comfyui.training.fetch import download
+from kvae_comfyui.training.fetch import FetchConfig, download
 
 needs.package("huggingface_hub", "requirements-training.txt")
 KVAE = (ROOT / "training" / "tiny" / "assets" / "tiny_kvae.safetensors").read_bytes()
@@ -174,3 +177,47 @@ def test_a_token_goes_to_the_hub_and_not_where_the_hub_redirects(hub, get, targe
         assert {token for *_, token in hub.requests} == {"Bearer hf_secret"}
         assert storage.requests == [("GET", "/stored", None)]
     assert target.read_bytes() == KVAE
+
+
+@pytest.fixture
+def github(monkeypatch):
+    """A stand-in for GitHub, with two adapters in the place of the published ones."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    files = {name: save(PointwiseNet(16, 16).state_dict()) for name in published.PUBLISHED_FILES}
+    with running({f"/{name}": data for name, data in files.items()}) as github:
+        monkeypatch.setattr(published, "FOLDER", github.url)
+        monkeypatch.setattr(fetch, "SIZE", len(files["adapter_hunyuan_to_kvae3d.safetensors"]))
+        for name, data in files.items():
+            monkeypatch.setitem(published.SHA256, name, hashlib.sha256(data).hexdigest())
+        yield github
+
+
+def fetch_adapters(target):
+    return fetch.run(FetchConfig(model="adapters", output=str(target.parent)))
+
+
+def test_both_published_adapters_are_fetched_without_a_token(github, target, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    github.tag = 'W/"' + "0" * 64 + '"'  # GitHub's tags are no hashes of the content
+    assert fetch_adapters(target) == 0
+    assert {f"/{path.name}": path.read_bytes() for path in target.parent.iterdir()} == github.files
+    assert {token for *_, token in github.requests} == {None}
+    assert [line for line in capsys.readouterr().out.splitlines() if "a latent adapter" in line and "→" in line]
+    github.requests.clear()
+    assert fetch_adapters(target) == 0
+    assert github.requests == []
+
+
+def test_an_adapter_with_other_bytes_than_the_published_one_is_not_kept(github, target):
+    name = "adapter_hunyuan_to_kvae3d.safetensors"
+    github.files[f"/{name}"] = bytes(len(github.files[f"/{name}"]))
+    with pytest.raises(UserError, match=f"{name}: the downloaded file is damaged"):
+        fetch_adapters(target)
+    assert names_in_folder(target) == []
+
+
+def test_the_published_adapters_are_pinned_to_one_commit():
+    for name, digest in published.SHA256.items():
+        address = published.published_address(name)
+        assert address.startswith("https://raw.githubusercontent.com/") and published.COMMIT in address
+        assert len(digest) == 64 and name in published.PUBLISHED_FILES

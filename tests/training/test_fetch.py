@@ -115,6 +115,9 @@ def test_every_error_is_one_line(fetch, tmp_path):
         assert code == 2
         assert message in err
         assert "Traceback" not in err
+    code, _, err = fetch("adapters", HF_HUB_OFFLINE="1")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "HF_HUB_OFFLINE is set" in err and "raw.githubusercontent.com" in err
     (tmp_path / "models" / "KVAE-3D-1.0.safetensors").mkdir()
     code, _, err = fetch()
     assert (code, "this is a folder" in err) == (2, True)
