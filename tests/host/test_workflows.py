@@ -1,8 +1,9 @@
-"""The pack's workflows are found, fit the server's schemas and are wired; the one without downloads runs."""
+"""Workflows and blueprints are found, fit the server's schemas and are wired; those without downloads run."""
 
 import importlib.util
 import json
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 
@@ -11,6 +12,7 @@ from kvae_comfyui.adapters.published import PUBLISHED_FILES, published_address
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 IN_THE_PAGE = {"MarkdownNote", "Note"}  # node types that exist only in the frontend
 HUNYUAN = "HunyuanVideo / Kandinsky 5"
 DECODER, ENCODER = PUBLISHED_FILES
@@ -28,6 +30,17 @@ def test_templates_are_found(server):
         assert path.with_suffix(".jpg").is_file()
 
 
+def test_blueprints_are_found(server):
+    try:
+        found = server.get("/global_subgraphs")
+    except HTTPError:
+        pytest.skip("needs ComfyUI 0.3.67 or newer, which serves blueprints")
+    ours = {key: entry["name"] for key, entry in found.items() if entry["info"]["node_pack"] == "custom_nodes.kvae"}
+    assert sorted(ours.values()) == [path.stem for path in BLUEPRINTS]
+    for key, name in ours.items():
+        assert json.loads(server.get(f"/global_subgraphs/{key}")["data"]) == read(ROOT / "subgraphs" / f"{name}.json")
+
+
 def test_the_first_workflow_needs_no_downloads():
     """Pages list templates by name, or as the file system does, which on Windows is by name, too."""
     first = WORKFLOWS[0]
@@ -40,7 +53,7 @@ def test_every_node_is_in_some_workflow(ours):
     assert used >= set(ours)
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", WORKFLOWS + BLUEPRINTS, ids=lambda path: path.stem)
 def test_a_workflow_fits_the_live_schemas(path, info):
     workflow = read(path)
     subgraphs = {graph["id"] for graph in workflow.get("definitions", {}).get("subgraphs", [])}
@@ -67,7 +80,7 @@ def test_a_workflow_fits_the_live_schemas(path, info):
                 assert offered is None or value in offered or is_file(value), f"{node['type']}.{key}: {value}"
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", WORKFLOWS + BLUEPRINTS, ids=lambda path: path.stem)
 def test_both_ends_of_every_link_agree(path):
     for graph in graphs_of(read(path)):
         nodes = {node["id"]: node for node in graph["nodes"]}
@@ -85,7 +98,7 @@ def test_both_ends_of_every_link_agree(path):
             assert used - {None} <= links.keys()
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", WORKFLOWS + BLUEPRINTS, ids=lambda path: path.stem)
 def test_a_workflow_says_where_its_models_are(path):
     for node in nodes_of(read(path)):
         models = {model["name"]: model for model in node["properties"].get("models", ())}
@@ -143,6 +156,22 @@ def test_the_workflow_without_downloads_runs(server, info):
     assert any("33 frames of 256 x 160 pixels" in value for value in shown if isinstance(value, str))
 
 
+def test_the_blueprint_decodes(server, info):
+    _, graph = graphs_of(read(ROOT / "subgraphs" / "Decode with KVAE.json"))
+    prompt = to_api(graph, info)
+    for node in prompt.values():
+        if node["class_type"] == "KVAELoad":
+            node["inputs"]["kvae_name"] = "tiny KVAE (included)"
+    (source,) = {node["inputs"]["samples"][0] for node in prompt.values() if "samples" in node["inputs"]}
+    size = {"width": 64, "height": 64, "length": 5, "batch_size": 1}
+    prompt[source] = {"class_type": "EmptyHunyuanLatentVideo", "inputs": size}
+    (decoded,) = (key for key, node in prompt.items() if node["class_type"] == "KVAEDecode")
+    prompt["show"] = {"class_type": "PreviewImage", "inputs": {"images": [decoded, 0]}}
+    history = server.wait(server.start(prompt))
+    assert history["status"]["status_str"] == "success", history["status"]
+    assert len(history["outputs"]["show"]["images"]) == 5
+
+
 def find(name: str) -> Path:
     """The file of one of our workflows, by its name without the number that sorts it."""
     (path,) = (ROOT / "workflows").glob(f"KVAE ? {name}.json")
@@ -188,8 +217,8 @@ def is_widget(spec: list) -> bool:
 
 
 def to_api(workflow: dict, info: dict) -> dict:
-    """Convert a workflow to a prompt. Only for workflows without subgraphs and muted nodes."""
-    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    """Convert a workflow, or the inside of a subgraph, to a prompt. Only without subgraphs in it and muted nodes."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in map(as_list, workflow["links"])}
     prompt = {}
     for node in workflow["nodes"]:
         if node["type"] in IN_THE_PAGE:
