@@ -9,7 +9,7 @@ from ..adapters import LatentAdapter, load_adapter
 from ..adapters.checks import check_latent
 from ..kvae import WeightsError
 from . import folders
-from .latent_dict import SPACE, samples_of, space_of
+from .latent_dict import SPACE, joined, parts_of, space_of
 from .schema import LATENT, LOADERS, schema
 
 Adapter = io.Custom("KVAE_LATENT_ADAPTER")
@@ -78,8 +78,8 @@ class KVAEConvertLatent(io.ComfyNode):
     def execute(cls, samples: dict, adapter: LatentAdapter) -> io.NodeOutput:
         if not isinstance(adapter, LatentAdapter):
             raise ValueError(f"This adapter is a {type(adapter).__name__}; expected one from Load Latent Adapter.")
-        z = samples_of(samples)
+        z, *others = parts_of(samples)
         check_latent(z, adapter.source, space_of(samples))
         device = comfy.model_management.get_torch_device()
         converted = adapter.to(device)(z.to(device)).to(comfy.model_management.intermediate_device())
-        return io.NodeOutput({**samples, "samples": converted, SPACE: adapter.target.name})
+        return io.NodeOutput({**samples, "samples": joined([converted, *others]), SPACE: adapter.target.name})

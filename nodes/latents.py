@@ -11,7 +11,7 @@ from ..kvae import WeightsError
 from ..serving.inspect import describe
 from ..serving.latent_files import MODELS, load_latent, save_latent
 from . import folders
-from .latent_dict import FRAMES, SPACE, samples_of, space_of
+from .latent_dict import FRAMES, SPACE, joined, parts_of, space_of
 from .metadata import workflow_of
 from .schema import LATENT, schema
 
@@ -28,8 +28,8 @@ class KVAEInspectLatent(io.ComfyNode):
             display_name="Inspect Latent",
             category=LATENT,
             search_aliases=["latent info", "latent shape", "latent size", "debug latent"],
-            description="Reports what a latent is: its shape, the video it decodes to, its statistics, and which "
-            "model's space it looks like and why.",
+            description="Reports what a latent is: its shape, the video it decodes to, its statistics, which model's "
+            "space it looks like and why, and the audio in it.",
             inputs=[io.Latent.Input("samples", tooltip="Any latent.")],
             outputs=[io.String.Output(display_name="report", tooltip="The report as text.")],
             is_output_node=True,
@@ -37,7 +37,8 @@ class KVAEInspectLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: dict) -> io.NodeOutput:
-        report = describe(samples_of(samples), space_of(samples))
+        z, *others = parts_of(samples)
+        report = describe(z, space_of(samples), others)
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
 
@@ -52,9 +53,7 @@ class KVAESaveLatent(io.ComfyNode):
             description="Saves a latent before it is decoded: if decoding fails after a long sampling, decode the "
             "file. It is a ComfyUI .latent file that also names the latent's space.",
             inputs=[
-                io.Latent.Input(
-                    "samples", tooltip="The latent to save. If it has audio, only the video part is saved."
-                ),
+                io.Latent.Input("samples", tooltip="The latent to save, with the audio if it has any."),
                 io.String.Input(
                     "filename_prefix",
                     default=f"{SAVED}/KVAE",
@@ -72,7 +71,8 @@ class KVAESaveLatent(io.ComfyNode):
     @classmethod
     def execute(cls, samples: dict, filename_prefix: str) -> io.NodeOutput:
         path, file, subfolder = folders.output_path(filename_prefix, ".latent")
-        save_latent(path, samples_of(samples), space_of(samples), samples.get(FRAMES), workflow_of(cls))
+        z, *others = parts_of(samples)
+        save_latent(path, z, space_of(samples), samples.get(FRAMES), workflow_of(cls), others)
         return io.NodeOutput(samples, ui={"latents": [ui.SavedResult(file, subfolder, io.FolderType.output)]})
 
 
@@ -109,7 +109,7 @@ class KVAELoadLatent(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output(tooltip="The latent, raw."),
+                io.Latent.Output(tooltip="The latent, raw, with the audio if the file has any."),
                 io.String.Output(display_name="report", tooltip="How the file was read, and what the latent is."),
             ],
         )
@@ -133,9 +133,12 @@ class KVAELoadLatent(io.ComfyNode):
             raise ValueError(f"scaling is {scaling!r}; expected one of {', '.join(SCALINGS)}")
         path = folders.latent_path(file)  # checked again: since validate_inputs it may have become a link to elsewhere
         found = load_latent(path, SCALINGS[scaling], None if model == AUTO else model)
-        latent = {"samples": found.z, SPACE: found.space, FRAMES: found.frames}
+        samples = joined([found.z, *found.others])
+        latent = {"samples": samples, SPACE: found.space, FRAMES: found.frames}
         latent = {key: value for key, value in latent.items() if value is not None}
-        report = f"Read as a {found.kind}.\n{describe(found.z, found.space)}"
+        report = f"Read as a {found.kind}.\n{describe(found.z, found.space, found.others)}"
+        if samples is found.z and found.others:
+            report += "\nThis ComfyUI has no latents with audio: the output is the video part. Update ComfyUI for both."
         return io.NodeOutput(latent, report)
 
 

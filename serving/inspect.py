@@ -11,23 +11,51 @@ from ..adapters.checks import check_values, latent_kind
 from ..adapters.spaces import LatentSpace, fitting_spaces
 
 
-def describe(z: Tensor, known: str | None = None) -> str:
+def describe(z: Tensor, known: str | None = None, others: Sequence[Tensor] = ()) -> str:
     """Report shape, decoded size, statistics and likely space of a latent, one line each.
 
     Args:
         known: the name of the latent's space, if it is known.
+        others: the parts that come with z in one latent, such as audio.
 
     Raises:
-        ValueError: z is not a dense float tensor, or is on the meta device.
+        ValueError: a part is not a dense float tensor, or is on the meta device.
     """
     check_values(z)
     spaces = [space for space in fitting_spaces(z.shape) if known in (None, space.name)]
     kind = f"a latent of {known}, {list(z.shape)}" if known else latent_kind(z.shape)
-    lines = [f"This is {kind}, {str(z.dtype).removeprefix('torch.')} on {z.device}.", *_decoded(z.shape, spaces)]
+    lines = [f"This is {kind}, {_stored(z)}.", *_decoded(z.shape, spaces)]
+    statistics, std = _statistics(z)
+    lines += statistics
+    if std is not None:
+        lines += _verdict(spaces, std, known)
+    for n, part in enumerate(others, 2):
+        lines += _part(n, part, of_video=z.ndim == 5)
+    return "\n".join(lines)
+
+
+def _part(n: int, z: Tensor, of_video: bool) -> list[str]:
+    """What comes with a video in one latent is its audio; of other parts only the model knows what they are."""
+    check_values(z)
+    audio = of_video and n == 2
+    kind = "audio" if audio else f"a part {n}"
+    decoder = " The model's audio VAE decodes it, not a video VAE." if audio else ""
+    statistics, std = _statistics(z)
+    empty = ["All values are equal: this part is empty, not sampled yet."] if std == 0 else []
+    return [f"With it comes {kind}, {list(z.shape)}, {_stored(z)}.{decoder}", *statistics, *empty]
+
+
+def _stored(z: Tensor) -> str:
+    return f"{str(z.dtype).removeprefix('torch.')} on {z.device}"
+
+
+def _statistics(z: Tensor) -> tuple[list[str], float | None]:
+    """Lines on the values, and their standard deviation; None if no value is finite."""
     values = z.float()
     finite = torch.isfinite(values)
     if not finite.any():
-        return "\n".join([*lines, "It holds no finite value: the sampler failed, or nothing was sampled."])
+        return ["It holds no finite value: the sampler failed, or nothing was sampled."], None
+    lines = []
     if not finite.all():
         lines.append(f"{int((~finite).sum())} of {z.numel()} values are NaN or infinite: the sampler failed.")
     values = values[finite]
@@ -35,7 +63,7 @@ def describe(z: Tensor, known: str | None = None) -> str:
     lines.append(
         f"Mean {values.mean():.3f}, standard deviation {std:.3f}, from {values.min():.3f} to {values.max():.3f}."
     )
-    return "\n".join(lines + _verdict(spaces, std, known))
+    return lines, std
 
 
 def _decoded(shape: Sequence[int], spaces: list[LatentSpace]) -> list[str]:

@@ -1,5 +1,5 @@
-"""Read latent files of ComfyUI, musubi-tuner, diffusers and Kandinsky 5 as raw latents [B, c, t, h, w] in float32, and
-write ComfyUI's.
+"""Read latent files of ComfyUI, musubi-tuner, diffusers and Kandinsky 5 as raw latents [B, c, t, h, w], and write
+ComfyUI's.
 
 | file | recognised by | layout | values |
 |---|---|---|---|
@@ -10,18 +10,23 @@ write ComfyUI's.
 | Kandinsky 5's own code | the only tensor | [t, h, w, c] | scaled |
 
 The metadata decide first, then the key, then the shape. If two readings remain, an error asks the user.
+
+A latent of several parts, such as video and audio, is a ComfyUI .latent file too: the first part is `latent_tensor`,
+which is all that ComfyUI reads, the others are `latent_part_2`, `latent_part_3` …, and the metadata `kvae_parts` count
+them.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..adapters.checks import check_finite, check_values
+from ..adapters.checks import DTYPES, check_finite, check_values
 from ..adapters.spaces import SPACES, LatentSpace, fitting_spaces
 from ..kvae.errors import WeightsError
 from ..kvae.files import Weights, save_weights
@@ -36,6 +41,7 @@ ARCHITECTURES = {
 }
 KANDINSKY = "kandinsky5"  # HunyuanVideo's space, but diffusers saves its channels last
 MODELS = (*SPACES, KANDINSKY)  # models that a user may name for a file
+MAX_PARTS = 9  # of one latent; those of video with audio have two
 
 _USUALLY_SCALED = {"hunyuan_video": False, "hunyuan_video_1.5": False, KANDINSKY: True}  # in musubi-tuner's caches
 _CHANNELS = {space.channels for space in SPACES.values()}
@@ -49,16 +55,19 @@ class LatentFile:
     """A raw latent and what its file says of it.
 
     Attributes:
-        z: [B, c, t, h, w], float32, raw; an image latent keeps its 4 dimensions.
+        z: [B, c, t, h, w], raw; an image latent keeps its 4 dimensions. A ComfyUI latent keeps its dtype, all others,
+            and float8, are float32.
         kind: the kind of file.
         space: the name of the latent's space, if the file or the user names it.
         frames: the frames of the encoded clip, if the file says.
+        others: the parts after the first, such as audio, exactly as they were saved.
     """
 
     z: Tensor
     kind: str
     space: str | None = None
     frames: int | None = None
+    others: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,12 @@ class _Kind:
 
 
 def save_latent(
-    path: str | os.PathLike, z: Tensor, space: str | None, frames: int | None, metadata: dict[str, str]
+    path: str | os.PathLike,
+    z: Tensor,
+    space: str | None,
+    frames: int | None,
+    metadata: dict[str, str],
+    others: Sequence[Tensor] = (),
 ) -> None:
     """Write raw latents as a ComfyUI .latent file that also names their space. A failure leaves no partial file.
 
@@ -82,17 +96,23 @@ def save_latent(
         space: the name of the latents' space, if known.
         frames: the frames of the encoded clip, if known.
         metadata: texts for the file's header.
+        others: the parts after z, such as audio. They may hold NaN: the video is worth saving all the same.
 
     Raises:
-        ValueError: z is not a dense float tensor or not finite, or `frames` is not a positive whole number.
+        ValueError: a part is not a dense float tensor with values, z is not finite, there are more than MAX_PARTS
+            parts, or `frames` is not a positive whole number.
         WeightsError: the file cannot be written.
     """
-    check_values(z)
+    for part in (z, *others):
+        check_values(part)
     check_finite(z, "latent")
     check_frame_count(frames)
-    ours = {"kvae_space": space or "", "kvae_frames": str(frames or "")}
+    if 1 + len(others) > MAX_PARTS:
+        raise ValueError(f"This latent has {1 + len(others)} parts; expected at most {MAX_PARTS}. Check what made it.")
+    ours = {"kvae_space": space or "", "kvae_frames": str(frames or ""), "kvae_parts": str(1 + len(others))}
     # without the second tensor, ComfyUI reads the values in an older scale
-    save_weights(path, {"latent_tensor": z, "latent_format_version_0": torch.empty(0)}, metadata | ours)
+    tensors = {"latent_tensor": z, "latent_format_version_0": torch.empty(0)}
+    save_weights(path, tensors | dict(zip(_part_keys(1 + len(others)), others, strict=True)), metadata | ours)
 
 
 def load_latent(path: str | os.PathLike, scaled: bool | None = None, model: str | None = None) -> LatentFile:
@@ -102,14 +122,17 @@ def load_latent(path: str | os.PathLike, scaled: bool | None = None, model: str 
         scaled: whether the values are scaled, as inside a sampler, not raw. None: the kind of file decides.
         model: the model of the latent, one of `MODELS`. None: the file or its shape decides.
 
+    Parts after the first have no scale that this project knows: they stay as they are in the file.
+
     Raises:
-        WeightsError: not a latent file, a pickle, damaged, of an unknown model, or readable in two ways; the message
-            says which argument decides.
+        WeightsError: not a latent file, a pickle, damaged, without one of its parts, of an unknown model, or readable
+            in two ways; the message says which argument decides.
     """
     if model not in (None, *MODELS):
         raise WeightsError(f"{path}: no model is called {model!r}; the known ones are {', '.join(MODELS)}")
     weights = Weights(path)
     kind = _kind(weights, model)
+    others = _others(weights) if kind.key == "latent_tensor" else ()
     z = _values(weights, kind)
     if not kind.batched:
         z = _batched(weights, kind, z, model)
@@ -118,8 +141,8 @@ def load_latent(path: str | os.PathLike, scaled: bool | None = None, model: str 
     if scaled is None:
         raise WeightsError(f"{path}: this is a {kind.name}, which may be raw or scaled; set scaling to raw or scaled")
     if scaled and fitting_spaces(z.shape):
-        z = (SPACES[found] if found else _scaling_space(z)).unscale(z)
-    return LatentFile(z, kind.name, found, _frames(weights))
+        z = (SPACES[found] if found else _scaling_space(z)).unscale(z.float())
+    return LatentFile(z, kind.name, found, _frames(weights), others)
 
 
 def _kind(weights: Weights, model: str | None) -> _Kind:
@@ -159,23 +182,68 @@ def _cache(weights: Weights, key: str, model: str | None) -> _Kind:
 
 
 def _values(weights: Weights, kind: _Kind) -> Tensor:
-    """The tensor in float32, raw or scaled.
+    """The tensor, raw or scaled; in float32, except for what ComfyUI saved in another of its dtypes.
 
     Raises:
         WeightsError: it is empty, not of floats, or not finite.
     """
-    z = weights[kind.key]
+    comfyui = kind.key == "latent_tensor"
+    old = comfyui and "latent_format_version_0" not in weights.shapes
     try:
-        if not z.is_floating_point():
-            check_values(z)  # raises; for float tensors it would refuse float8, which files may hold
-        if 0 in z.shape:
-            raise ValueError(f"This latent is empty, {list(z.shape)}.")
-        z = z.float()
+        z = _floats(weights, kind.key)
+        z = z if comfyui and not old and z.dtype in DTYPES else z.float()
         check_finite(z, "latent")
     except ValueError as error:
         raise WeightsError(f"{weights.path}: {kind.key}: {error}") from None
-    old = kind.key == "latent_tensor" and "latent_format_version_0" not in weights.shapes
     return z / _OLD_COMFYUI_SCALE if old else z
+
+
+def _floats(weights: Weights, key: str) -> Tensor:
+    """A tensor of floats with values.
+
+    Raises:
+        ValueError: says what was found.
+    """
+    shape = weights.shapes[key]
+    if 0 in shape:
+        raise ValueError(f"This latent is empty, {list(shape)}.")
+    z = weights[key]
+    if not z.is_floating_point():
+        check_values(z)  # raises; for float tensors it would refuse float8, which files may hold
+    return z
+
+
+def _part_keys(parts: int) -> list[str]:
+    """The tensors of the parts after the first."""
+    return [f"latent_part_{n}" for n in range(2, parts + 1)]
+
+
+def _others(weights: Weights) -> tuple[Tensor, ...]:
+    """The parts after the first, bit for bit; none is read before all are there.
+
+    Raises:
+        WeightsError: the file does not hold the parts that it counts, or one of them is empty or not of floats.
+    """
+    text = weights.metadata.get("kvae_parts") or "1"
+    if not _COUNT.fullmatch(text) or int(text) > MAX_PARTS:
+        raise WeightsError(f"{weights.path}: kvae_parts is {text[:60]!r}; expected a number from 1 to {MAX_PARTS}")
+    keys, found = _part_keys(int(text)), {key for key in weights.shapes if key.startswith("latent_part_")}
+    if found != set(keys):
+        raise WeightsError(
+            f"{weights.path}: kvae_parts is {text}, so after latent_tensor come {_names(keys)}, but the file holds "
+            f"{_names(found)}; save the latent again"
+        )
+    parts = []
+    for key in keys:
+        try:
+            parts.append(_floats(weights, key))
+        except ValueError as error:
+            raise WeightsError(f"{weights.path}: {key}: {error}") from None
+    return tuple(parts)
+
+
+def _names(keys: Iterable[str]) -> str:
+    return ", ".join(sorted(keys)[:MAX_PARTS])[:300] or "none"
 
 
 def _batched(weights: Weights, kind: _Kind, z: Tensor, model: str | None) -> Tensor:

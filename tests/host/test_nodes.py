@@ -9,18 +9,6 @@ from kvae_comfyui.serving.sample_clip import sample_clip
 from .conftest import NATIVE, with_hidden
 
 
-class Nested:
-    """A nested latent, as ComfyUI makes for video with audio."""
-
-    is_nested = True
-
-    def __init__(self, *parts):
-        self.parts = parts
-
-    def unbind(self):
-        return self.parts
-
-
 def test_encode_keeps_every_frame_and_decode_gives_them_back(run, load):
     vae = load(latents=NATIVE)
     (latent,) = run("KVAEEncode", pixels=sample_clip(11, 32, 48), vae=vae)
@@ -32,12 +20,11 @@ def test_encode_keeps_every_frame_and_decode_gives_them_back(run, load):
     assert torch.equal(image, whole[:11])
 
 
-def test_decode_accepts_scaled_and_nested_latents_and_batches(run, load):
+def test_decode_accepts_scaled_latents_and_batches(run, load):
     vae, z = load(), torch.randn(2, 16, 2, 4, 4)
     (image,) = run("KVAEDecode", samples={"samples": z}, vae=vae, scaling="raw", memory_gb=0.0)
     assert image.shape == (10, 32, 32, 3)
-    nested = {"samples": Nested(z * 0.476986, torch.zeros(2, 8, 5))}
-    (again,) = run("KVAEDecode", samples=nested, vae=vae, scaling="scaled", memory_gb=0.0)
+    (again,) = run("KVAEDecode", samples={"samples": z * 0.476986}, vae=vae, scaling="scaled", memory_gb=0.0)
     torch.testing.assert_close(again, image, rtol=0, atol=1e-4)
 
 

@@ -29,3 +29,17 @@ def test_latents_that_cannot_be_decoded_are_reported():
     z[0, 0, 0, 0, 0] = float("inf")
     assert "1 of 3072 values are NaN or infinite" in describe(z)
     assert "no finite value" in describe(torch.full((1, 16, 1, 1, 1), float("nan")))
+
+
+def test_audio_is_reported_after_the_video():
+    audio = torch.randn(1, 8, 26, 16, dtype=torch.float16)
+    audio[0, 0, 0] = float("nan")
+    report = describe(Z, others=[audio, torch.ones(1, 5)]).splitlines()
+    at = report.index(
+        "With it comes audio, [1, 8, 26, 16], float16 on cpu. The model's audio VAE decodes it, not a video VAE."
+    )
+    assert report[:at] == describe(Z).splitlines()
+    assert report[at + 1].startswith("16 of 3328 values are NaN")
+    assert report[at + 2].startswith("Mean ")
+    assert report[at + 3].startswith("With it comes a part 3, [1, 5]")
+    assert "With it comes a part 2, [1, 4]" in describe(torch.ones(1, 8, 16), others=[torch.ones(1, 4)])

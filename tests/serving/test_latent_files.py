@@ -145,6 +145,68 @@ def test_our_latent_file_keeps_space_and_frames(tmp_path):
     assert (found.space, found.frames) == ("kvae_3d_1.0", 6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_our_latent_file_keeps_every_part_bit_for_bit(tmp_path, dtype):
+    z, audio, other = (torch.randn(shape).to(dtype) for shape in ((1, 16, 2, 4, 4), (1, 8, 26, 16), (1, 3)))
+    audio[0, 0, 0, 0] = torch.nan  # the video is worth saving all the same
+    save_latent(tmp_path / "x.latent", z, None, None, {"kvae_parts": "1"}, [audio, other])
+    found = load_latent(tmp_path / "x.latent")
+    assert len(found.others) == 2
+    for part, saved in zip((found.z, *found.others), (z, audio, other), strict=True):
+        assert part.dtype == dtype
+        assert torch.equal(part.view(torch.uint8), saved.view(torch.uint8))
+    assert load_latent(tmp_path / "x.latent", scaled=True).z.dtype == torch.float32
+
+
+def test_a_file_without_parts_holds_one(save):
+    assert load_latent(save({"latent_tensor": (1, 16, 2, 4, 4)} | VERSION)).others == ()
+    assert load_latent(save({"latent_tensor": (1, 16, 2, 4, 4)} | VERSION, kvae_parts="")).others == ()
+
+
+TWO = {"latent_tensor": (1, 16, 2, 4, 4), "latent_part_2": (1, 8, 26, 16)} | VERSION
+
+
+@pytest.mark.parametrize(
+    ("tensors", "parts", "words"),
+    [
+        (TWO, "3", "kvae_parts is 3, so after latent_tensor come latent_part_2, latent_part_3, but the file holds "
+         "latent_part_2; save the latent again"),
+        (TWO, "1", "come none, but the file holds latent_part_2"),
+        (TWO, None, "kvae_parts is 1, so after latent_tensor come none, but the file holds latent_part_2"),
+        ({"latent_tensor": (1, 16, 2, 4, 4)}, "2", "come latent_part_2, but the file holds none"),
+        (TWO, "10", "kvae_parts is '10'; expected a number from 1 to 9"),
+        (TWO, "9" * 5000, "kvae_parts is '999"),
+        (TWO, "two", "kvae_parts is 'two'; expected a number"),
+        (TWO | {"latent_part_2": (1, 0, 26)}, "2", "latent_part_2: This latent is empty, [1, 0, 26]"),
+        (TWO | {"latent_part_2": torch.ones(1, 8, dtype=torch.int32)}, "2", "latent_part_2: This latent is of int32"),
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_hold_its_parts_is_refused_in_one_line(save, tensors, parts, words):
+    with pytest.raises(WeightsError, match=re.escape(words)) as caught:
+        load_latent(save(tensors, **({"kvae_parts": parts} if parts else {})))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_parts_that_is_cut_short_is_refused(tmp_path):
+    save_latent(tmp_path / "x.latent", torch.ones(1, 16, 2, 4, 4), None, None, {}, [torch.ones(1, 8, 26, 16)])
+    whole = (tmp_path / "x.latent").read_bytes()
+    (tmp_path / "x.latent").write_bytes(whole[:-16])
+    with pytest.raises(WeightsError, match="cut short"):
+        load_latent(tmp_path / "x.latent")
+
+
+def test_parts_that_no_file_can_hold_are_refused_before_anything_is_written(tmp_path):
+    z = torch.ones(1, 16, 2, 4, 4)
+    for others, words in (
+        ([z] * 9, "This latent has 10 parts; expected at most 9"),
+        ([None], "This latent is a NoneType"),
+        ([z.int()], "This latent is of int32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            save_latent(tmp_path / "y.latent", z, None, None, {}, others)
+    assert list(tmp_path.iterdir()) == []
+
+
 SPOILT = {
     "NaN": (torch.full((1, 16, 2, 4, 4), torch.nan), "512 of 512 values of this latent are NaN or infinite"),
     "integers": (torch.ones(1, 16, 2, 4, 4, dtype=torch.int8), "This latent is of int8; expected a tensor of float32"),

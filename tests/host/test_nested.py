@@ -1,0 +1,97 @@
+"""Latents with audio, as LTX-2 and Kandinsky 6 make them, pass through every node, and are saved and loaded whole."""
+
+import sys
+
+import pytest
+import torch
+
+from .conftest import with_hidden
+
+Z = torch.randn(1, 16, 3, 4, 4)
+AUDIO = torch.randn(1, 8, 26, 16)
+
+
+@pytest.fixture(scope="session")
+def nested(comfy):
+    """Samples of ComfyUI that hold these parts."""
+    module = pytest.importorskip("comfy.nested_tensor", reason="needs a ComfyUI with nested latents")
+    return lambda *parts: module.NestedTensor(parts)
+
+
+@pytest.fixture
+def save(comfy, base):
+    """Save a latent with our node; returns what the node returns, and the file's name for the nodes that load."""
+
+    def save(latent, folder):
+        out = with_hidden(comfy.classes["KVAESaveLatent"]).execute(latent, f"latents/{folder}/KVAE").args[0]
+        (file,) = (base / "output" / "latents" / folder).iterdir()
+        return out, f"latents/{folder}/{file.name} [output]"
+
+    return save
+
+
+def test_every_decoder_decodes_the_video_part(run, load, nested):
+    vae, alone, both = load(), {"samples": Z}, {"samples": nested(Z, AUDIO)}
+    options = {"vae": vae, "scaling": "raw", "memory_gb": 0.0}
+    (image,) = run("KVAEDecode", samples=alone, **options)
+    assert torch.equal(run("KVAEDecode", samples=both, **options)[0], image)
+    assert torch.equal(run("VAEDecode", samples=both, vae=vae)[0], image)
+    side_by_side, *_ = run("KVAECompare", vae_a=vae, vae_b=vae, samples=both)
+    assert torch.equal(side_by_side[:, :, :32], image)
+
+
+def test_convert_keeps_audio_masks_and_all_that_others_wrote(run, nested):
+    adapter, _ = run("KVAELoadAdapter", adapter_name="h2k.safetensors")
+    mask = nested(torch.ones(1, 1, 3, 4, 4), torch.zeros_like(AUDIO))
+    rest = {"noise_mask": mask, "batch_index": [3], "type": "audio", "downscale_ratio_spacial": 8, "kvae_frames": 7}
+    (converted,) = run("KVAEConvertLatent", samples={"samples": nested(Z, AUDIO), **rest}, adapter=adapter)
+    (alone,) = run("KVAEConvertLatent", samples={"samples": Z}, adapter=adapter)
+    video, audio = converted.pop("samples").unbind()
+    assert torch.equal(video, alone["samples"])
+    assert audio is AUDIO
+    assert converted == {**rest, "kvae_space": "kvae_3d_1.0"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_latent_with_audio_is_saved_whole_and_loaded_bit_for_bit(run, save, nested, dtype):
+    latent = {"samples": nested(Z.to(dtype), AUDIO.to(dtype)), "kvae_space": "hunyuan_video", "kvae_frames": 7}
+    passed_on, name = save(latent, f"nested_{str(dtype)[6:]}")
+    assert passed_on is latent
+    again, report = run("KVAELoadLatent", file=name, scaling="auto")
+    assert type(again["samples"]) is type(latent["samples"])
+    for part, saved in zip(again["samples"].unbind(), latent["samples"].unbind(), strict=True):
+        assert part.dtype == dtype
+        assert torch.equal(part, saved)
+    assert (again["kvae_space"], again["kvae_frames"]) == ("hunyuan_video", 7)
+    assert "With it comes audio, [1, 8, 26, 16]" in report
+    (stock,) = run("LoadLatent", latent=name)  # ComfyUI's own loader reads the video part
+    assert torch.equal(stock["samples"], Z.to(dtype).float())
+
+
+def test_the_audio_of_a_loaded_latent_is_split_off_by_comfyui(run, save, nested):
+    _, name = save({"samples": nested(Z, AUDIO)}, "split")
+    latent, _ = run("KVAELoadLatent", file=name, scaling="auto")
+    video, audio = run("LTXVSeparateAVLatent", av_latent=latent)
+    assert torch.equal(video["samples"], Z)
+    assert torch.equal(audio["samples"], AUDIO)
+
+
+def test_a_comfyui_without_nested_latents_loads_the_video_part_and_says_so(run, comfy, save, nested, monkeypatch):
+    _, name = save({"samples": nested(Z, AUDIO)}, "older")
+    package = comfy.classes["KVAELoadLatent"].__module__.rpartition(".")[0]
+    monkeypatch.setattr(sys.modules[f"{package}.latent_dict"], "NestedTensor", None)
+    latent, report = run("KVAELoadLatent", file=name, scaling="auto")
+    assert torch.equal(latent["samples"], Z)
+    assert "This ComfyUI has no latents with audio: the output is the video part." in report
+
+
+def test_inspect_reports_the_audio_beside_the_video(run, nested):
+    (report,) = run("KVAEInspectLatent", samples={"samples": nested(Z, torch.zeros(1, 8, 26, 16))})
+    assert "It decodes to 9 frames of 32 x 32 pixels" in report
+    assert "With it comes audio, [1, 8, 26, 16], float32 on cpu. The model's audio VAE decodes it" in report
+    assert report.endswith("All values are equal: this part is empty, not sampled yet.")
+
+
+def test_nested_samples_without_a_part_are_refused(run, nested):
+    with pytest.raises(ValueError, match="nested, but has no part"):
+        run("KVAEInspectLatent", samples={"samples": nested()})
