@@ -8,10 +8,11 @@ from pathlib import Path
 import folder_paths
 
 from ..adapters.files import direction_of, weights_of
-from ..adapters.published import PUBLISHED_FILES
+from ..adapters.published import PUBLISHED_FILES, published_address
 from ..kvae import KVAE as KVAEModel
 from ..kvae import WeightsError
-from ..kvae.hub import hub_address
+from ..kvae.files import Weights, what_is
+from ..kvae.hub import HUB_IDS, hub_address
 from ..kvae.paths import file_errors
 from ..kvae.signature import same_weights, signature
 
@@ -20,9 +21,6 @@ TINY = "tiny KVAE (included)"
 MOST_NAME = 200  # bytes of a name: with a number and an ending it stays within the 255 of file systems
 PACK = Path(__file__).parents[1]
 ASSETS = PACK / "training" / "tiny" / "assets"
-
-ADDRESS = hub_address("KVAE-3D-1.0")
-ADAPTER_NAMES = "{} (to decode) and {} (to encode)".format(*PUBLISHED_FILES)
 
 
 def register() -> None:
@@ -35,8 +33,8 @@ def register() -> None:
 
 def kvae_names() -> list[str]:
     """The names that Load KVAE offers: of models/kvae, then of models/vae, then the tiny KVAE of this pack."""
-    vae_names = [name for name in folder_paths.get_filename_list("vae") if name.endswith(".safetensors")]
-    return [*dict.fromkeys([*folder_paths.get_filename_list(KVAE), *vae_names]), TINY]
+    vae_names = [name for name in _names("vae") if name.endswith(".safetensors")]
+    return [*dict.fromkeys([*_names(KVAE), *vae_names]), TINY]
 
 
 def kvae_path(name: str) -> str:
@@ -49,18 +47,14 @@ def kvae_path(name: str) -> str:
         return str(ASSETS / "tiny_kvae.safetensors")
     path = folder_paths.get_full_path(KVAE, name) or folder_paths.get_full_path("vae", name)
     if path is None:
-        folders = folder_paths.get_folder_paths(KVAE) + folder_paths.get_folder_paths("vae")
-        fetch = f"python -m training fetch --model KVAE-3D-1.0 --output {folders[-1]}"
-        raise WeightsError(
-            f"{name}: no such file in {' or '.join(folders)}. Download KVAE-3D-1.0, {ADDRESS}, and save it there as "
-            f'{name}, or run "{fetch}" in {PACK}. Then press R. To try things out, choose "{TINY}".'
-        )
+        published = name.removesuffix(".safetensors")
+        raise WeightsError(_missing(name, "vae", hub_address(published if published in HUB_IDS else "KVAE-3D-1.0")))
     return path
 
 
 def adapter_names() -> list[str]:
     """The names of all adapter files."""
-    return folder_paths.get_filename_list(ADAPTERS)
+    return _names(ADAPTERS)
 
 
 def adapter_path(name: str) -> str:
@@ -71,7 +65,7 @@ def adapter_path(name: str) -> str:
     """
     path = folder_paths.get_full_path(ADAPTERS, name)
     if path is None:
-        raise WeightsError(f"{name}: no such file in {_adapter_folders()}. {_get_adapters()}")
+        raise WeightsError(_missing(name, ADAPTERS, published_address(name) if name in PUBLISHED_FILES else ""))
     return path
 
 
@@ -96,10 +90,26 @@ def find_adapter(source: str, target: str, kvae_name: str, kvae: KVAEModel) -> s
 
 def no_adapters(source: str, target: str) -> str:
     """The message if there is an adapter for neither direction."""
-    text = f"No adapter in {_adapter_folders()} maps {source} → {target} or back for this KVAE. {_get_adapters()}"
     ways = (source, target), (target, source)
-    others = [name for name in adapter_names() if _direction(adapter_path(name)) in ways]
-    return f"{text} {', '.join(others)}: made for a KVAE with other weights." if others else text
+    published = [f"{published_address(name)} ({way[0]} → {way[1]})" for name, way in PUBLISHED_FILES.items()]
+    known = f"Download {' and '.join(published)}, save them there, press R: they are for trying, not for pictures. "
+    return (
+        f"No adapter in {_shown(ADAPTERS)} maps {source} → {target} or back for this KVAE. {_passed_over(ways)}"
+        f"{known if ways[0] in PUBLISHED_FILES.values() else ''}"
+        'Train your own (docs/adapters.md in this pack), or choose latents "KVAE (native)".'
+    )
+
+
+def _passed_over(ways: tuple[tuple[str, str], ...]) -> str:
+    """Why *auto* takes none of the adapters that are there."""
+    other, nameless = [], []
+    for name in adapter_names():
+        path = adapter_path(name)
+        if _direction(path) in ways:
+            other.append(f"{name} was made for a KVAE with other weights. ")
+        elif _says_nothing(path):
+            nameless.append(f"{name} does not say what it maps: choose it by name. ")
+    return "".join(other + nameless)
 
 
 def stamp(*paths: str | None) -> list:
@@ -112,6 +122,14 @@ def _direction(path: str) -> tuple[str, str] | None:
         return direction_of(path)
     except WeightsError:
         return None  # a damaged file is reported when it is chosen, not while another is searched
+
+
+def _says_nothing(path: str) -> bool:
+    """Whether this is an adapter whose file does not say what it maps, such as a published one under another name."""
+    try:
+        return direction_of(path) is None and what_is(Weights(path).shapes) == "a latent adapter"
+    except WeightsError:
+        return False  # as in _direction
 
 
 def _fits(path: str, spaces: tuple[str, str], known: tuple[float, ...]) -> bool:
@@ -176,12 +194,24 @@ def output_path(prefix: object, ending: str, width: int = 0, height: int = 0) ->
     return os.path.join(folder, file), file, subfolder
 
 
-def _get_adapters() -> str:
-    return (
-        f"Put {ADAPTER_NAMES} there, or train your own: python -m training train -h, in {PACK}. "
-        f'Without adapters, choose latents "KVAE (native)".'
-    )
+def _names(key: str) -> list[str]:
+    """The names of the files in the folders of that key. A folder may have been deleted while ComfyUI runs."""
+    try:
+        return folder_paths.get_filename_list(key)
+    except FileNotFoundError:
+        folder_paths.filename_list_cache.pop(key, None)
+        return folder_paths.get_filename_list(key)
 
 
-def _adapter_folders() -> str:
-    return " or ".join(folder_paths.get_folder_paths(ADAPTERS))
+def _missing(name: str, key: str, address: str) -> str:
+    """The message for a file that is not there, with the address to download it from, if it is known."""
+    if not address:
+        return f"{name} is not in {_shown(key)}. Save it there, press R, or choose another file."
+    return f"{name} is not in {_shown(key)}. Download {address}, save it there under this name, press R."
+
+
+def _shown(key: str) -> str:
+    """The first folder of that key, as users know it: relative to ComfyUI's, if it is in there."""
+    folder = Path(folder_paths.get_folder_paths(key)[0])
+    inside = Path(folder_paths.base_path)
+    return folder.relative_to(inside).as_posix() if folder.is_relative_to(inside) else str(folder)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import lru_cache
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..adapters import LatentAdapter, load_adapter
+from ..adapters import load_adapter
 from ..adapters.spaces import native_space
 from ..kvae import KVAE, WeightsError, load_kvae
+from ..serving.about import about
 from ..serving.host_vae import HostVAE
 from . import folders
 from .coding import memory_input, with_budget
 from .schema import LOADERS, advanced, schema
-from .vae import ComfyVAE, patcher_of, working_dtype
+from .vae import ComfyVAE, free_once_unloaded, patcher_of, working_dtype
 
 HUNYUAN, NATIVE = "HunyuanVideo / Kandinsky 5", "KVAE (native)"
 AUTO, NONE = "auto", "none"
@@ -72,17 +74,20 @@ class KVAELoad(io.ComfyNode):
                 memory_input(),
             ],
             outputs=[
-                io.Vae.Output(tooltip="For VAE Decode, VAE Encode, image-to-video nodes and the nodes of this pack.")
+                io.Vae.Output(tooltip="For VAE Decode, VAE Encode, image-to-video nodes and the nodes of this pack."),
+                io.String.Output(
+                    display_name="about",
+                    tooltip="The files, what their adapters reach, and the memory that usual sizes need.",
+                ),
             ],
         )
 
     @classmethod
-    def validate_inputs(cls, kvae_name: str, decode_adapter: str, encode_adapter: str) -> bool | str:
+    def validate_inputs(cls, kvae_name: str) -> bool | str:
+        # ComfyUI repeats a message for every input named here; it checks the adapters by itself
         try:
             if kvae_name is not None:  # None: linked to another node
                 folders.kvae_path(kvae_name)
-            for name in {decode_adapter, encode_adapter} - {AUTO, NONE, None}:
-                folders.adapter_path(name)
         except WeightsError as error:
             return str(error)
         return True
@@ -100,12 +105,14 @@ class KVAELoad(io.ComfyNode):
             if value not in known:  # ComfyUI does not check linked text against the list
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
         patcher = load_patcher(*folders.stamp(folders.kvae_path(kvae_name)), DTYPES.get(dtype) or working_dtype())
-        kvae = patcher.model
-        adapters = (
-            (None, None) if latents == NATIVE else hunyuan_adapters(kvae, kvae_name, decode_adapter, encode_adapter)
-        )
-        vae = ComfyVAE(HostVAE(kvae, *adapters), patcher)
-        return io.NodeOutput(with_budget(vae, memory_gb))
+        kvae, paths = patcher.model, ["", ""]
+        if latents != NATIVE:
+            paths = hunyuan_adapters(kvae, kvae_name, decode_adapter, encode_adapter)
+        ways = adapter_ways(kvae)
+        adapters = [load_adapter(path, way) if path else None for path, way in zip(paths, ways, strict=True)]
+        vae = with_budget(ComfyVAE(HostVAE(kvae, *adapters), patcher), memory_gb)
+        names = [kvae_name, *map(os.path.basename, paths)]
+        return io.NodeOutput(vae, about(vae.first_stage_model, names, free_once_unloaded(patcher)))
 
 
 @lru_cache(maxsize=1)
@@ -124,26 +131,29 @@ def load_patcher(stamp: tuple[str, float, int], dtype: torch.dtype) -> ModelPatc
     return patcher_of(kvae)
 
 
-def hunyuan_adapters(
-    kvae: KVAE, kvae_name: str, decode: str, encode: str
-) -> tuple[LatentAdapter | None, LatentAdapter | None]:
-    """The adapters (to decode, to encode) between HunyuanVideo's latents and this KVAE's, chosen by name or found.
+def hunyuan_adapters(kvae: KVAE, kvae_name: str, decode: str, encode: str) -> list[str]:
+    """The paths of the adapters (to decode, to encode) between HunyuanVideo's latents and this KVAE's, chosen by name
+    or found; empty for none.
 
     Raises:
-        WeightsError: both are missing, one maps the wrong way, or several fit.
+        WeightsError: both are missing, or several fit.
     """
     if decode == encode == NONE:
         raise WeightsError(f'Both adapters are none: choose one of them, or choose latents "{NATIVE}".')
+    ways = adapter_ways(kvae)
+    paths = [_adapter(*each, kvae_name, kvae) for each in zip((decode, encode), ways, strict=True)]
+    if not any(paths):
+        raise WeightsError(folders.no_adapters(*ways[0]))
+    return paths
+
+
+def adapter_ways(kvae: KVAE) -> tuple[tuple[str, str], tuple[str, str]]:
+    """The spaces (source, target) of the adapters to decode and to encode."""
     native = native_space(kvae.config).name
-    there, back = ("hunyuan_video", native), (native, "hunyuan_video")
-    decoder, encoder = _adapter(decode, there, kvae_name, kvae), _adapter(encode, back, kvae_name, kvae)
-    if decoder is None and encoder is None:
-        raise WeightsError(folders.no_adapters(*there))
-    return decoder, encoder
+    return ("hunyuan_video", native), (native, "hunyuan_video")
 
 
-def _adapter(choice: str, direction: tuple[str, str], kvae_name: str, kvae: KVAE) -> LatentAdapter | None:
+def _adapter(choice: str, way: tuple[str, str], kvae_name: str, kvae: KVAE) -> str:
     if choice == NONE:
-        return None
-    path = folders.find_adapter(*direction, kvae_name, kvae) if choice == AUTO else folders.adapter_path(choice)
-    return load_adapter(path, direction) if path else None
+        return ""
+    return folders.find_adapter(*way, kvae_name, kvae) or "" if choice == AUTO else folders.adapter_path(choice)

@@ -43,6 +43,16 @@ def free_memory(device: torch.device) -> int:
     return max(0, int(free))
 
 
+def free_once_unloaded(patcher: ModelPatcher) -> int:
+    """Bytes that activations may use on the patcher's device once its model is there, and no other of ComfyUI's."""
+    free = free_memory(patcher.load_device)
+    if patcher.load_device.type in ("cpu", "mps"):  # models are unloaded into the same memory
+        return free
+    models = [each for each in comfy.model_management.current_loaded_models if each.model is not None]
+    loaded = sum(each.model_loaded_memory() for each in models if each.device == patcher.load_device)
+    return max(0, free + loaded - patcher.model_size())
+
+
 def make_room(patcher: ModelPatcher) -> None:
     """Unload all models but this one from its device, and give PyTorch's cache back to the card."""
     ours = comfy.model_management.LoadedModel(patcher)  # equal to its entry in ComfyUI's list

@@ -1,0 +1,87 @@
+"""Load KVAE: one message for what is missing, which says where to get it, and a report of what was loaded."""
+
+import shutil
+
+import pytest
+from safetensors.torch import save_file
+
+from kvae_comfyui.adapters.networks import PointwiseNet
+from kvae_comfyui.adapters.published import PUBLISHED_FILES, published_address
+
+from .test_server import LOAD
+
+DECODE = {
+    "2": {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 64, "height": 64, "length": 1, "batch_size": 1}},
+    "3": {"class_type": "VAEDecode", "inputs": {"samples": ["2", 0], "vae": ["1", 0]}},
+    "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 0]}},
+}
+
+
+def errors(server, **inputs) -> list[str]:
+    """What the server says of Load KVAE with these inputs."""
+    load = {"class_type": "KVAELoad", "inputs": LOAD | inputs}
+    answer = server.post("/prompt", {"prompt": DECODE | {"1": load}})
+    return [error["details"] for error in answer["node_errors"]["1"]["errors"]]
+
+
+def test_a_missing_kvae_is_said_once_under_its_input_in_a_short_line(server):
+    (said,) = errors(server, kvae_name="KVAE-3D-1.0.safetensors")
+    address = "https://huggingface.co/kandinskylab/KVAE-3D-1.0/resolve/main/model.safetensors"
+    assert said == (
+        "kvae_name - KVAE-3D-1.0.safetensors is not in models/vae. "
+        f"Download {address}, save it there under this name, press R."
+    )
+
+
+@pytest.mark.parametrize("name", ["decode_adapter", "encode_adapter"])
+def test_a_missing_adapter_is_said_once_under_its_own_input(server, name):
+    (said,) = errors(server, **{name: "copy.safetensors"})
+    assert said.startswith(f"{name}: 'copy.safetensors' not in ")
+
+
+@pytest.fixture
+def no_adapters(base):
+    """models/latent_adapters without files, for one test."""
+    folder = base / "models" / "latent_adapters"
+    aside = folder.rename(folder.with_name("aside"))
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def test_without_adapters_the_message_says_where_they_are_and_what_they_are(load, no_adapters):
+    with pytest.raises(ValueError, match="^No adapter in models/latent_adapters maps hunyuan_video → ") as caught:
+        load()
+    for name in PUBLISHED_FILES:
+        assert published_address(name) in str(caught.value)
+    assert "not for pictures" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_adapter_that_does_not_say_what_it_maps_is_named(load, no_adapters):
+    save_file(PointwiseNet(16, 16).state_dict(), no_adapters / "my_h2k.safetensors")
+    (no_adapters / "other.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="my_h2k.safetensors does not say what it maps: choose it by name.") as caught:
+        load()
+    assert "other.safetensors" not in str(caught.value)
+    load(decode_adapter="my_h2k.safetensors")
+
+
+def test_a_deleted_folder_of_adapters_has_no_files(load, comfy, no_adapters):
+    (no_adapters / "h2k.safetensors").write_bytes(b"damaged")
+
+    def offered():
+        inputs = {each.id: each for each in comfy.classes["KVAELoad"].define_schema().inputs}
+        return inputs["decode_adapter"].options
+
+    assert offered() == ["auto", "h2k.safetensors", "none"]
+    shutil.rmtree(no_adapters)
+    assert offered() == ["auto", "none"]
+    load(latents="KVAE (native)")
+
+
+def test_about_names_what_was_loaded(run, load):
+    _, report = run("KVAELoad", **(LOAD | {"dtype": "fp32"}))
+    assert report.startswith("KVAE.safetensors: fp32, 0.0 GB of weights\n")
+    for part in ("through h2k.safetensors", "through k2h.safetensors", "psnr: 12.5", "1280x720: decode"):
+        assert part in report
