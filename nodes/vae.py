@@ -92,7 +92,7 @@ class ComfyVAE(comfy.sd.VAE):
         self.patcher = patcher
         self.size = patcher.model_size()
         host.on_progress = show_progress
-        host.pin_memory = comfy.model_management.MAX_PINNED_MEMORY > 0  # not with --disable-pinned-memory
+        host.pin_memory = getattr(comfy.model_management, "MAX_PINNED_MEMORY", 0) > 0  # 0.3.60 has none
         host.planner.device = self.device
         host.planner.free_memory = partial(free_memory, self.device)
         host.planner.make_room = partial(make_room, patcher)

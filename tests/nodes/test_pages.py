@@ -81,6 +81,21 @@ def test_nodes_are_called_by_the_names_that_the_page_shows(language):
         assert set(re.findall(QUOTED[language], text)) <= known
 
 
+OTHER_WORDS = {  # for what has one name in these texts
+    "zh": r"潜变量|潜空间|(加载|保存) K?VAE|“K?VAE (编码|解码)|封装节点包|编码格式",
+    "ru": r"\b[Пп]акет|[Оо]смотр|отобража|масштаб\b|пережж",
+}
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_one_thing_has_one_name(language):
+    """ComfyUI's own name where it has one, in every text; no English name of a node in a translation."""
+    titles = [english(node).splitlines()[0].removeprefix("# ") for node in NODES]
+    others = re.compile("|".join([OTHER_WORDS[language], *map(re.escape, titles), "Load VAE", "VAE (De|En)code"]))
+    for text in (json.dumps(TEXTS[language], ensure_ascii=False), *(translated(node, language) for node in NODES)):
+        assert not others.search(text), others.search(text)
+
+
 @pytest.mark.parametrize("language", TEXTS)
 def test_pages_call_settings_by_the_names_that_the_node_shows(language):
     """A word in *emphasis* is a setting or an output of this language, or a value, which is the same in all."""
