@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import comfy.model_management
 import comfy.utils
 from latent_preview import MAX_PREVIEW_RESOLUTION
@@ -39,8 +41,7 @@ class NodeProgress:
 
 def show_text(text: str) -> None:
     """Show a text on the running node, if there is a page to show it and the server knows how."""
-    from server import PromptServer  # not while this pack is imported: tests import it without a server
-
-    server = getattr(PromptServer, "instance", None)
+    module = sys.modules.get("server")  # ComfyUI's; it is not there if nodes are used without a server
+    server = module and getattr(module.PromptServer, "instance", None)
     if server and server.last_node_id and hasattr(server, "send_progress_text"):
         server.send_progress_text(text, server.last_node_id, server.client_id)
