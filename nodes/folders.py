@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import folder_paths
+from comfy_api.latest import io, ui
 
 from ..adapters.files import direction_of, weights_of
 from ..adapters.published import PUBLISHED_FILES, published_address
@@ -192,6 +193,12 @@ def output_path(prefix: object, ending: str, width: int = 0, height: int = 0) ->
         )
     file = f"{name}_{counter:05}_{ending}"
     return os.path.join(folder, file), file, subfolder
+
+
+def saved_result(path: str) -> ui.SavedResult:
+    """A file in ComfyUI's output folder, for the page."""
+    folder, file = os.path.split(os.path.relpath(path, folder_paths.get_output_directory()))
+    return ui.SavedResult(file, folder, io.FolderType.output)
 
 
 def _names(key: str) -> list[str]:

@@ -22,6 +22,7 @@ from comfy.model_patcher import ModelPatcher
 from ..kvae import KVAE
 from ..kvae.load import described_state
 from ..serving.host_vae import HostVAE, to_image
+from .progress import NodeProgress
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -91,7 +92,8 @@ class ComfyVAE(comfy.sd.VAE):
         self.output_device = host.output_device = comfy.model_management.intermediate_device()
         self.patcher = patcher
         self.size = patcher.model_size()
-        host.on_progress = show_progress
+        progress = NodeProgress()
+        host.on_progress, host.on_frames = progress.on_progress, progress.on_frames
         host.pin_memory = getattr(comfy.model_management, "MAX_PINNED_MEMORY", 0) > 0  # 0.3.60 has none
         host.planner.device = self.device
         host.planner.free_memory = partial(free_memory, self.device)
@@ -132,12 +134,6 @@ class ComfyVAE(comfy.sd.VAE):
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
         for frames in self.first_stage_model.decode_stream(z_Bcthw.to(self.device)):
             yield to_image(frames)[0].movedim(0, -1)
-
-
-def show_progress(done: int, total: int) -> None:
-    """Move the progress bar of the running node. Raises ComfyUI's exception if the user has pressed Cancel."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
-    comfy.utils.ProgressBar(total).update_absolute(done)
 
 
 @contextmanager

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from comfy_api.latest import InputImpl, io, ui
 
-from ..serving.clips import cut_clips, frames_to_keep
+from ..serving.clip_files import write_clips
+from ..serving.clips import frames_to_keep
+from ..serving.remembered import Remembered
+from ..serving.sound import audio_of_clip, parts_of
 from ..serving.video_writer import CODECS, VideoWriter
 from . import folders
 from .coding import decoder_and_latent, latent_inputs
-from .latent_dict import FRAMES
+from .latent_dict import FRAMES, SPACE, samples_of
 from .metadata import workflow_of
 from .schema import VIDEO, advanced, schema
 from .vae import ComfyVAE
+
+WRITTEN = Remembered()
 
 
 class KVAEDecodeToVideo(io.ComfyNode):
@@ -49,9 +54,26 @@ class KVAEDecodeToVideo(io.ComfyNode):
                     default="video/KVAE",
                     tooltip="Folder and start of the name in ComfyUI's output folder.",
                 ),
-                io.Audio.Input("audio", optional=True, tooltip="Sound for the video, cut where the video ends."),
+                io.Audio.Input(
+                    "audio",
+                    optional=True,
+                    tooltip="Sound for the video, cut where the video ends. A batch of latents may come with a batch "
+                    "of sounds; a single sound is for every clip.",
+                ),
+                advanced(
+                    io.Boolean.Input,
+                    "keep_unfinished",
+                    default=False,
+                    optional=True,  # prompts that were saved before it was there still run
+                    tooltip="After Cancel or an error. Off: no file. On: a playable file of the frames that were "
+                    "finished, with their sound.",
+                ),
             ],
-            outputs=[io.Video.Output(tooltip="The video that was written.")],
+            outputs=[
+                io.Video.Output(
+                    is_output_list=True, tooltip="The video that was written; of a batch, one for each clip."
+                )
+            ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
@@ -68,13 +90,26 @@ class KVAEDecodeToVideo(io.ComfyNode):
         crf: int,
         filename_prefix: str,
         audio: dict | None = None,
+        keep_unfinished: bool = False,
     ) -> io.NodeOutput:
-        vae, z = decoder_and_latent(vae, samples, scaling, memory_gb, stream=True)
-        _, _, decoded, height, width = vae.first_stage_model.decode_output_shape(z.shape)
-        path, file, subfolder = folders.output_path(filename_prefix, ".mp4", width, height)
-        segments = cut_clips(vae.decode_stream(z), decoded, frames_to_keep(decoded, samples.get(FRAMES)))
-        with VideoWriter(path, width, height, fps, codec, crf, audio, workflow_of(cls)) as writer:
-            for frames in segments:
-                writer.write(frames)
-        preview = ui.PreviewVideo([ui.SavedResult(file, subfolder, io.FolderType.output)])
-        return io.NodeOutput(InputImpl.VideoFromFile(path), ui=preview)
+        def write() -> list[str]:
+            decoder, z = decoder_and_latent(vae, samples, scaling, memory_gb, stream=True)
+            _, _, decoded, height, width = decoder.first_stage_model.decode_output_shape(z.shape)
+            paths: list[str] = []
+
+            def new_file(clip: int) -> VideoWriter:
+                paths.append(folders.output_path(filename_prefix, ".mp4", width, height)[0])
+                sound = audio_of_clip(audio, clip, len(z))
+                return VideoWriter(paths[-1], width, height, fps, codec, crf, sound, workflow_of(cls), keep_unfinished)
+
+            kept = frames_to_keep(decoded, samples.get(FRAMES))
+            write_clips(decoder.decode_stream(z), len(z), decoded, kept, new_file)
+            return paths
+
+        waveform, rate = (None, None) if audio is None else parts_of(audio)
+        made_of = [each for each in (samples_of(samples), vae, waveform) if each is not None]
+        latent = samples.get(SPACE), samples.get(FRAMES)
+        settings = (*latent, rate, scaling, memory_gb, fps, codec, crf, filename_prefix)
+        paths = WRITTEN.of(made_of, settings, write)  # the page may ask again for a file that is there
+        preview = ui.PreviewVideo([folders.saved_result(path) for path in paths])
+        return io.NodeOutput([InputImpl.VideoFromFile(path) for path in paths], ui=preview)

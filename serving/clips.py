@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -53,10 +53,11 @@ def check_frame_count(frames: object) -> None:
         )
 
 
-def cut_clips(segments: Iterable[Tensor], decoded: int, kept: int) -> Iterator[Tensor]:
-    """Segments [T, H, W, C] of clips with `decoded` frames each → the first `kept` frames of each clip."""
+def cut_clip(segments: Iterator[Tensor], decoded: int, kept: int) -> Iterator[Tensor]:
+    """The next clip of `decoded` frames, in segments [T, H, W, C] → its first `kept` frames. The rest is read, too."""
     position = 0
-    for frames in segments:
+    while position < decoded:
+        frames = next(segments)
         if position < kept:
             yield frames[: kept - position]
-        position = (position + len(frames)) % decoded
+        position += len(frames)

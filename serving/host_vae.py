@@ -1,7 +1,7 @@
 """HostVAE: a KVAE with the interface that hosts expect of a video VAE.
 
 vae = HostVAE(kvae, decode_adapter, encode_adapter)       # HunyuanVideo's latents; without adapters, KVAE's own
-vae.on_progress = lambda done, total: print(done, total)  # after each segment; an exception from it stops the work
+vae.on_progress = lambda done, total: print(done, total)  # at the start and after each segment; it may raise
 vae.on_frames = lambda frames: show(frames[0, :, 0])      # of each segment, as it is decoded; so here
 z = vae.encode(x)
 for frames in vae.decode_stream(z):                       # 17, 16, 16 … frames, on `output_device`
@@ -43,7 +43,7 @@ class HostVAE(nn.Module):
         decode_adapter, encode_adapter: between the space of the host's latents and KVAE's; see `HybridVAE`.
 
     Attributes:
-        on_progress: called with (done, total) after each segment, in latent frames of the whole batch.
+        on_progress: called with (done, total) at the start and after each segment, in latent frames of the whole batch.
         on_frames: called with the frames of each segment as they are decoded, float32 [1, 3, n, H, W] in −1..1: each
             frame once, but none that are decoded in tiles. Copy what you keep: the memory may be used again.
         planner: chooses how to compute within the memory that it is told of.
@@ -259,14 +259,15 @@ class HostVAE(nn.Module):
 
     def _reports(self, clips: int, latent_frames: int) -> list[Report]:
         """A function for each clip, to be called with the number of its latent frames that are done."""
-        told = 0
+        told, total = 0, clips * latent_frames
+        self.on_progress(0, total)
 
         def report(latents: int, clip: int) -> None:
             nonlocal told
             done = clip * latent_frames + latents
             if done > told:  # not so if memory ran out and the clip was restarted
                 told = done
-                self.on_progress(done, clips * latent_frames)
+                self.on_progress(done, total)
 
         return [partial(report, clip=clip) for clip in range(clips)]
 

@@ -29,7 +29,7 @@ class Sound:
     """
 
     def __init__(self, audio: Any):
-        waveform, rate = _parts(audio)
+        waveform, rate = parts_of(audio)
         if waveform.ndim != 3 or not len(waveform):
             raise ValueError(f"audio: the waveform has shape {list(waveform.shape)}; {_EXPECTED}")
         if waveform.shape[1] not in LAYOUTS:
@@ -83,7 +83,25 @@ class SoundTrack:
             logger.warning("The sound of the video ends after %.2f s: %s", self.written / self.sound.rate, error)
 
 
-def _parts(audio: Any) -> tuple[Tensor, Any]:
+def audio_of_clip(audio: Any, clip: int, clips: int) -> Any:
+    """The AUDIO of one of `clips` clips: its own if there is one for each, else the same for all. None stays None.
+
+    Raises:
+        ValueError: not an AUDIO.
+    """
+    if audio is None:
+        return None
+    waveform, rate = parts_of(audio)
+    own = waveform.ndim == 3 and len(waveform) == clips
+    return {"waveform": waveform[clip : clip + 1] if own else waveform, "sample_rate": rate}
+
+
+def parts_of(audio: Any) -> tuple[Tensor, Any]:
+    """Waveform and sample rate of an AUDIO.
+
+    Raises:
+        ValueError: it has none.
+    """
     try:
         waveform, rate = audio["waveform"], audio["sample_rate"]
     except (TypeError, KeyError, IndexError):

@@ -7,9 +7,10 @@ with VideoWriter("a.mp4", 1280, 720, fps=24) as writer:
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +23,8 @@ from torch import Tensor
 from ..kvae.paths import file_errors, written_whole
 from .sound import Sound, SoundTrack
 
+logger = logging.getLogger(__name__)
+
 CODECS = {"h264": "libx264", "h265": "libx265", "av1": "libsvtav1"}
 _TAGS = {"h265": "hvc1"}  # Apple's players do not open hev1
 CRF = range(52)
@@ -33,13 +36,14 @@ _BT709, _LIMITED, _FULL = 1, 1, 2  # numbers of ITU-T H.273 and FFmpeg; libswsca
 
 
 class VideoWriter:
-    """An mp4 file that appears when it is complete. A failure or Cancel before that leaves no file.
+    """An mp4 file that appears when it is complete. A failure or Cancel before that leaves no file, unless asked to.
 
     Args:
         fps: frames per second; None if each frame comes with its time.
         crf: constant quality of the codec, 0 to 51; the lower, the better the quality and the larger the file.
         audio: ComfyUI's AUDIO, {"waveform": [B, C, N], "sample_rate": …}, cut where the video ends.
         metadata: texts for the file's header.
+        keep_unfinished: whether a failure or Cancel leaves a file of the frames that were written, with their sound.
 
     Raises:
         ValueError: a rate, codec, quality, size or sound that cannot be written; raised before the file is opened.
@@ -56,6 +60,7 @@ class VideoWriter:
         crf: int = 18,
         audio: Any = None,
         metadata: dict[str, str] | None = None,
+        keep_unfinished: bool = False,
     ):
         self.path, self.width, self.height, self.codec = Path(path), width, height, codec
         if not isinstance(codec, str) or codec not in CODECS:
@@ -69,7 +74,7 @@ class VideoWriter:
                 f"a video of {width}x{height}; expected even sides: colour is stored at half the resolution"
             )
         self.rate = None if fps is None else exact_rate(fps)
-        self.crf, self.metadata = int(crf), metadata or {}
+        self.crf, self.metadata, self.keep_unfinished = int(crf), metadata or {}, keep_unfinished
         self.sound = None if audio is None else Sound(audio)
         self.unit = FINE if self.rate is None else 1 / self.rate
         self.frames, self.next, self.last, self.step = 0, 0, Fraction(0), 1 / (self.rate or Fraction(25))
@@ -109,13 +114,26 @@ class VideoWriter:
             self.container = av.open(f"file:{partial}", "w", format="mp4", options=options)
             try:
                 self._add_streams()
-                yield
+                stopped = yield from self._until_stopped()
                 self._finish()
             except BaseException:
                 with suppress(Exception):
                     self.container.close()
                 raise
             self.container.close()
+        if stopped:
+            logger.warning("%s: stopped; the first %d frames are kept", self.path, self.frames)
+            raise stopped
+
+    def _until_stopped(self) -> Generator[None, None, BaseException | None]:
+        """Yield once; return the error that the file is to be finished in spite of."""
+        try:
+            yield
+        except BaseException as error:
+            if not (self.keep_unfinished and self.frames):
+                raise
+            return error
+        return None
 
     def _add_streams(self) -> None:
         self.container.metadata.update(self.metadata)

@@ -85,12 +85,12 @@ def test_a_nan_in_the_second_clip_is_refused_before_the_first_is_decoded(run, lo
     vae, z, seen = load(), torch.randn(2, 16, 2, 4, 4), []
     vae.first_stage_model.on_progress = lambda *done: seen.append(done)
     run("KVAEDecode", samples={"samples": z}, vae=vae, scaling=scaling, memory_gb=0.0)
-    assert len(seen) == 2
+    assert seen == [(0, 4), (2, 4), (4, 4)]
     z[1, 3, 1, 2, 2] = torch.nan
     for node, settings in (("KVAEDecode", {"scaling": scaling, "memory_gb": 0.0}), ("VAEDecode", {})):
         with pytest.raises(ValueError, match="1 of 1024 values of this latent are NaN"):
             run(node, samples={"samples": z}, vae=vae, **settings)
-    assert len(seen) == 2
+    assert len(seen) == 3
 
 
 def test_invalid_settings_are_refused(run, load):

@@ -5,6 +5,7 @@ import os
 import re
 import time
 
+import av
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ import needs
 from kvae_comfyui.benchmarks.comfy_server import Server
 from kvae_comfyui.serving.latent_files import save_latent
 
+from .page import Page
 from .test_workflows import find, read, to_api
 
 
@@ -153,6 +155,76 @@ def test_cancel_stops_a_stock_decode(server):
     assert time.monotonic() - asked < 10  # a segment takes a second or two here, the whole clip minutes
     kinds = [kind for kind, _ in history["status"]["messages"]]
     assert "execution_interrupted" in kinds
+
+
+def decode_to_video(length: int, prefix: str, **inputs) -> dict:
+    """A prompt that decodes an empty latent into a video, with sound."""
+    settings = {"scaling": "raw", "memory_gb": 0.0, "fps": 25.0, "codec": "h264", "crf": 30, "filename_prefix": prefix}
+    links = {"samples": ["2", 0], "vae": ["1", 0], "audio": ["3", 0]}
+    return {
+        "1": {"class_type": "KVAELoad", "inputs": LOAD},
+        "2": {"class_type": "EmptyHunyuanLatentVideo", "inputs": EMPTY | {"length": length}},
+        "3": {"class_type": "EmptyAudio", "inputs": {"duration": 300.0, "sample_rate": 44100, "channels": 2}},
+        "4": {"class_type": "KVAEDecodeToVideo", "inputs": settings | links | inputs},
+    }
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_cancel_leaves_what_is_finished_as_a_video_if_it_is_to_be_kept(server, base, keep):
+    prompt = decode_to_video(4001, f"stopped {keep}/t", keep_unfinished=keep)
+    page = Page(server, prompt, cancel_when=lambda page: len(page.pictures) == 3 and page.texts)
+    assert "execution_interrupted" in page.kinds
+    files = list((base / "output" / f"stopped {keep}").iterdir())
+    assert [path.name for path in files] == ["t_00001_.mp4"] * keep
+    for path in files:
+        with av.open(str(path)) as video:
+            frames = len(list(video.decode(video=0)))
+        with av.open(str(path)) as video:
+            heard = sum(frame.samples for frame in video.decode(audio=0)) / 44100
+        assert 33 < frames < 4001 and frames % 16 == 1
+        assert heard == pytest.approx(frames / 25, abs=0.05)
+
+
+def test_the_page_shows_a_picture_of_each_segment_and_the_time_left(server):
+    page = Page(server, decode_to_video(4001, "shown/t"), cancel_when=lambda page: len(page.texts) == 2)
+    assert len(page.pictures) > 2 and {node for node, _ in page.pictures} == {"4"}
+    assert all(max(picture.size) >= 64 and picture.format == "JPEG" for _, picture in page.pictures)
+    assert [value for node, value, most in page.bar if node == "4"][:3] == [0, 5, 9]
+    for node, text in page.texts:
+        assert node == "4" and re.fullmatch(r"\d+ %, about (\d+ s|\d+ min|\d+ h( \d+ min)?) left", text), text
+
+
+@pytest.mark.parametrize("node", ["VAEDecode", "KVAEDecode"])
+def test_the_page_shows_the_picture_of_a_short_decode_without_a_word(server, node):
+    prompt = decode_to_video(37, "")
+    settings = {"scaling": "raw", "memory_gb": 0.0, "approximate": False} if node == "KVAEDecode" else {}
+    prompt["4"] = {"class_type": node, "inputs": {"samples": ["2", 0], "vae": ["1", 0]} | settings}
+    prompt["5"] = {"class_type": "PreviewImage", "inputs": {"images": ["4", 0]}}
+    page = Page(server, prompt)
+    assert [shown for shown, _ in page.pictures] == ["4"] * 3
+    assert page.texts == []
+
+
+def test_run_pressed_again_does_not_decode_again(server, base):
+    """The page then sends an input that the node does not have, so that ComfyUI runs the node again."""
+    prompt = decode_to_video(21, "run again/t")
+    first = Page(server, prompt)
+    prompt["4"]["inputs"]["video-preview"] = ""
+    again = Page(server, prompt)
+    assert [node for node, *_ in first.bar if node == "4"] and not again.bar
+    assert again.executed["4"]["images"] == first.executed["4"]["images"]
+    assert [path.name for path in (base / "output" / "run again").iterdir()] == ["t_00001_.mp4"]
+
+
+def test_a_batch_is_a_list_of_videos(server, base):
+    prompt = decode_to_video(5, "batch of two/t")
+    prompt["2"]["inputs"]["batch_size"] = 2
+    prompt["5"] = {"class_type": "GetVideoComponents", "inputs": {"video": ["4", 0]}}
+    prompt["6"] = {"class_type": "PreviewImage", "inputs": {"images": ["5", 0]}}
+    page = Page(server, prompt)
+    assert page.history["status"]["status_str"] == "success", page.history["status"]
+    assert [each["filename"] for each in page.executed["4"]["images"]] == ["t_00001_.mp4", "t_00002_.mp4"]
+    assert len(page.executed["6"]["images"]) == 10
 
 
 def test_errors_reach_the_user(server):

@@ -80,7 +80,7 @@ def test_a_video_has_the_frames_that_decode_shows(run, load, comfy, base):
     with torch.inference_mode():
         out = node.execute(samples=latent, vae=vae, scaling="raw", memory_gb=0.0, audio=audio, **options)
     (path,) = (base / "output" / "shown").iterdir()
-    assert out.args[0].get_dimensions() == (96, 64)
+    assert [video.get_dimensions() for video in out.args[0]] == [(96, 64)]
     with av.open(str(path)) as video:
         frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)]
         assert video.streams.video[0].average_rate == 25
@@ -117,3 +117,67 @@ def test_a_cancelled_video_leaves_no_file(run, load, comfy, base):
     with torch.inference_mode(), pytest.raises(comfy.management.InterruptProcessingException):
         node.execute(samples={"samples": torch.randn(1, 16, 7, 4, 4)}, vae=vae, scaling="raw", memory_gb=0.0, **options)
     assert list((base / "output" / "cancelled").iterdir()) == []
+
+
+def test_each_clip_of_a_batch_has_its_own_file_and_sound(run, load, comfy, base):
+    vae, node = load(latents=NATIVE), with_hidden(comfy.classes["KVAEDecodeToVideo"])
+    latent = {"samples": torch.randn(2, 16, 6, 4, 4)}
+    (images,) = run("KVAEDecode", samples=latent, vae=vae, scaling="raw", memory_gb=0.0)
+    waveform = torch.sin(torch.arange(96000) / 20).expand(2, 1, -1) * torch.tensor([0.0, 0.5])[:, None, None]
+    audio = {"waveform": waveform, "sample_rate": 48000}
+    with torch.inference_mode():
+        out = node.execute(
+            samples=latent, vae=vae, audio=audio, **OPTIONS | {"filename_prefix": "batch/t", "crf": 1, "fps": 21.0}
+        )
+    assert [result["filename"] for result in out.ui.as_dict()["images"]] == ["t_00001_.mp4", "t_00002_.mp4"]
+    assert {result["subfolder"] for result in out.ui.as_dict()["images"]} == {"batch"}
+    assert len(out.args[0]) == 2
+    for image, result, silent in zip(images.split(21), out.ui.as_dict()["images"], (True, False), strict=True):
+        path = base / "output" / "batch" / result["filename"]
+        with av.open(str(path)) as video:
+            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)]
+        with av.open(str(path)) as video:
+            sound = [abs(frame.to_ndarray()).max() for frame in video.decode(audio=0)]
+        assert (torch.stack(frames).float() / 255 - image).square().mean().sqrt() < 0.06
+        assert (max(sound) < 0.01) == silent
+
+
+def test_a_video_that_is_there_is_not_decoded_again(load, comfy, base):
+    vae, node = load(latents=NATIVE), with_hidden(comfy.classes["KVAEDecodeToVideo"])
+    latent, seen = {"samples": torch.randn(1, 16, 2, 4, 4)}, []
+    vae.first_stage_model.on_progress = lambda *done: seen.append(done)
+    audio = {"waveform": torch.zeros(1, 1, 9000), "sample_rate": 48000}
+
+    def run(**options):
+        seen.clear()
+        with torch.inference_mode():
+            out = node.execute(**{"samples": latent, "vae": vae} | OPTIONS | {"filename_prefix": "again/t"} | options)
+        (result,) = out.ui.as_dict()["images"]
+        return result["filename"], bool(seen)
+
+    assert run() == ("t_00001_.mp4", True)
+    assert run() == run(keep_unfinished=True) == ("t_00001_.mp4", False)
+    assert run(samples=dict(latent)) == ("t_00001_.mp4", False)  # another dict of the same samples
+    assert run(crf=30) == ("t_00002_.mp4", True)
+    assert run(audio=audio) == ("t_00003_.mp4", True)
+    assert run(audio=dict(audio)) == ("t_00003_.mp4", False)
+    assert run(samples=latent | {"kvae_frames": 3}) == ("t_00004_.mp4", True)
+    assert run(samples={"samples": latent["samples"].clone()}) == ("t_00005_.mp4", True)
+    (base / "output" / "again" / "t_00001_.mp4").unlink()
+    assert run() == ("t_00006_.mp4", True)
+
+
+def test_an_error_leaves_the_finished_segments_if_they_are_to_be_kept(load, comfy, base, monkeypatch):
+    vae, node = load(latents=NATIVE), with_hidden(comfy.classes["KVAEDecodeToVideo"])
+    frames = vae.first_stage_model.decode_stream
+
+    def small_card(z):
+        yield from list(frames(z))[:2]
+        raise torch.OutOfMemoryError("small card")
+
+    options = OPTIONS | {"filename_prefix": "kept/t", "keep_unfinished": True}
+    monkeypatch.setattr(type(vae.first_stage_model), "decode_stream", lambda self, z: small_card(z))
+    with torch.inference_mode(), pytest.raises(torch.OutOfMemoryError):
+        node.execute(samples={"samples": torch.randn(1, 16, 12, 4, 4)}, vae=vae, **options)
+    with av.open(str(base / "output" / "kept" / "t_00001_.mp4")) as video:
+        assert len(list(video.decode(video=0))) == 33

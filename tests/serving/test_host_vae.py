@@ -29,21 +29,21 @@ def host(small_kvae):
     return HostVAE(small_kvae, adapter("hunyuan_video", "kvae_3d_1.0"), adapter("kvae_3d_1.0", "hunyuan_video"))
 
 
-def test_host_vae_equals_hybrid_vae_and_reports_progress_after_each_segment(host):
+def test_host_vae_equals_hybrid_vae_and_reports_progress_at_the_start_and_after_each_segment(host):
     seen = []
     host.on_progress = lambda done, total: seen.append((done, total))
     z = torch.randn(1, 16, 7, 4, 4)
     hybrid = HybridVAE(host.kvae, host.vae.decode_adapter, host.vae.encode_adapter)
     with torch.no_grad():
         assert torch.equal(host.decode(z), hybrid.decode(z))
-        assert seen == [(5, 7), (7, 7)]
+        assert seen == [(0, 7), (5, 7), (7, 7)]
         buffer = torch.empty(host.decode_output_shape(z.shape))
         assert host.decode(z, output_buffer=buffer) is buffer
         assert torch.equal(torch.cat(list(host.decode_stream(z)), dim=2), buffer)
         seen.clear()
         x = torch.rand(1, 3, 23, 32, 32) * 2 - 1
         assert torch.equal(host.encode(x, device=torch.device("cpu")), hybrid.encode(x[:, :, :21]))
-        assert seen == [(5, 6), (6, 6)]
+        assert seen == [(0, 6), (5, 6), (6, 6)]
 
 
 def test_a_vae_in_bfloat16_keeps_its_adapters_in_float32(small_kvae):
@@ -86,12 +86,12 @@ def test_on_frames_gets_each_frame_once_as_it_is_decoded_though_memory_runs_out(
     host.on_frames, host.on_progress = show, lambda done, total: order.append("progress")
     with torch.no_grad():
         whole = host.decode(z)
-        clip = [17, "progress", 16, "progress", 4, "progress"]
-        assert order == 2 * clip
+        expected = ["progress", *2 * [17, "progress", 16, "progress", 4, "progress"]]
+        assert order == expected
         order.clear(), shown.clear()
         small_kvae.decode_stream = small_card
         STREAMS[way](host, z)
-    assert len(tries) == 3 and order == 2 * clip
+    assert len(tries) == 3 and order == expected
     parts = torch.cat(shown, dim=2).split(whole.shape[2], dim=2)
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-4)
 
@@ -197,7 +197,7 @@ def test_out_of_memory_continues_with_less_memory_and_loses_no_frame(small_kvae,
             for each in (executions, seen, caplog.records):
                 each.clear()
             torch.testing.assert_close(decode(z), whole, rtol=0, atol=1e-4)
-            assert seen == [(5, 10), (9, 10), (10, 10)]
+            assert seen == [(0, 10), (5, 10), (9, 10), (10, 10)]
             assert executions[1] == caught.value.least.execution
             assert [record.levelname for record in caplog.records] == ["WARNING"]
         small_kvae.decode_stream = lambda *_: exec("raise torch.OutOfMemoryError", {"torch": torch})
@@ -257,7 +257,7 @@ def test_a_tile_is_decoded_by_itself_and_through_the_whole_clip(small_kvae):
     host.on_progress = lambda done, total: seen.append((done, total))
     with torch.no_grad():
         x = host.decode_tiled(z, tile_x=5, tile_y=4, overlap=2, tile_t=2, overlap_t=1)
-        assert seen == [(2, 6), (3, 6), (5, 6), (6, 6)]
+        assert seen == [(0, 6), (2, 6), (3, 6), (5, 6), (6, 6)]
         assert x.shape == (1, 3, 21, 32, 64)
         norms = GroupNormStats()
         list(small_kvae.decode_stream(F.interpolate(z, (6, 2, 5), mode="area"), norm_stats=norms))

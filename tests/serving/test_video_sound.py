@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvae_comfyui.serving.sound import Sound, audio_of_clip
 from kvae_comfyui.serving.video_reader import read_pictures
 from kvae_comfyui.serving.video_writer import VideoWriter
 from made_videos import ffmpeg, picture, sine
@@ -84,3 +85,20 @@ def test_a_video_is_kept_if_its_sound_fails_late(tmp_path, caplog):
         writer.write(CLIP[10:])
     assert "The sound of the video ends after" in caplog.text
     assert len(list(read_pictures(tmp_path / "a.mp4", range(99)))) == 20
+
+
+@pytest.mark.parametrize(("sounds", "clip", "heard_is"), [(1, 1, 0), (2, 0, 0), (2, 1, 1), (3, 1, 0)])
+def test_a_clip_has_its_own_sound_if_there_is_one_for_each_else_the_first(sounds, clip, heard_is):
+    waveform = torch.arange(sounds).float()[:, None, None].expand(-1, 2, 100)
+    audio = audio_of_clip({"waveform": waveform, "sample_rate": 8000}, clip, clips=2)
+    assert Sound(audio).samples.unique().item() == heard_is
+    assert Sound(audio).rate == 8000
+
+
+def test_a_file_that_is_kept_unfinished_has_sound_up_to_its_end(tmp_path):
+    writer = VideoWriter(tmp_path / "a.mp4", **SIZE, fps=10, audio=sine(48000, seconds=9), keep_unfinished=True)
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.write(CLIP[:10])
+        raise KeyboardInterrupt
+    samples, _ = heard(tmp_path / "a.mp4")
+    assert samples.shape[1] / 48000 == pytest.approx(1, abs=0.05)

@@ -226,3 +226,27 @@ def test_a_full_disk_is_reported_in_one_line_and_leaves_no_file(tmp_path):
     )
     assert out.stdout.startswith(f"{tmp_path / 'a.mp4'}: File too large"), out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("codec", [codec for codec, name in CODECS.items() if name in av.codecs_available])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError("card")])
+def test_a_file_may_be_kept_unfinished(tmp_path, codec, error):
+    with (
+        pytest.raises((KeyboardInterrupt, torch.OutOfMemoryError)),
+        VideoWriter(tmp_path / "a.mp4", **SIZE, fps=10, codec=codec, keep_unfinished=True) as writer,
+    ):
+        writer.write(CLIP[:7])
+        raise error
+    assert len(list(read_pictures(tmp_path / "a.mp4", range(99)))) == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+@pytest.mark.parametrize(("keep", "frames"), [(False, 7), (True, 0)])
+def test_nothing_is_left_if_it_is_not_to_be_kept_or_there_is_nothing_to_keep(tmp_path, keep, frames):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        VideoWriter(tmp_path / "a.mp4", **SIZE, fps=10, keep_unfinished=keep) as writer,
+    ):
+        writer.write(CLIP[:frames])
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
