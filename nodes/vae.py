@@ -145,6 +145,17 @@ class ComfyVAE(comfy.sd.VAE):
                 "Load KVAE gave it. Connect Load KVAE to the next node directly."
             )
 
+    def vae_encode_crop_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Crop frames [..., H, W, C] to whole latents, as the parent does.
+
+        Raises:
+            ValueError: they are smaller than one latent; the message states their sides before the crop.
+        """
+        side, (H, W) = self.kvae_space.spatial_factor, pixels.shape[-3:-1]
+        if min(H, W) < side:
+            raise ValueError(f"These pixels are {W} x {H}; expected at least {side} x {side}: make them larger.")
+        return super().vae_encode_crop_pixels(pixels)
+
     def memory_used_decode(self, z_shape: Sequence[int], dtype: torch.dtype) -> float:
         """Bytes that decoding needs in addition to the weights; see `HostVAE`."""
         return self.first_stage_model.memory_used_decode(z_shape, dtype)
@@ -161,7 +172,7 @@ class ComfyVAE(comfy.sd.VAE):
         """
         vae, host = copy(self), copy(self.first_stage_model)
         host.planner = replace(host.planner, budget=budget, approximate=approximate)
-        vae.first_stage_model = host
+        vae._host = host
         return vae
 
     def decode_tiled_3d(self, samples, tile_t=None, tile_x=32, tile_y=32, overlap=(1, 8, 8)):
