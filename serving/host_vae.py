@@ -34,6 +34,7 @@ from ..adapters.spaces import LatentSpace
 from ..kvae import KVAE, SEGMENT_FRAMES, plan_decode, plan_encode
 from .clip_work import Report, Show, decode_clip, decode_clip_stream, encode_clip
 from .ladder import Ladder
+from .latent_statistics import warn_of_faults
 from .memory import room_for
 from .planning import Planner
 
@@ -219,6 +220,7 @@ class HostVAE(nn.Module):
         if not self.latents_checked:
             check_finite(z_Bcthw, "latent")
         self.vae.check_decodes()
+        warn_of_faults(z_Bcthw, self.space)
 
     def _checked_pixels(self, x_B3THW: Tensor) -> Tensor:
         """The first 4n + 1 frames, checked."""
