@@ -15,7 +15,7 @@ from ..kvae.finite import all_finite
 from .spaces import LatentSpace, fitting_spaces
 
 # Channels of video latents that people meet, but that no adapter here maps.
-FOREIGN = {12: "Mochi", 48: "Wan 2.2 5B", 128: "LTX-Video"}
+FOREIGN = {12: "Mochi", 16: "Wan 2.1 or CogVideoX or Cosmos", 48: "Wan 2.2 5B", 128: "LTX-Video"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -111,10 +111,10 @@ def latent_kind(shape: Sequence[int]) -> str:
     if len(shape) != 5:
         return f"not a latent of an image or a video, {list(shape)}"
     names = [space.name for space in fitting_spaces(shape)]
+    if shape[1] in FOREIGN:
+        names.append(FOREIGN[shape[1]])
     if names:
         return f"a latent of {' or '.join(names)}, {list(shape)}"
-    if shape[1] in FOREIGN:
-        return f"a latent of {FOREIGN[shape[1]]}, {list(shape)}"
     return f"a video latent with {shape[1]} channels, which no known space has, {list(shape)}"
 
 

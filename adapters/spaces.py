@@ -29,6 +29,13 @@ class LatentSpace:
     scaling_factor: float | None
     pixels: str
 
+    @property
+    def raw_deviation(self) -> float | None:
+        """The standard deviation of raw latents, where it tells them from a sampler's, which have 1; otherwise None."""
+        if self.scaling_factor is None or 0.8 < self.scaling_factor < 1.25:
+            return None
+        return 1 / self.scaling_factor
+
     def scale(self, z_Bcthw: Tensor) -> Tensor:
         """Raw latents of a VAE → the scale inside a sampler."""
         return z_Bcthw if self.scaling_factor is None else z_Bcthw * self.scaling_factor

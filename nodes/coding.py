@@ -141,7 +141,7 @@ def decoder_and_latent(
     z, space = samples_of(latent), vae.kvae_space
     check_shape(z.shape, space, space_of(latent))
     vae.first_stage_model.check_room(z.shape, stream)
-    z = space.unscale(z) if scaling == SCALED else z
+    z = space.unscale(z.float()) if scaling == SCALED else z  # float16 would overflow
     check_finite(z, "latent")
     vae = with_budget(vae, memory_gb, approximate)
     vae.first_stage_model.latents_checked = True

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from functools import lru_cache
 
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..adapters import load_adapter
 from ..adapters.spaces import native_space
-from ..kvae import KVAE, WeightsError, load_kvae
+from ..kvae import KVAE, WeightsError
 from ..serving.about import about
 from ..serving.host_vae import HostVAE
 from . import folders
 from .coding import memory_input, with_budget
+from .patchers import hold, load_patcher
 from .schema import LOADERS, advanced, schema
-from .vae import ComfyVAE, free_once_unloaded, patcher_of, working_dtype
+from .vae import ComfyVAE, free_once_unloaded, working_dtype
 
 HUNYUAN, NATIVE = "HunyuanVideo / Kandinsky 5", "KVAE (native)"
 AUTO, NONE = "auto", "none"
@@ -93,9 +91,11 @@ class KVAELoad(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, kvae_name: str, **_) -> list:
+    def fingerprint_inputs(cls, kvae_name: str, dtype: str, **_) -> list:
         adapters = [folders.adapter_path(name) for name in folders.adapter_names()]
-        return folders.stamp(folders.kvae_path(kvae_name), *adapters)
+        kvae, *others = folders.stamp(folders.kvae_path(kvae_name), *adapters)
+        hold(kvae, DTYPES.get(dtype) or working_dtype())
+        return [kvae, *others]
 
     @classmethod
     def execute(
@@ -104,7 +104,8 @@ class KVAELoad(io.ComfyNode):
         for name, value, known in (("latents", latents, (HUNYUAN, NATIVE)), ("dtype", dtype, (AUTO, *DTYPES))):
             if value not in known:  # ComfyUI does not check linked text against the list
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
-        patcher = load_patcher(*folders.stamp(folders.kvae_path(kvae_name)), DTYPES.get(dtype) or working_dtype())
+        (stamp,) = folders.stamp(folders.kvae_path(kvae_name))
+        patcher = load_patcher(stamp, DTYPES.get(dtype) or working_dtype())
         kvae, paths = patcher.model, ["", ""]
         if latents != NATIVE:
             paths = hunyuan_adapters(kvae, kvae_name, decode_adapter, encode_adapter)
@@ -113,22 +114,6 @@ class KVAELoad(io.ComfyNode):
         vae = with_budget(ComfyVAE(HostVAE(kvae, *adapters), patcher), memory_gb)
         names = [kvae_name, *map(os.path.basename, paths)]
         return io.NodeOutput(vae, about(vae.first_stage_model, names, free_once_unloaded(patcher)))
-
-
-@lru_cache(maxsize=1)
-def load_patcher(stamp: tuple[str, float, int], dtype: torch.dtype) -> ModelPatcher:
-    """Load the KVAE of a file. The last one is kept, so that a change of adapter or budget does not reload it.
-
-    Args:
-        stamp: path, time and size of the file.
-
-    Raises:
-        WeightsError: the file is not a KVAE.
-    """
-    path, *_ = stamp
-    kvae = load_kvae(path, dtype)
-    logging.info("Loaded KVAE from %s in %s", path, str(dtype).removeprefix("torch."))
-    return patcher_of(kvae)
 
 
 def hunyuan_adapters(kvae: KVAE, kvae_name: str, decode: str, encode: str) -> list[str]:

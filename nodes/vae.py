@@ -7,11 +7,11 @@ file sets what differs. HostVAE computes, and manages the memory of activations.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import comfy.model_management
 import comfy.sd
@@ -28,8 +28,20 @@ DTYPES = [torch.bfloat16, torch.float32]
 
 
 def working_dtype() -> torch.dtype:
-    """The dtype in which ComfyUI runs VAEs on this machine; --bf16-vae and --fp32-vae count."""
-    return comfy.model_management.vae_dtype(comfy.model_management.vae_device(), DTYPES)
+    """The dtype in which ComfyUI runs VAEs on this machine, of DTYPES; --bf16-vae and --fp32-vae count."""
+    device = comfy.model_management.vae_device()
+    dtype = comfy.model_management.vae_dtype(device, DTYPES)
+    if dtype in DTYPES:
+        return dtype
+    instead = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
+    _say_instead(dtype, instead)
+    return instead
+
+
+@cache  # said once
+def _say_instead(dtype: torch.dtype, instead: torch.dtype) -> None:
+    asked, runs = (str(each).removeprefix("torch.") for each in (dtype, instead))
+    logging.warning("KVAE is not made for %s (--fp16-vae); it runs in %s", asked, runs)
 
 
 def patcher_of(kvae: KVAE) -> ModelPatcher:
@@ -61,6 +73,22 @@ def make_room(patcher: ModelPatcher) -> None:
     comfy.model_management.soft_empty_cache()
 
 
+def connected(host: HostVAE, patcher: ModelPatcher) -> HostVAE:
+    """A copy of the host with the patcher's KVAE. It shows progress in ComfyUI, and plans for the patcher's device."""
+    host = copy(host) if patcher.model is host.kvae else host.with_kvae(patcher.model)
+    progress = NodeProgress()
+    host.on_progress, host.on_frames = progress.on_progress, progress.on_frames
+    host.output_device = comfy.model_management.intermediate_device()
+    host.pin_memory = getattr(comfy.model_management, "MAX_PINNED_MEMORY", 0) > 0  # 0.3.60 has none
+    host.planner = replace(
+        host.planner,
+        device=patcher.load_device,
+        free_memory=partial(free_memory, patcher.load_device),
+        make_room=partial(make_room, patcher),
+    )
+    return host
+
+
 class ComfyVAE(comfy.sd.VAE):
     """ComfyUI's VAE around a HostVAE: memory management, tiling and every stock node work on it unchanged.
 
@@ -68,12 +96,17 @@ class ComfyVAE(comfy.sd.VAE):
         patcher: the patcher of the KVAE.
     """
 
+    _host: HostVAE
+    _connected_to: ModelPatcher | None
+
     def __init__(self, host: HostVAE, patcher: ModelPatcher):
         with _without_weights_warning():
             super().__init__(sd={})
+        del self.memory_used_decode, self.memory_used_encode  # the parent's attributes would hide the methods below
+        self.patcher = patcher
+        self.first_stage_model = host.eval()
         self.kvae_space = space = host.space
         temporal_factor, side = space.temporal_factor, space.spatial_factor
-        self.first_stage_model = host.eval()
         self.latent_channels = space.channels
         self.latent_dim = 3
         self.output_channels = 3
@@ -82,22 +115,54 @@ class ComfyVAE(comfy.sd.VAE):
         self.upscale_ratio = (lambda t: max(0, temporal_factor * (t - 1) + 1), side, side)
         self.downscale_ratio = (lambda T: max(0, (T - 1) // temporal_factor + 1), side, side)
         self.upscale_index_formula = self.downscale_index_formula = (temporal_factor, side, side)
-        self.memory_used_decode = host.memory_used_decode
-        self.memory_used_encode = host.memory_used_encode
         self.process_output = to_image
         self.working_dtypes = DTYPES
         self.vae_dtype = next(host.kvae.parameters()).dtype
         self.disable_offload = True  # ComfyUI cannot move plain torch.nn layers in parts
         self.device = patcher.load_device
-        self.output_device = host.output_device = comfy.model_management.intermediate_device()
-        self.patcher = patcher
+        self.output_device = comfy.model_management.intermediate_device()
         self.size = patcher.model_size()
-        progress = NodeProgress()
-        host.on_progress, host.on_frames = progress.on_progress, progress.on_frames
-        host.pin_memory = getattr(comfy.model_management, "MAX_PINNED_MEMORY", 0) > 0  # 0.3.60 has none
-        host.planner.device = self.device
-        host.planner.free_memory = partial(free_memory, self.device)
-        host.planner.make_room = partial(make_room, patcher)
+
+    @property
+    def first_stage_model(self) -> HostVAE:
+        """What computes. It follows the patcher, which nodes such as Select VAE Device replace in a copy of a VAE."""
+        if self._connected_to is not self.patcher:
+            self._host, self._connected_to = connected(self._host, self.patcher), self.patcher
+        return self._host
+
+    @first_stage_model.setter
+    def first_stage_model(self, model: HostVAE | KVAE | None) -> None:
+        """Take a HostVAE. The patcher's own KVAE, which such nodes put here, would decode without its adapters.
+
+        Raises:
+            TypeError: another model.
+        """
+        if isinstance(model, HostVAE):
+            self._host, self._connected_to = model, None
+        elif model is not None and model is not self.patcher.model:  # None: the parent has no weights
+            raise TypeError(
+                f"A node puts a {type(model).__name__} in place of KVAE; this VAE works only with the model that "
+                "Load KVAE gave it. Connect Load KVAE to the next node directly."
+            )
+
+    def vae_encode_crop_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Crop frames [..., H, W, C] to whole latents, as the parent does.
+
+        Raises:
+            ValueError: they are smaller than one latent; the message states their sides before the crop.
+        """
+        side, (H, W) = self.kvae_space.spatial_factor, pixels.shape[-3:-1]
+        if min(H, W) < side:
+            raise ValueError(f"These pixels are {W} x {H}; expected at least {side} x {side}: make them larger.")
+        return super().vae_encode_crop_pixels(pixels)
+
+    def memory_used_decode(self, z_shape: Sequence[int], dtype: torch.dtype) -> float:
+        """Bytes that decoding needs in addition to the weights; see `HostVAE`."""
+        return self.first_stage_model.memory_used_decode(z_shape, dtype)
+
+    def memory_used_encode(self, x_shape: Sequence[int], dtype: torch.dtype) -> float:
+        """Bytes that encoding needs in addition to the weights; see `HostVAE`."""
+        return self.first_stage_model.memory_used_encode(x_shape, dtype)
 
     def configured(self, budget: int | None, approximate: bool = False) -> ComfyVAE:
         """A copy that shares the weights.
@@ -107,8 +172,7 @@ class ComfyVAE(comfy.sd.VAE):
         """
         vae, host = copy(self), copy(self.first_stage_model)
         host.planner = replace(host.planner, budget=budget, approximate=approximate)
-        vae.first_stage_model = host
-        vae.memory_used_decode, vae.memory_used_encode = host.memory_used_decode, host.memory_used_encode
+        vae._host = host
         return vae
 
     def decode_tiled_3d(self, samples, tile_t=None, tile_x=32, tile_y=32, overlap=(1, 8, 8)):

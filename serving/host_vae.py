@@ -19,6 +19,8 @@ save nothing, since memory does not grow with the length. Adapters convert the w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from math import prod
 
@@ -32,6 +34,7 @@ from ..adapters.spaces import LatentSpace
 from ..kvae import KVAE, SEGMENT_FRAMES, plan_decode, plan_encode
 from .clip_work import Report, Show, decode_clip, decode_clip_stream, encode_clip
 from .ladder import Ladder
+from .latent_statistics import warn_of_faults
 from .memory import room_for
 from .planning import Planner
 
@@ -76,6 +79,17 @@ class HostVAE(nn.Module):
     @property
     def space(self) -> LatentSpace:
         return self.vae.space
+
+    def with_kvae(self, kvae: KVAE) -> HostVAE:
+        """A copy with another KVAE of the same weights, for example on another device. The adapters are shared.
+
+        Raises:
+            WeightsError: the adapters do not fit this KVAE.
+        """
+        host = copy(self)
+        host._modules = {"vae": HybridVAE(kvae, self.vae.decode_adapter, self.vae.encode_adapter).eval()}
+        host.planner = replace(self.planner, kvae=kvae)
+        return host
 
     def encode(self, x_B3THW: Tensor, device: torch.device | None = None) -> Tensor:
         """[B, 3, T, H, W] → raw latents [B, c, (T − 1) // 4 + 1, H/8, W/8], in the dtype of the weights.
@@ -206,6 +220,7 @@ class HostVAE(nn.Module):
         if not self.latents_checked:
             check_finite(z_Bcthw, "latent")
         self.vae.check_decodes()
+        warn_of_faults(z_Bcthw, self.space)
 
     def _checked_pixels(self, x_B3THW: Tensor) -> Tensor:
         """The first 4n + 1 frames, checked."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..adapters.checks import check_values, latent_kind
 from ..adapters.spaces import LatentSpace, fitting_spaces
+from .latent_statistics import CERTAIN_CORRELATION, wan_correlation
 
 
 def describe(z: Tensor, known: str | None = None, others: Sequence[Tensor] = ()) -> str:
@@ -28,7 +29,7 @@ def describe(z: Tensor, known: str | None = None, others: Sequence[Tensor] = ())
     statistics, std = _statistics(z)
     lines += statistics
     if std is not None:
-        lines += _verdict(spaces, std, known)
+        lines += _verdict(z, spaces, std, known)
     for n, part in enumerate(others, 2):
         lines += _part(n, part, of_video=z.ndim == 5)
     return "\n".join(lines)
@@ -79,21 +80,29 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def _verdict(spaces: list[LatentSpace], std: float, known: str | None) -> list[str]:
+def _verdict(z: Tensor, spaces: list[LatentSpace], std: float, known: str | None) -> list[str]:
     if std == 0:
         return ["All values are equal: this is an empty latent, not sampled yet."]
     if known:
         return [f"Space: {known} (stated, not guessed from the shape)."]
     lines = []
     for space in spaces:
-        # A sampler's latents have a standard deviation near 1; a raw one is that divided by the scaling factor.
-        if space.scaling_factor and not 0.8 < space.scaling_factor < 1.25:
-            raw = 1 / space.scaling_factor
+        if raw := space.raw_deviation:
             state = "raw" if abs(std - raw) < abs(std - 1) else "scaled"
             lines.append(
                 f"If it is {space.name}, it looks {state}: raw latents of that space have a standard deviation of "
                 f"about {raw:.2f}, scaled ones of about 1."
             )
     if len(spaces) > 1:
-        lines.append("These spaces share one shape (Wan 2.1 too). Only the node that made the latent knows its space.")
+        lines += [_compared_with_wan(z), "Only the node that made the latent knows which of these spaces it is of."]
     return lines
+
+
+def _compared_with_wan(z: Tensor) -> str:
+    """How the channels compare with the only published statistics of single channels."""
+    means, deviations = wan_correlation(z)
+    certain = min(means, deviations) > CERTAIN_CORRELATION
+    return (
+        f"The means and deviations of its channels are {'' if certain else 'not '}those of a raw Wan 2.1 latent "
+        f"(correlation {means:.2f} and {deviations:.2f})."
+    )

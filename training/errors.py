@@ -1,7 +1,11 @@
 """The error that a user can do something about: one line without a traceback."""
 
+from __future__ import annotations
 
-class UserError(Exception):
+from ..kvae.errors import KVAEError
+
+
+class UserError(KVAEError):
     """An error whose message says what was found, what was expected and what to do."""
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..coders import Coder
 from ..config import SEGMENT_FRAMES
+from ..errors import KVAEError
 from ..frames import padded_frames
 from ..model import KVAE
 from .count import clip_bytes
@@ -74,7 +75,7 @@ class Plan:
         )
 
 
-class BudgetError(ValueError):
+class BudgetError(KVAEError, ValueError):
     """Nothing fits the budget. `least` is the plan that needs the least memory."""
 
     def __init__(self, budget: int, least: Plan):

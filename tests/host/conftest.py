@@ -66,10 +66,10 @@ def comfy(comfyui_path, base):
         import nodes
 
         asyncio.run(nodes.load_custom_node(str(ROOT)))
-        for name in ("nodes_hunyuan", "nodes_kandinsky5", "nodes_latent", "nodes_lt"):
-            asyncio.run(
-                nodes.load_custom_node(str(comfyui_path / "comfy_extras" / f"{name}.py"), module_parent="comfy_extras")
-            )
+        for name in ("nodes_hunyuan", "nodes_kandinsky5", "nodes_latent", "nodes_lt", "nodes_multigpu"):
+            file = comfyui_path / "comfy_extras" / f"{name}.py"
+            if file.exists():  # older hosts lack some
+                asyncio.run(nodes.load_custom_node(str(file), module_parent="comfy_extras"))
     finally:
         sys.argv = argv
     return SimpleNamespace(classes=nodes.NODE_CLASS_MAPPINGS, management=comfy.model_management, path=comfyui_path)

@@ -29,8 +29,9 @@ def test_bad_clips_are_refused(run, load):
     vae = load()
     with pytest.raises(ValueError, match="at least one frame"):
         run("KVAEEncode", pixels=torch.zeros(0, 32, 32, 3), vae=vae)
-    with pytest.raises(ValueError, match="8 x 8 pixels"):
-        run("KVAEEncode", pixels=torch.zeros(1, 4, 32, 3), vae=vae)
+    for node in ("KVAEEncode", "VAEEncode"):
+        with pytest.raises(ValueError, match="These pixels are 32 x 5; expected at least 8 x 8"):
+            run(node, pixels=torch.zeros(1, 5, 32, 3), vae=vae)
 
 
 BAD_LATENTS = {

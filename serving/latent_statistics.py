@@ -1,0 +1,94 @@
+"""What the statistics of a latent's channels say about its space, where its shape says nothing.
+
+A single clip differs much from the average of its space, and a false alarm is worse than none. Only what no clip of the
+expected space can be expected to show counts as certain; each limit below says why.
+
+# z_Bcthw latents; statistics are over B, t, h and w
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..adapters.spaces import LatentSpace
+
+logger = logging.getLogger(__name__)
+
+# Published with the VAE of Wan 2.1 as latents_mean and latents_std (diffusers' AutoencoderKLWan)
+WAN_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+WAN_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+# Two unrelated lists of 16 numbers correlate by more than this in one of 10,000 cases; here both lists must.
+CERTAIN_CORRELATION = 0.8
+# A sampler's latents have mean 0 and deviation 1 by design. A raw latent of little contrast may have a small deviation
+# in all, but its channels then differ: it does not have these values in every one.
+NORMAL_MEAN, NORMAL_STD = 0.5, (0.7, 1.4)
+TOO_LARGE = 1.9  # times the deviation of the space: raw latents of HunyuanVideo that are unscaled again have 2.1 times
+
+
+def channel_statistics(z_Bcthw: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and the standard deviation of each channel, [c] each, float32 on the CPU."""
+    var, mean = torch.var_mean(z_Bcthw.float(), dim=(0, 2, 3, 4), correction=0)
+    return mean.cpu(), var.sqrt().cpu()
+
+
+def wan_correlation(z_Bcthw: Tensor) -> tuple[float, float]:
+    """How much the channel means, and the logarithms of the deviations, are like Wan 2.1's: 1 is entirely.
+
+    0, 0 for latents of other than 16 channels, and if a channel does not vary.
+    """
+    mean, std = channel_statistics(z_Bcthw)
+    if len(mean) != len(WAN_MEAN) or not std.min() > 0:
+        return 0.0, 0.0
+    return _correlation(mean, torch.tensor(WAN_MEAN)), _correlation(std.log(), torch.tensor(WAN_STD).log())
+
+
+def certain_fault(z_Bcthw: Tensor, space: LatentSpace) -> str | None:
+    """Why these are clearly no raw latents of `space`, as one line, or None if that is not certain."""
+    if z_Bcthw.is_meta:
+        return None
+    if min(wan_correlation(z_Bcthw)) > CERTAIN_CORRELATION:
+        return (
+            f"The channels of this latent have the means and deviations of Wan 2.1, not of {space.name}: "
+            "the frames will be wrong. Decode it with Wan's VAE."
+        )
+    if not (raw := space.raw_deviation):
+        return None
+    mean, std = channel_statistics(z_Bcthw)
+    whole = z_Bcthw.float().std(correction=0).item()
+    low, high = NORMAL_STD
+    if mean.abs().max() < NORMAL_MEAN and low < std.min() and std.max() < high:
+        return (
+            f"This latent looks scaled: its standard deviation is {whole:.2f}, that of raw {space.name} latents about "
+            f"{raw:.2f}. If the colours are flat, choose scaled in KVAE Decode."
+        )
+    if whole > TOO_LARGE * raw:
+        return (
+            f"This latent has a standard deviation of {whole:.2f}, raw {space.name} latents have about {raw:.2f}. "
+            "If the colours are burnt, choose raw in KVAE Decode."
+        )
+    return None
+
+
+def warn_of_faults(z_Bcthw: Tensor, space: LatentSpace) -> None:
+    """Log the certain fault of a latent that is to be decoded, once for each latent."""
+    if fault := certain_fault(z_Bcthw, space):
+        _say(fault)
+
+
+@lru_cache(maxsize=1)  # a decode that falls back to tiles checks the same latent again
+def _say(fault: str) -> None:
+    logger.warning(fault)
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
