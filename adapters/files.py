@@ -138,11 +138,11 @@ class LatentAdapter(nn.Module):
         """What `stream` takes for latents [1, c, t, h, w] of this dtype, with the pieces that a reader holds."""
         weight, frames = next(self.network.parameters()), min(t, PIECE + 1)
         busy, kept = (weight.itemsize * n for n in self.network.values(frames, h, w))
-        source, piece = (frames * h * w * space.channels for space in (self.source, self.target))
+        source, made = (frames * h * w * space.channels for space in (self.source, self.target))
         busy += source * dtype.itemsize
         if dtype != weight.dtype:
-            busy += source * weight.itemsize + piece * dtype.itemsize
-        piece *= dtype.itemsize
+            busy += source * weight.itemsize + made * dtype.itemsize
+        piece = (PIECE + 1) * h * w * self.target.channels * dtype.itemsize
         # the piece that is decoded, the one after it if there is one, and the last that was made, of which it is a copy
         kept += (2 + (t > frames)) * piece
         return Conversion(kept + max(busy, 2 * piece), kept)
