@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from conftest import shared
-from kvae_comfyui.adapters.files import PUBLISHED_FILES, LatentAdapter, load_adapter
+from kvae_comfyui.adapters.files import LatentAdapter, load_adapter
 from kvae_comfyui.adapters.hybrid import HybridVAE
 from kvae_comfyui.adapters.networks import Affine, PointwiseNet, Residual
+from kvae_comfyui.adapters.published import PUBLISHED_FILES
 from kvae_comfyui.adapters.spaces import latent_space
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.kvae import Execution
