@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kvae.engine.count import Conversion
+from ..kvae.engine.layout import fastest_format
 from ..kvae.errors import WeightsError
 from ..kvae.files import Weights, save_weights, what_is
 from ..kvae.finite import all_finite
 from ..kvae.foreign import build, parse_object
+from ..kvae.frames import pieces_of
 from ..kvae.layers import Cache
 from ..kvae.signature import same_weights
 from .networks import Network, PointwiseNet, build_network, network_name
@@ -28,6 +31,7 @@ from .published import PUBLISHED_FILES
 from .spaces import LatentSpace, latent_space
 
 FORMAT = "kvae-latent-adapter/1"
+PIECE = 4  # latent frames that are converted at a time; at the start one more, as in KVAE's segments
 MOST_SHOWN = 600  # characters in a line of `about`
 
 
@@ -94,18 +98,61 @@ class LatentAdapter(nn.Module):
 
         Args:
             cache: the state of a stream, if the clip comes in pieces; see `networks`.
+                `stream` and `convert` need less memory than one call for the whole clip.
 
         Raises:
             ValueError: the latent has other dimensions or channels.
         """
+        self._check(z_Bcthw)
+        # an adapter is small and stays in float32, even if the VAE is in bfloat16
+        dtype = next(self.network.parameters()).dtype
+        return self.network(z_Bcthw.to(dtype), cache).to(z_Bcthw.dtype)
+
+    def stream(self, z_Bcthw: Tensor) -> Iterator[Tensor]:
+        """Yield the converted latent of a whole clip in pieces of 5, 4, 4 … frames: the same values in little memory.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        self._check(z_Bcthw)
+        cache = self.network.start(z_Bcthw)
+        layout = fastest_format(z_Bcthw.device)  # so that the result does not depend on the caller's
+        for piece in pieces_of(z_Bcthw, PIECE + 1, PIECE):
+            yield self(piece.contiguous(memory_format=layout), cache)
+
+    def convert(self, z_Bcthw: Tensor) -> Tensor:
+        """The result of `forward` for a whole clip, except for rounding, in little memory.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        self._check(z_Bcthw)
+        shape, layout = (len(z_Bcthw), self.target.channels, *z_Bcthw.shape[2:]), fastest_format(z_Bcthw.device)
+        y, start = torch.empty(shape, dtype=z_Bcthw.dtype, device=z_Bcthw.device, memory_format=layout), 0
+        for piece in self.stream(z_Bcthw):
+            y[:, :, start : start + piece.shape[2]] = piece
+            start += piece.shape[2]
+        return y
+
+    def conversion(self, t: int, h: int, w: int, dtype: torch.dtype) -> Conversion:
+        """What `stream` takes for latents [1, c, t, h, w] of this dtype, with the pieces that a reader holds."""
+        weight, frames = next(self.network.parameters()), min(t, PIECE + 1)
+        busy, kept = (weight.itemsize * n for n in self.network.values(frames, h, w))
+        source, made = (frames * h * w * space.channels for space in (self.source, self.target))
+        busy += source * dtype.itemsize
+        if dtype != weight.dtype:
+            busy += source * weight.itemsize + made * dtype.itemsize
+        piece = (PIECE + 1) * h * w * self.target.channels * dtype.itemsize
+        # the piece that is decoded, the one after it if there is one, and the last that was made, of which it is a copy
+        kept += (2 + (t > frames)) * piece
+        return Conversion(kept + max(busy, 2 * piece), kept)
+
+    def _check(self, z_Bcthw: Tensor) -> None:
         if z_Bcthw.ndim != 5 or z_Bcthw.shape[1] != self.source.channels:
             raise ValueError(
                 f"latent has shape {list(z_Bcthw.shape)}; a {self.source.name} latent is "
                 f"[B, {self.source.channels}, t, h, w]"
             )
-        # an adapter is small and stays in float32, even if the VAE is in bfloat16
-        dtype = next(self.network.parameters()).dtype
-        return self.network(z_Bcthw.to(dtype), cache).to(z_Bcthw.dtype)
 
 
 def save_adapter(path: str | os.PathLike, adapter: LatentAdapter) -> None:

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from ..kvae import KVAE, Execution, WeightsError
-from ..kvae.engine.layout import fastest_format
+from ..kvae.engine.execution import Executions, present
+from ..kvae.engine.tiles import Part, whole_pictures
 from ..kvae.model import DEFAULT
 from ..kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
 from ..kvae.signature import same_weights, signature
@@ -95,14 +95,26 @@ class HybridVAE(nn.Module):
     def decode_stream(self, z_Bcthw: Tensor, execution: Execution = DEFAULT) -> Iterator[Tensor]:
         """Yield the frames of each segment in turn, float32 [B, 3, 17 or 16, H, W].
 
-        The adapter converts the whole clip first: latents are small, frames are not.
+        The adapter converts the latent piece by piece, too, so memory does not grow with the clip's length.
 
         Raises:
             ValueError, WeightsError: as `decode`.
         """
         check_latent(z_Bcthw, self.space)
-        for frames in self.kvae.decode_stream(self.to_kvae(z_Bcthw), execution):
+        for frames in self.kvae.decode_stream(self._streamed_to_kvae(z_Bcthw), execution):
             yield from_kvae_pixels(frames)
+
+    def decode_parts(self, z_Bcthw: Tensor, execution: Executions) -> Iterator[Part]:
+        """Yield the parts of KVAE's frames, as `KVAE.decode_parts`. Values are not checked.
+
+        Without tiles, the adapter converts the latent piece by piece.
+
+        Raises:
+            WeightsError: there is an encode_adapter, but no decode_adapter.
+        """
+        if present(execution).tiles == (1, 1):
+            return whole_pictures(self.kvae.decode_stream(self._streamed_to_kvae(z_Bcthw), execution))
+        return self.kvae.decode_parts(self.to_kvae(z_Bcthw), execution)
 
     def to_kvae(self, z_Bcthw: Tensor) -> Tensor:
         """Raw latents of `space` → KVAE's raw latents, both [B, c, t, h, w]. Values are not checked.
@@ -111,7 +123,8 @@ class HybridVAE(nn.Module):
             WeightsError: there is an encode_adapter, but no decode_adapter.
         """
         self.check_decodes()
-        return self._convert(self.decode_adapter, z_Bcthw)
+        adapter = self.decode_adapter
+        return adapter.convert(self._placed(adapter, z_Bcthw)) if adapter else z_Bcthw
 
     def from_kvae(self, z_Bcthw: Tensor) -> Tensor:
         """KVAE's raw latents → raw latents of `space`, both [B, c, t, h, w]. Values are not checked.
@@ -120,7 +133,8 @@ class HybridVAE(nn.Module):
             WeightsError: there is a decode_adapter, but no encode_adapter.
         """
         self.check_encodes()
-        return self._convert(self.encode_adapter, z_Bcthw)
+        adapter = self.encode_adapter
+        return adapter.convert(self._placed(adapter, z_Bcthw)) if adapter else z_Bcthw
 
     def check_decodes(self) -> None:
         """Raise, before any work, if the adapter for decoding is missing.
@@ -140,16 +154,18 @@ class HybridVAE(nn.Module):
         if self.decode_adapter and not self.encode_adapter:
             raise WeightsError(_missing("encode", native_space(self.kvae.config).name, self.space.name))
 
-    def _convert(self, adapter: LatentAdapter | None, z_Bcthw: Tensor) -> Tensor:
-        """Latents through the adapter, on the device of the KVAE, which a host may have moved without the adapter."""
-        if adapter is None:
-            return z_Bcthw
+    def _streamed_to_kvae(self, z_Bcthw: Tensor) -> Tensor | Iterator[Tensor]:
+        """What `KVAE.decode_stream` reads of latents of `space`: KVAE's latents, in pieces if there is an adapter."""
+        self.check_decodes()
+        adapter = self.decode_adapter
+        return adapter.stream(self._placed(adapter, z_Bcthw)) if adapter else z_Bcthw
+
+    def _placed(self, adapter: LatentAdapter, z_Bcthw: Tensor) -> Tensor:
+        """Latents for the adapter, both on the device of the KVAE, which a host may have moved without the adapter."""
         device = next(self.kvae.parameters()).device
         if next(adapter.parameters()).device != device:
             adapter.to(device)
-        z = z_Bcthw.to(device)
-        # elsewhere the caller's layout will do; GPUs of Apple and AMD have contiguous convolutions only
-        return adapter(z.contiguous() if fastest_format(device) == torch.contiguous_format else z)
+        return z_Bcthw.to(device)
 
 
 def _check_side(kvae: KVAE, role: str, adapter: LatentAdapter, space: LatentSpace) -> None:

@@ -112,7 +112,7 @@ class KVAE(nn.Module):
 
     def decode_stream(
         self,
-        z_Bcthw: Tensor,
+        z_Bcthw: Tensor | Iterable[Tensor],
         execution: Executions = DEFAULT,
         progress: Progress | None = None,
         norm_stats: GroupNormStats | None = None,
@@ -122,6 +122,8 @@ class KVAE(nn.Module):
         T is 17, then 16, with the default execution; the last segment may be shorter.
 
         Args:
+            z_Bcthw: the latents, or an iterable of chunks of them, cut anywhere in time. Chunks are copied; at most two
+                segments are held.
             norm_stats: GroupNorm's statistics to record or reuse, for tiles of a picture (see `GroupNormStats`).
                 Ignored with gradients.
 
@@ -129,7 +131,11 @@ class KVAE(nn.Module):
             ValueError: the model does not support the execution or the shape.
         """
         length = self._checked_segment(execution) // self._temporal_factor
-        pieces = pieces_of(_checked(z_Bcthw, self.config.z_channels, "latent"), length + 1, length)
+        lengths, channels = (length + 1, length), self.config.z_channels
+        if isinstance(z_Bcthw, Tensor):
+            pieces = pieces_of(_checked(z_Bcthw, channels, "latent"), *lengths)
+        else:
+            pieces = regroup((_checked(chunk, channels, "latent") for chunk in z_Bcthw), *lengths)
         return self._decoded(pieces, StreamState(norm_stats=norm_stats), execution, progress)
 
     def _decoded(
@@ -145,6 +151,8 @@ class KVAE(nn.Module):
                 del frames  # before the next ones are made
                 if progress:
                     progress(done)
+        if not done:
+            raise ValueError("there are no latents to decode; expected at least one frame of them")
 
     def posterior(
         self, x_B3THW: Tensor, execution: Executions = DEFAULT, progress: Progress | None = None

@@ -115,8 +115,8 @@ def decode_clip_stream(
 
 def _decoded(vae: HybridVAE, z_1cthw: Tensor, ladder: Ladder, pinned: bool, skip: int = 0) -> Iterator[Part]:
     """The parts of a decoded clip, float32, without the first `skip` frames; on the host if `pinned`."""
-    z = vae.to_kvae(_placed(vae, z_1cthw))
-    computed = ladder.watch(vae.kvae.decode_parts(z, ladder.execution))
+    z = _placed(vae, z_1cthw)
+    computed = ladder.watch(vae.decode_parts(z, ladder.execution))
     parts = filter(None, map(partial(_frames, skip=skip), computed))  # which hold no part while the next is computed
     return to_host(parts, z.device) if pinned else parts
 

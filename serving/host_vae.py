@@ -65,7 +65,8 @@ class HostVAE(nn.Module):
     ):
         super().__init__()
         self.vae = HybridVAE(kvae, decode_adapter, encode_adapter)
-        self.planner = Planner(kvae)
+        adapters = (plan_decode, decode_adapter), (plan_encode, encode_adapter)
+        self.planner = Planner(kvae, adapters={plan: adapter for plan, adapter in adapters if adapter})
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         self.on_frames: Show = lambda frames: None
         self.latents_checked = False
@@ -195,20 +196,22 @@ class HostVAE(nn.Module):
         room_for((SEGMENT_FRAMES, 3, H, W), self.output_device, what)
 
     def memory_used_decode(self, z_shape: Sequence[int], dtype: torch.dtype, stream: bool = False) -> float:
-        """Bytes that decoding latents of this shape needs in addition to the weights.
+        """Bytes that decoding latents of this shape needs in addition to KVAE's weights.
 
         Raises:
             BudgetError: nothing fits the budget.
         """
-        return self.planner.memory(plan_decode, z_shape, dtype, stream, self._frame_bytes(z_shape))
+        held = self._frame_bytes(z_shape) + self._adapter_bytes()
+        return self.planner.memory(plan_decode, z_shape, dtype, stream, held)
 
     def memory_used_encode(self, x_shape: Sequence[int], dtype: torch.dtype) -> float:
-        """Bytes that encoding pixels of this shape needs in addition to the weights.
+        """Bytes that encoding pixels of this shape needs in addition to KVAE's weights.
 
         Raises:
             BudgetError: nothing fits the budget.
         """
-        return self.planner.memory(plan_encode, x_shape, dtype, held=self._clip_bytes(x_shape, dtype))
+        held = self._clip_bytes(x_shape, dtype) + self._adapter_bytes()
+        return self.planner.memory(plan_encode, x_shape, dtype, held=held)
 
     def preferred_decode_tile(self, free_memory: float, dtype: torch.dtype) -> int:
         """The side, in latents, of the largest square tile that decodes in half of `free_memory` bytes."""
@@ -260,6 +263,11 @@ class HostVAE(nn.Module):
     def _clip_bytes(x_shape: Sequence[int], dtype: torch.dtype) -> int:
         """Bytes of one clip's pixels on the device, as a host may send them and in the dtype of the weights."""
         return prod(x_shape[1:]) * (torch.float32.itemsize + dtype.itemsize)
+
+    def _adapter_bytes(self) -> int:
+        """Bytes of the adapters' weights, which go where the KVAE goes."""
+        adapters = self.vae.decode_adapter, self.vae.encode_adapter
+        return sum(parameter.nbytes for adapter in adapters if adapter for parameter in adapter.parameters())
 
     def _frame_bytes(self, z_shape: Sequence[int]) -> int:
         """Bytes of the frames that wait on the device for their copy while the next segment is computed."""

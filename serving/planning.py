@@ -12,7 +12,9 @@ from functools import partial
 
 import torch
 
-from ..kvae import KVAE, BudgetError, Plan, plan_decode
+from ..adapters.files import LatentAdapter
+from ..kvae import KVAE, BudgetError, Plan, plan_decode, plan_encode
+from ..kvae.engine.count import Conversion
 from .ladder import Ladder, empty_cache
 from .measured import RATIOS, Case, Ratios
 
@@ -36,6 +38,7 @@ class Planner:
         make_room: frees memory that others hold, after memory has run out and before a smaller plan is tried.
         device: where the KVAE will compute. None: where its weights are.
         ratios: how many bytes are taken for each byte counted.
+        adapters: the adapter that works before decoding, and after encoding, if there is one; by PlanFunction.
     """
 
     kvae: KVAE
@@ -45,6 +48,7 @@ class Planner:
     make_room: Callable[[], None] = empty_cache
     device: torch.device | None = None
     ratios: Ratios = RATIOS
+    adapters: dict[PlanFunction, LatentAdapter] = field(default_factory=dict)
     _last: tuple[tuple, Plan] | None = field(default=None, init=False)  # hosts ask for its bytes, then for it
 
     def memory(
@@ -73,7 +77,7 @@ class Planner:
 
         return Ladder(
             self._first(plan, shape, stream, counted()),
-            partial(plan, self.kvae, _one_clip(shape), device=self.device),
+            partial(plan, self.kvae, _one_clip(shape), device=self.device, conversion=self._conversion(plan, shape)),
             stream,
             self.approximate,
             self.make_room,
@@ -136,9 +140,19 @@ class Planner:
         device = self.device or weight.device
         key = plan, _one_clip(shape), counted, stream, self.approximate, weight.dtype, device
         if self._last is None or self._last[0] != key:
-            clip = self.kvae, _one_clip(shape), counted
-            self._last = key, plan(*clip, stream=stream, approximate=self.approximate, device=device)
+            clip = self.kvae, _one_clip(shape), counted, stream, self.approximate, device
+            self._last = key, plan(*clip, self._conversion(plan, shape))
         return self._last[1]
+
+    def _conversion(self, plan: PlanFunction, shape: Sequence[int]) -> Conversion:
+        """What the adapter takes to convert one clip of this shape."""
+        if plan not in self.adapters:
+            return Conversion()
+        *_, t, h, w = _one_clip(shape)
+        if plan is plan_encode:
+            rate, side = self.kvae.config.temporal_compress_times, self.kvae.config.spatial_factor
+            t, h, w = (t - 1) // rate + 1, -(-h // side), -(-w // side)
+        return self.adapters[plan].conversion(t, h, w, next(self.kvae.parameters()).dtype)
 
     def _case(self, plan: PlanFunction) -> Case:
         weight = next(self.kvae.parameters())

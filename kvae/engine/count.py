@@ -10,6 +10,7 @@ workspace of `.winograd`; and, on a GPU, PyTorch's copies of windows that are sl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
 
@@ -126,6 +127,19 @@ class CountedRun(SegmentRun):
         return largest_strip(source.shape[3], self.rows_in_a_strip(source.row_bytes))
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """Memory in which someone else makes the latents that are decoded, or reads those that were encoded, by pieces.
+
+    Attributes:
+        peak: the most bytes in use while a piece is converted, including those in `kept`.
+        kept: bytes that stay in use until the next piece is made.
+    """
+
+    peak: int = 0
+    kept: int = 0
+
+
 def clip_bytes(
     kvae: KVAE,
     coder: Coder,
@@ -134,6 +148,7 @@ def clip_bytes(
     segments: Sequence[int],
     device: torch.device,
     tiled: bool,
+    conversion: Conversion,
 ) -> tuple[int, int]:
     """The most bytes that the first segment needs, and that any segment needs.
 
@@ -142,6 +157,7 @@ def clip_bytes(
         segments: frames or latents of each segment that may need most: of the first, of one in the middle, of the last.
         device: where it will run, which need not be where the weights are.
         tiled: whether the clip is one of many tiles, so that the result of another may still be in memory.
+        conversion: makes the latents of each segment before it runs.
     """
     dtype = coder.conv_in.conv.weight.dtype
     ledger, state = Ledger(), StreamState()
@@ -152,6 +168,7 @@ def clip_bytes(
         segment = CountedRun(ledger, execution, state, first, last, dtype, device, fastest_format(device))
         return run_stages(segment, segment.empty((B, C, T, H, W)), coder)
 
+    kept = Memory(ledger, conversion.kept)
     # whoever is given a result may hold it until there is the next one
     result: Tensor | None = None
     if tiled:
@@ -159,9 +176,10 @@ def clip_bytes(
         result = SizeOnly.made(of_another_tile, dtype.itemsize, ledger)
     most_of_first = 0
     for i, T in enumerate(segments):
+        ledger.touch(conversion.peak - conversion.kept)
         result = run(T, first=i == 0, last=i == len(segments) - 1)
         most_of_first = most_of_first or ledger.peak
-    del result
+    del result, kept
     workspace = by_frames.workspace_bytes(coder.parameters())
     return most_of_first + workspace, ledger.peak + workspace
 

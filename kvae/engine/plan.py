@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor
@@ -19,11 +20,12 @@ from ..config import SEGMENT_FRAMES
 from ..errors import KVAEError
 from ..frames import padded_frames
 from ..model import KVAE
-from .count import clip_bytes
+from .count import Conversion, clip_bytes
 from .execution import Execution, Recompute, frames_to_recompute
 from .layout import is_nvidia
 from .tiles import Tiling, blended_tiling, exact_tiling
 
+NO_CONVERSION = Conversion()
 STRIP_BYTES = (256 << 20, 64 << 20, 16 << 20)
 NVIDIA_STRIP_BYTES = (1 << 30, 256 << 20, 64 << 20)  # smaller ones would take three times as long to save 2 %
 # There, strips of n bytes take 1 + STRIP_COST / n times as long as whole maps. On an H200 it was 1.13 times with
@@ -94,6 +96,7 @@ def plan_decode(
     stream: bool = False,
     approximate: bool = False,
     device: torch.device | None = None,
+    conversion: Conversion = NO_CONVERSION,
 ) -> Plan:
     """The fastest way to decode latents of shape [B, c, t, h, w] within `budget` bytes; exact, if an exact way fits.
 
@@ -102,13 +105,14 @@ def plan_decode(
         stream: plan for `decode_stream`, which supports no tiles.
         approximate: whether blended tiles are acceptable if nothing exact fits.
         device: where it will run. None: where the weights are.
+        conversion: what it takes to make the latents, piece by piece, of others. It is part of the plan.
 
     Raises:
         BudgetError: nothing fits the budget.
         ValueError: the shape does not have five sides of at least 1.
     """
     _check_shape(z_shape)
-    search = Search(kvae, kvae.decoder, z_shape, 1, device or weight_of(kvae).device)
+    search = Search(kvae, kvae.decoder, z_shape, 1, device or weight_of(kvae).device, conversion)
     return search.plan(budget, stream, approximate)
 
 
@@ -119,6 +123,7 @@ def plan_encode(
     stream: bool = False,
     approximate: bool = False,
     device: torch.device | None = None,
+    conversion: Conversion = NO_CONVERSION,
 ) -> Plan:
     """The fastest way to encode pixels of shape [B, 3, T, H, W] within `budget` bytes; exact, if an exact way fits.
 
@@ -127,6 +132,7 @@ def plan_encode(
         stream: plan for `encode_stream`, which supports no tiles.
         approximate: whether blended tiles are acceptable if nothing exact fits.
         device: where it will run. None: where the weights are.
+        conversion: what it takes to convert the latents, piece by piece, to others. It is part of the plan.
 
     Raises:
         BudgetError: nothing fits the budget.
@@ -136,7 +142,7 @@ def plan_encode(
     side, temporal_factor = kvae.config.spatial_factor, kvae.config.temporal_compress_times
     B, C, T, H, W = x_shape
     shape = B, C, padded_frames(T, temporal_factor), side * -(-H // side), side * -(-W // side)
-    search = Search(kvae, kvae.encoder, shape, side, device or weight_of(kvae).device)
+    search = Search(kvae, kvae.encoder, shape, side, device or weight_of(kvae).device, conversion)
     return search.plan(budget, stream, approximate)
 
 
@@ -146,9 +152,19 @@ class Search:
     Args:
         shape: of the source, [B, C, T, H, W], with `side` rows and columns per latent.
         device: where it will run.
+        conversion: of the latents.
     """
 
-    def __init__(self, kvae: KVAE, coder: Coder, shape: Sequence[int], side: int, device: torch.device):
+    def __init__(
+        self,
+        kvae: KVAE,
+        coder: Coder,
+        shape: Sequence[int],
+        side: int,
+        device: torch.device,
+        conversion: Conversion,
+    ):
+        self.conversion = conversion
         self.kvae, self.coder, self.shape, self.side, self.device = kvae, coder, shape, side, device
         self.decode = coder is kvae.decoder
         self.item_bytes = weight_of(kvae).dtype.itemsize
@@ -170,9 +186,15 @@ class Search:
         length = execution.segment // (self.kvae.config.temporal_compress_times if self.decode else 1)
         tile, tiled = (B, T, rows, columns), len(tiling) > 1
         segments = _segment_kinds(T, length)
-        first, most = clip_bytes(self.kvae, self.coder, execution, tile, segments, self.device, tiled)
+        streamed = self.decode and not tiled  # otherwise the whole latent is converted before, or after
+        conversion = self.conversion if streamed else NO_CONVERSION
+        first, most = clip_bytes(self.kvae, self.coder, execution, tile, segments, self.device, tiled, conversion)
         if tiled and not self.decode and not self.kvae.config.norm_is_per_position:  # two segments of the shrunk clip
             most += 2 * self.item_bytes * B * 3 * (length + 1) * rows * columns
+        if not streamed:
+            most = max(most, self.conversion.peak)
+        if tiled and self.decode and self.conversion.peak:  # the converted latent itself
+            most += self.item_bytes * self.kvae.config.z_channels * B * prod(self.shape[2:])
         return Plan(execution, int(MARGIN * most), int(MARGIN * first))
 
     def _tilings(self, stream: bool, overlap: int | None) -> dict[tuple[int, int], Tiling]:

@@ -34,11 +34,20 @@ def group_affine(norm: nn.GroupNorm, source: FeatureMap, strips: Iterable[Span])
     bounds = list(strips)
     if isinstance(source, Materialized):
         bounds = list(even_strips(H, _rows_at_a_time(source, source.x.device)))
-    moments = [channel_moments(source(lo, hi)) for lo, hi in bounds]
-    # [strips, B, groups, channels of a group]; a group's variance is the mean of the variances of its parts plus the
+    return scale_and_shift(norm, [channel_moments(source(lo, hi)) for lo, hi in bounds], [hi - lo for lo, hi in bounds])
+
+
+def scale_and_shift(norm: nn.GroupNorm, moments: Sequence[Moments], sizes: Sequence[int]) -> Moments:
+    """GroupNorm over a map, as scale and shift, [B, C, 1, 1, 1] each, from the moments of the channels of its parts.
+
+    Args:
+        moments: mean and variance of each part, [B, C] each.
+        sizes: of each part, relative to the others.
+    """
+    # [parts, B, groups, channels of a group]; a group's variance is the mean of the variances of its parts plus the
     # variance of their means
     means, variances = (torch.stack(m).unflatten(2, (norm.num_groups, -1)) for m in zip(*moments, strict=True))
-    weight = shares([hi - lo for lo, hi in bounds], means)
+    weight = shares(sizes, means)
     mean = (weight * means).sum(0).mean(-1, keepdim=True)
     variance = (weight * (variances + (means - mean).square())).sum(0).mean(-1, keepdim=True)
     scale = wide(norm.weight).view(norm.num_groups, -1) * (variance + norm.eps).rsqrt()

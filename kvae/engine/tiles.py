@@ -40,6 +40,15 @@ class Part:
             place.copy_(place + (self.x * self.weights.to(self.x.device)).to(out))
 
 
+def whole_pictures(stream: Iterator[Tensor]) -> Iterator[Part]:
+    """The segments of a stream [B, C, T, H, W], as parts."""
+    start = 0
+    for x in stream:
+        yield Part(x, (slice(None), slice(None), slice(start, start + x.shape[2]), slice(None), slice(None)))
+        start += x.shape[2]
+        del x  # before the next one is computed
+
+
 @dataclass(frozen=True)
 class AxisTile:
     """A tile along one axis.
