@@ -66,7 +66,7 @@ def comfy(comfyui_path, base):
         import nodes
 
         asyncio.run(nodes.load_custom_node(str(ROOT)))
-        for name in ("nodes_hunyuan", "nodes_kandinsky5", "nodes_latent", "nodes_lt"):
+        for name in ("nodes_hunyuan", "nodes_kandinsky5", "nodes_latent", "nodes_lt", "nodes_lt_audio"):
             asyncio.run(
                 nodes.load_custom_node(str(comfyui_path / "comfy_extras" / f"{name}.py"), module_parent="comfy_extras")
             )
