@@ -11,9 +11,11 @@ from ..serving.sound import audio_of_clip, parts_of
 from ..serving.video_writer import CODECS, VideoWriter
 from . import folders
 from .coding import decoder_and_latent, latent_inputs
-from .latent_dict import FRAMES, SPACE, samples_of
+from .latent_dict import FRAMES, SPACE
+from .latent_dict import parts_of as parts_of_latent
 from .metadata import workflow_of
 from .schema import VIDEO, advanced, schema
+from .soundtrack import decode_soundtrack
 from .vae import ComfyVAE
 
 WRITTEN = Remembered()
@@ -60,6 +62,12 @@ class KVAEDecodeToVideo(io.ComfyNode):
                     tooltip="Sound for the video, cut where the video ends. A batch of latents may come with a batch "
                     "of sounds; a single sound is for every clip.",
                 ),
+                io.Vae.Input(
+                    "audio_vae",
+                    optional=True,
+                    tooltip="The audio VAE of the model: decodes the audio part of the latent for the video, if no "
+                    "audio is connected.",
+                ),
                 advanced(
                     io.Boolean.Input,
                     "keep_unfinished",
@@ -91,15 +99,19 @@ class KVAEDecodeToVideo(io.ComfyNode):
         filename_prefix: str,
         audio: dict | None = None,
         keep_unfinished: bool = False,
+        audio_vae=None,
     ) -> io.NodeOutput:
+        decodes_audio = audio is None and audio_vae is not None
+
         def write() -> list[str]:
             decoder, z = decoder_and_latent(vae, samples, scaling, memory_gb, stream=True)
             _, _, decoded, height, width = decoder.first_stage_model.decode_output_shape(z.shape)
+            sounds = decode_soundtrack(audio_vae, samples) if decodes_audio else audio  # small: before the video
             paths: list[str] = []
 
             def new_file(clip: int) -> VideoWriter:
                 paths.append(folders.output_path(filename_prefix, ".mp4", width, height)[0])
-                sound = audio_of_clip(audio, clip, len(z))
+                sound = audio_of_clip(sounds, clip, len(z))
                 return VideoWriter(paths[-1], width, height, fps, codec, crf, sound, workflow_of(cls), keep_unfinished)
 
             kept = frames_to_keep(decoded, samples.get(FRAMES))
@@ -107,8 +119,9 @@ class KVAEDecodeToVideo(io.ComfyNode):
             return paths
 
         waveform, rate = (None, None) if audio is None else parts_of(audio)
-        made_of = [each for each in (samples_of(samples), vae, waveform) if each is not None]
-        latent = samples.get(SPACE), samples.get(FRAMES)
+        sound_of = audio_vae if decodes_audio else waveform
+        made_of = [each for each in (*parts_of_latent(samples), vae, sound_of) if each is not None]
+        latent = samples.get(SPACE), samples.get(FRAMES), samples.get("sample_rate")
         settings = (*latent, rate, scaling, memory_gb, fps, codec, crf, filename_prefix)
         paths = WRITTEN.of(made_of, settings, write)  # the page may ask again for a file that is there
         preview = ui.PreviewVideo([folders.saved_result(path) for path in paths])

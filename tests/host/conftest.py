@@ -66,8 +66,9 @@ def comfy(comfyui_path, base):
         import nodes
 
         asyncio.run(nodes.load_custom_node(str(ROOT)))
-        for name in ("nodes_hunyuan", "nodes_kandinsky5", "nodes_latent", "nodes_lt", "nodes_multigpu"):
-            file = comfyui_path / "comfy_extras" / f"{name}.py"
+        extras = "hunyuan", "kandinsky5", "latent", "lt", "lt_audio", "multigpu"
+        for name in extras:
+            file = comfyui_path / "comfy_extras" / f"nodes_{name}.py"
             if file.exists():  # older hosts lack some
                 asyncio.run(nodes.load_custom_node(str(file), module_parent="comfy_extras"))
     finally:
