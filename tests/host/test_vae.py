@@ -195,7 +195,7 @@ def test_an_adapter_for_other_weights_is_refused_and_not_found(load, base):
         with pytest.raises(ValueError, match="made for a kvae_3d_1.0 VAE with other weights"):
             load(decode_adapter=other.name)
         aside = [path.rename(path.with_suffix(".aside")) for path in folder.glob("?2?.safetensors")]
-        with pytest.raises(ValueError, match=f"{other.name}: made for a KVAE with other weights"):
+        with pytest.raises(ValueError, match=f"{other.name} was made for a KVAE with other weights"):
             load()
     finally:
         for path in folder.glob("*.aside"):
