@@ -9,7 +9,6 @@ import struct
 from collections.abc import Callable
 from uuid import uuid4
 
-import aiohttp
 from PIL import Image
 
 from kvae_comfyui.benchmarks.comfy_server import RUN_SECONDS, Server
@@ -45,6 +44,8 @@ class Page:
         return [kind for kind, _ in self.history["status"]["messages"]]
 
     async def _watch(self, server: Server, prompt: dict) -> dict:
+        import aiohttp  # ComfyUI's; without a ComfyUI this file must be importable all the same
+
         client, cancelled = uuid4().hex, False
         address = f"ws://127.0.0.1:{server.port}/ws?clientId={client}"
         async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
@@ -52,7 +53,7 @@ class Page:
             queued = server.post("/prompt", {"prompt": prompt, "client_id": client})
             assert "prompt_id" in queued, queued
             async for message in socket:
-                kind = self._take(message)
+                kind = self._take(message.data)
                 if not cancelled and self.cancel_when(self):
                     cancelled = True
                     server.post("/interrupt", {})
@@ -60,16 +61,17 @@ class Page:
                     break
         return await asyncio.to_thread(server.wait, queued["prompt_id"])
 
-    def _take(self, message: aiohttp.WSMessage) -> str:
-        if message.type == aiohttp.WSMsgType.BINARY:
-            (kind, length), rest = struct.unpack(">II", message.data[:8]), message.data[8:]
+    def _take(self, data: str | bytes) -> str:
+        """Note what a message tells; return the kind of its event."""
+        if isinstance(data, bytes):
+            (kind, length), rest = struct.unpack(">II", data[:8]), data[8:]
             if kind == TEXT:
                 self.texts.append((rest[:length].decode(), rest[length:].decode()))
             elif kind == PICTURE:
                 picture = Image.open(io.BytesIO(rest[length:]))
                 self.pictures.append((json.loads(rest[:length])["node_id"], picture))
             return ""
-        event = json.loads(message.data)
+        event = json.loads(data)
         if event["type"] == "progress":
             self.bar.append(tuple(event["data"][key] for key in ("node", "value", "max")))
         if event["type"] == "executed":
