@@ -81,5 +81,5 @@ class KVAEConvertLatent(io.ComfyNode):
         z, *others = parts_of(samples)
         check_latent(z, adapter.source, space_of(samples))
         device = comfy.model_management.get_torch_device()
-        converted = adapter.to(device)(z.to(device)).to(comfy.model_management.intermediate_device())
+        converted = adapter.to(device).convert(z.to(device)).to(comfy.model_management.intermediate_device())
         return io.NodeOutput({**samples, "samples": joined([converted, *others]), SPACE: adapter.target.name})

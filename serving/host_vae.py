@@ -11,7 +11,7 @@ HostVAE checks its inputs once, chooses how to compute them within the host's me
 off the device as they are made. Tiles of a size that a host asks for are blended where they overlap: that needs less
 memory than any exact way, and is not exact (see `kvae.Execution`). Each tile is streamed through the whole clip. Tiles
 in time would cut a causal VAE off from the frames before them, so the video would flicker at their edges. They would
-save nothing, since memory does not grow with the length. Adapters convert the whole latent, never a tile.
+save nothing, since memory does not grow with the length. Adapters convert the whole picture, never a tile.
 
 # x_B3THW pixels in −1..1 in HunyuanVideo's convention (x/127.5 − 1), z_Bcthw raw latents
 """
