@@ -22,7 +22,8 @@ class NodeProgress:
 
     def on_frames(self, frames: Tensor) -> None:
         """Keep the first frame of a segment, for the page."""
-        picture = frames[0, :, 0].cpu().movedim(0, -1).add(1).mul_(127.5).clamp_(0, 255).byte()
+        step = max(1, max(frames.shape[3:]) // MAX_PREVIEW_RESOLUTION)  # a mean would take longer, and nobody sees it
+        picture = frames[0, :, 0, ::step, ::step].cpu().movedim(0, -1).add(1).mul_(127.5).clamp_(0, 255).byte()
         self.picture = Image.fromarray(picture.numpy())
 
     def on_progress(self, done: int, total: int) -> None:
@@ -33,7 +34,7 @@ class NodeProgress:
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
         picture, self.picture = self.picture if done else None, None  # one may be left from a run that was cancelled
-        preview = picture and ("JPEG", picture, MAX_PREVIEW_RESOLUTION)  # the server scales it down
+        preview = picture and ("JPEG", picture, MAX_PREVIEW_RESOLUTION)  # the server scales it to this
         comfy.utils.ProgressBar(total).update_absolute(done, preview=preview)
         if text := self.text.after(done, total):
             show_text(text)

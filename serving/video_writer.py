@@ -167,7 +167,10 @@ class VideoWriter:
         self.last = time
 
     def _finish(self) -> None:
-        self.container.mux(self.video.encode(None))
+        for packet in self.video.encode(None):
+            if self.frames < 3:  # so few are coded in the order in which they are shown; x265 then leaves dts undefined
+                packet.dts = packet.pts
+            self.container.mux(packet)
         if self.track:
             self.track.close()
 
