@@ -143,8 +143,11 @@ class LatentAdapter(nn.Module):
         if dtype != weight.dtype:
             busy += source * weight.itemsize + made * dtype.itemsize
         piece = (PIECE + 1) * h * w * self.target.channels * dtype.itemsize
-        # the piece that is decoded, the one after it if there is one, and the last that was made, of which it is a copy
-        kept += (2 + (t > frames)) * piece
+        if t == frames:  # there is one piece; the reader copies it to memory for a full one
+            held = made * dtype.itemsize + piece
+            return Conversion(kept + max(busy, held), kept + held)
+        # the piece that is decoded, the one after it, and the last that was made, of which that is a copy
+        kept += 3 * piece
         return Conversion(kept + max(busy, 2 * piece), kept)
 
     def _check(self, z_Bcthw: Tensor) -> None:

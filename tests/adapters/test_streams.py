@@ -13,6 +13,7 @@ from kvae_comfyui.adapters.published import PUBLISHED_FILES
 from kvae_comfyui.adapters.spaces import latent_space
 from kvae_comfyui.benchmarks.storages import PeakMemory
 from kvae_comfyui.kvae import Execution
+from kvae_comfyui.kvae.engine.plan import MARGIN
 from kvae_comfyui.kvae.frames import regroup, with_last
 from kvae_comfyui.serving.host_vae import HostVAE
 from small_models import assert_same, joined, small
@@ -151,7 +152,7 @@ def test_what_a_stream_takes_is_counted_beforehand(network, dtype):
             for _ in with_last(regroup(each.stream(z), 5, 4)):  # as the decoder reads it
                 kept = max(kept, memory.now)
         counted = each.conversion(t, h, w, dtype)
-        assert memory.peak <= counted.peak <= 2.2 * memory.peak
+        assert memory.peak <= MARGIN * counted.peak <= 2.2 * memory.peak  # a plan has this margin for small tensors
         assert counted.kept <= counted.peak
         assert t == 1 or kept <= counted.kept  # after the last piece, nothing runs beside it
 
