@@ -36,7 +36,7 @@ def test_a_missing_kvae_is_said_once_under_its_input_in_a_short_line(server):
 @pytest.mark.parametrize("name", ["decode_adapter", "encode_adapter"])
 def test_a_missing_adapter_is_said_once_under_its_own_input(server, comfyui_path, name):
     if "Combo.io_type" not in (comfyui_path / "execution.py").read_text(encoding="utf-8"):
-        pytest.skip("this ComfyUI does not check the lists of V3 nodes: the error comes when the node runs")
+        pytest.skip("needs a ComfyUI that checks the lists of V3 nodes; in this one the error comes when the node runs")
     (said,) = errors(server, **{name: "copy.safetensors"})
     assert said.startswith(f"{name}: 'copy.safetensors' not in ")
 

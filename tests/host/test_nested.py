@@ -42,7 +42,7 @@ def test_every_decoder_decodes_the_video_part(run, load, nested):
 def test_vae_decode_decodes_the_video_part_where_it_knows_nested_latents(run, load, nested, comfyui_path):
     source = (comfyui_path / "nodes.py").read_text(encoding="utf-8").split("class VAEDecode:")[1].split("class ")[0]
     if "is_nested" not in source:
-        pytest.skip("VAE Decode of this ComfyUI does not read nested latents")
+        pytest.skip("needs a ComfyUI whose VAE Decode reads nested latents")
     (image,) = run("VAEDecode", samples={"samples": Z}, vae=load())
     assert torch.equal(run("VAEDecode", samples={"samples": nested(Z, AUDIO)}, vae=load())[0], image)
 

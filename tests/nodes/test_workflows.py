@@ -34,10 +34,8 @@ def test_nodes_stand_60_pixels_apart(path):
             assert gap(one, other) >= APART, f"{one['type']} {one['id']} and {other['type']} {other['id']}"
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in PATHS if p.parent.name == "workflows"], ids=lambda path: path.stem)
 def test_every_workflow_is_explained_in_three_languages(path):
-    if path.parent.name != "workflows":
-        pytest.skip("a blueprint is one node, which has a description")
     (note,) = (n for n in graphs(path)[0]["nodes"] if n.get("title") == "Read me · 说明 · Справка")
     (text,) = note["widgets_values"]
     parts = re.split(r"\*\*(中文|Русский)\*\*", text)
