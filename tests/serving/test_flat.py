@@ -34,7 +34,7 @@ def test_the_memory_of_a_stream_is_counted_and_does_not_grow_with_the_length(net
                 pass
         assert memory.peak <= counted <= 1.3 * memory.peak
         peaks.append(memory.peak)
-    assert peaks[1] < 1.01 * peaks[0]
+    assert peaks[1] - peaks[0] < 16 * 32 * 8 * 8 * 4 / 2  # half of what the latents alone grow by
     needs = [host.memory_used_decode((1, 16, t, 16, 16), torch.float32, stream=True) for t in (25, 100, 200)]
     assert max(needs) < 1.01 * min(needs)
 
