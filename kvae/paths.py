@@ -208,8 +208,8 @@ def _lock(descriptor: int) -> bool:
 def _sweep(folder: Path) -> None:
     """Delete the files of killed writers in a folder; once per process, as a folder may hold millions of files."""
     with suppress(OSError), os.scandir(folder) as entries:
-        names = [e for e in entries if e.name.startswith(PARTIAL_PREFIX) and e.name.endswith(PARTIAL_SUFFIX)]
-        for entry in names:
+        left = [e for e in entries if e.name.startswith(PARTIAL_PREFIX) and e.name.endswith(PARTIAL_SUFFIX)]
+        for entry in left:
             if fcntl is not None or time.time() - entry.stat().st_mtime > CLOSED_SECONDS:
                 delete_unlocked(entry.path)
 

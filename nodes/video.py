@@ -7,12 +7,11 @@ from comfy_api.latest import InputImpl, io, ui
 from ..serving.clip_files import write_clips
 from ..serving.clips import frames_to_keep
 from ..serving.remembered import Remembered
-from ..serving.sound import audio_of_clip, parts_of
+from ..serving.sound import audio_of_clip, waveform_of
 from ..serving.video_writer import CODECS, VideoWriter
 from . import folders
 from .coding import decoder_and_latent, latent_inputs
-from .latent_dict import FRAMES, SPACE
-from .latent_dict import parts_of as parts_of_latent
+from .latent_dict import FRAMES, SPACE, parts_of
 from .metadata import workflow_of
 from .schema import VIDEO, advanced, schema
 from .soundtrack import decode_soundtrack
@@ -118,9 +117,9 @@ class KVAEDecodeToVideo(io.ComfyNode):
             write_clips(decoder.decode_stream(z), len(z), decoded, kept, new_file)
             return paths
 
-        waveform, rate = (None, None) if audio is None else parts_of(audio)
+        waveform, rate = (None, None) if audio is None else waveform_of(audio)
         sound_of = audio_vae if decodes_audio else waveform
-        made_of = [each for each in (*parts_of_latent(samples), vae, sound_of) if each is not None]
+        made_of = [each for each in (*parts_of(samples), vae, sound_of) if each is not None]
         latent = samples.get(SPACE), samples.get(FRAMES), samples.get("sample_rate")
         settings = (*latent, rate, scaling, memory_gb, fps, codec, crf, filename_prefix)
         paths = WRITTEN.of(made_of, settings, write)  # the page may ask again for a file that is there

@@ -46,7 +46,10 @@ def wan_correlation(z_Bcthw: Tensor) -> tuple[float, float]:
 
     0, 0 for latents of other than 16 channels, and if a channel does not vary.
     """
-    mean, std = channel_statistics(z_Bcthw)
+    return _like_wan(*channel_statistics(z_Bcthw))
+
+
+def _like_wan(mean: Tensor, std: Tensor) -> tuple[float, float]:
     if len(mean) != len(WAN_MEAN) or not std.min() > 0:
         return 0.0, 0.0
     return _correlation(mean, torch.tensor(WAN_MEAN)), _correlation(std.log(), torch.tensor(WAN_STD).log())
@@ -56,15 +59,15 @@ def certain_fault(z_Bcthw: Tensor, space: LatentSpace) -> str | None:
     """Why these are clearly no raw latents of `space`, as one line, or None if that is not certain."""
     if z_Bcthw.is_meta:
         return None
-    if min(wan_correlation(z_Bcthw)) > CERTAIN_CORRELATION:
+    mean, std = channel_statistics(z_Bcthw)
+    if min(_like_wan(mean, std)) > CERTAIN_CORRELATION:
         return (
             f"The channels of this latent have the means and deviations of Wan 2.1, not of {space.name}: "
             "the frames will be wrong. Decode it with Wan's VAE."
         )
     if not (raw := space.raw_deviation):
         return None
-    mean, std = channel_statistics(z_Bcthw)
-    whole = z_Bcthw.float().std(correction=0).item()
+    whole = (std.square().mean() + mean.var(correction=0)).sqrt().item()
     low, high = NORMAL_STD
     if mean.abs().max() < NORMAL_MEAN and low < std.min() and std.max() < high:
         return (

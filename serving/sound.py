@@ -29,7 +29,7 @@ class Sound:
     """
 
     def __init__(self, audio: Any):
-        waveform, rate = parts_of(audio)
+        waveform, rate = waveform_of(audio)
         if waveform.ndim != 3 or not len(waveform):
             raise ValueError(f"audio: the waveform has shape {list(waveform.shape)}; {_EXPECTED}")
         if waveform.shape[1] not in LAYOUTS:
@@ -91,12 +91,12 @@ def audio_of_clip(audio: Any, clip: int, clips: int) -> Any:
     """
     if audio is None:
         return None
-    waveform, rate = parts_of(audio)
+    waveform, rate = waveform_of(audio)
     own = waveform.ndim == 3 and len(waveform) == clips
     return {"waveform": waveform[clip : clip + 1] if own else waveform, "sample_rate": rate}
 
 
-def parts_of(audio: Any) -> tuple[Tensor, Any]:
+def waveform_of(audio: Any) -> tuple[Tensor, Any]:
     """Waveform and sample rate of an AUDIO.
 
     Raises:
