@@ -48,19 +48,18 @@ def run(config: FetchConfig) -> int:
                 download_adapter(name, folder / name)
         return 0
     repository, file = parse_model(config.model)
-    target = folder / local_name(repository, file)
+    target, url = folder / local_name(repository, file), _url(repository, file)
     if is_wanted(target):
-        url = _url(repository, file)
         _report(target, from_cache(repository, file, target) or download(url, target))
     return 0
 
 
 def is_wanted(target: Path) -> bool:
-    """Whether there is no such file yet. Its folder is made then.
+    """Whether there is no such file yet.
 
     Raises:
         UserError: it is a folder.
-        WeightsError: its folder cannot be made.
+        WeightsError: its folder cannot be read.
     """
     with file_errors(target):
         there, is_folder = target.exists(), target.is_dir()
@@ -68,10 +67,7 @@ def is_wanted(target: Path) -> bool:
         raise UserError(f"{target}: this is a folder; choose another --output")
     if there:
         print(f"{target} already exists; delete it to download it again")
-        return False
-    with file_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    return True
+    return not there
 
 
 def parse_model(model: str) -> tuple[str, str]:
@@ -111,6 +107,7 @@ def from_cache(repository: str, file: str, target: Path) -> str | None:
         return None
     print(f"{repository}/{file}: from the cache, {cached}")
     kind = kind_of(Path(cached))
+    _make_folder_of(target)
     try:
         os.link(os.path.realpath(cached), target)
     except OSError:  # another disk, or a file system without links
@@ -146,6 +143,7 @@ def download_adapter(name: str, target: Path) -> None:
 
 
 def _download(url: str, target: Path, tag: str, size: int, token: bool = True) -> str:
+    _make_folder_of(target)
     with open_partial(target, tag, size) as file:
         have = file.tell()
         print(f"{url}: {_amount(size)}" + f", {_amount(have)} of it already downloaded" * (have > 0))
@@ -157,6 +155,12 @@ def _download(url: str, target: Path, tag: str, size: int, token: bool = True) -
         kind = _check(url, file, tag)
         keep(file, target)
     return kind
+
+
+def _make_folder_of(target: Path) -> None:
+    """Make the folder of a file. Called once the file is known to exist, so that a wrong name leaves no folder."""
+    with file_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _amount(size: int) -> str:
