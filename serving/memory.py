@@ -84,5 +84,13 @@ def room_for(shape: Sequence[int], device: torch.device | str, what: str) -> Ten
         raise MemoryError(f"There is no memory for {4 * prod(shape) / 1e9:,.0f} GB of {what}.") from None
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still allocate on a GPU of CUDA; None, which is no limit, elsewhere."""
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def _overflows(shape: Sequence[int]) -> bool:
     return 4 * prod(shape) >= 1 << 63

@@ -69,7 +69,7 @@ def _run(argv: list[str]) -> int:
         subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in argv[:1]:  # the other commands' modules and their dependencies are not imported
             module, function = import_module(f".{file}", __package__), run
-            make_config = getattr(module, f"{name.capitalize()}Config")
+            make_config = getattr(module, f"{name.title().replace('-', '')}Config")
             subparser.description = module.__doc__
             add_options(subparser, make_config)
     options = vars(parser.parse_args(argv))

@@ -52,6 +52,11 @@ def option(
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
+def argument(help: str, metavar: str) -> Any:
+    """A field of a command's config that is given without a name: one text, or several if it is a `list[str]`."""
+    return field(metadata={"help": help, "choices": None, "writes": "", "metavar": metavar, "positional": True})
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that raises UserError, so that its errors are one line like all others."""
 
@@ -60,9 +65,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
-    """Add an option `--field-name` for each field `field_name`."""
+    """Add an option `--field-name` for each field `field_name`, and the arguments without a name."""
     for each in fields(config):
-        parser.add_argument(_flag(each), dest=each.name, **_settings(each))
+        if "positional" in each.metadata:
+            nargs = "+" if str(each.type) == "list[str]" else None
+            parser.add_argument(each.name, metavar=each.metadata["metavar"], help=each.metadata["help"], nargs=nargs)
+        elif str(each.type) == "bool":
+            parser.add_argument(_flag(each), dest=each.name, action="store_true", help=each.metadata["help"])
+        else:
+            parser.add_argument(_flag(each), dest=each.name, **_settings(each))
 
 
 def check_options(config: Any) -> None:
@@ -86,12 +97,20 @@ def check_values(config: Any) -> None:
     """
     for each in fields(config):
         value, flag = getattr(config, each.name), _flag(each)
+        if isinstance(value, bool):
+            continue
         if isinstance(value, int | float):
             _check_number(flag, value, each.metadata)
-        elif "\0" in value:
-            raise UserError(f"{flag} is {value!r}; {reason(ValueError())}")
-        elif not value and each.default != "":
-            raise UserError(f"{flag} is empty; expected {each.metadata['help']}")
+            continue
+        for text in value if isinstance(value, list) else [value]:
+            _check_text(flag, text, each)
+
+
+def _check_text(flag: str, text: str, each: Field) -> None:
+    if "\0" in text:
+        raise UserError(f"{flag} is {text!r}; {reason(ValueError())}")
+    if not text and each.default != "":
+        raise UserError(f"{flag} is empty; expected {each.metadata['help']}")
 
 
 def _check_number(flag: str, value: float, bounds: Any) -> None:
@@ -117,7 +136,7 @@ def _short(value: float) -> str:
 
 
 def _flag(each: Field) -> str:
-    return "--" + each.name.replace("_", "-")
+    return each.metadata["metavar"] if "positional" in each.metadata else "--" + each.name.replace("_", "-")
 
 
 def _settings(each: Field) -> dict[str, Any]:

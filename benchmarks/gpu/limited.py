@@ -31,6 +31,7 @@ from kvae_comfyui.benchmarks.gpu.measure import attempt, free
 from kvae_comfyui.benchmarks.gpu.models import random_hunyuan, random_kvae, source_of
 from kvae_comfyui.benchmarks.gpu.setup import Setup, card_setup, tiny_setup
 from kvae_comfyui.serving.host_vae import HostVAE
+from kvae_comfyui.serving.memory import free_memory
 
 TRIED = "Out of memory; trying again with "
 TILES = "tiles of 256 pixels, not exact"  # ComfyUI's: 32 latents, which share 8
@@ -157,14 +158,6 @@ def lines_of_the_ladder() -> Iterator[list[str]]:
         yield said
     finally:
         logging.getLogger().removeHandler(listener)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process could still allocate: free on the card, or kept by the allocator."""
-    if device.type != "cuda":
-        return None
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""A KVAE in the place of another model's VAE, as the commands that stand in for one load it.
+
+A command's config has the fields of `ServedOptions`, so that these commands have the same options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ..adapters.files import load_adapter
+from ..adapters.spaces import native_space
+from ..kvae import load_kvae
+from ..serving.host_vae import HostVAE
+from ..serving.memory import free_memory
+from .errors import UserError
+from .options import DEVICE, KVAE_HELP, option
+from .vaes import TINY_ADAPTERS, weights_file
+
+AUTO = "auto"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MOST_GB = 1024
+
+
+@dataclass
+class ServedOptions:
+    """The options of every command that decodes or encodes with KVAE in the place of another VAE."""
+
+    kvae: str = option("tiny", KVAE_HELP, metavar="VAE")
+    adapter_h2k: str = option("", "adapter of the model's latents → KVAE's, for decoding; tiny has one of its own")
+    adapter_k2h: str = option("", "adapter of KVAE's latents → the model's, for encoding; tiny has one of its own")
+    memory_gb: float = option(
+        0.0,
+        "GB that may be used in addition to the weights; 0 takes what is free on a GPU, and sets no limit on a CPU. A "
+        "smaller budget gives the same result, more slowly",
+        least=0,
+        most=MOST_GB,
+    )
+    dtype: str = option(
+        AUTO, "precision of KVAE; auto is bf16 on a GPU that has it, else fp32", choices=(AUTO, *DTYPES)
+    )
+    device: str = option(DEVICE, "device of KVAE and adapters", metavar="DEVICE")
+
+
+def load_served(options: ServedOptions, space: str, ways: Sequence[str] = ("decode", "encode")) -> HostVAE:
+    """Load a KVAE that serves latents of a space.
+
+    Args:
+        space: the name of the space of the latents.
+        ways: what it must be able to do; the adapters for anything else are not read.
+
+    Raises:
+        UserError: an adapter is missing.
+        WeightsError: a file is not what it should be, or does not fit the others.
+    """
+    kvae = load_kvae(weights_file(options.kvae, "kvae"), dtype_of(options), options.device)
+    native = native_space(kvae.config).name
+    decode, encode = ("", "") if space == native else _adapter_paths(options, ways)
+    paths = {"decode": (decode, (space, native)), "encode": (encode, (native, space))}
+    for way, (path, (source, target)) in paths.items():
+        if space != native and way in ways and not path:
+            flag = "--adapter-h2k" if way == "decode" else "--adapter-k2h"
+            raise UserError(
+                f"{flag} is missing: to {way} {space} latents, {native} needs an adapter {source} → {target}. Train "
+                "one, or try the published ones: python -m training fetch --model adapters"
+            )
+    adapters = [load_adapter(path, way, options.device) if path else None for path, way in paths.values()]
+    return with_memory(HostVAE(kvae, *adapters), options.memory_gb)
+
+
+def with_memory(host: HostVAE, memory_gb: float) -> HostVAE:
+    """Give a HostVAE its budget: `memory_gb` GB, or, for 0, what is free on its device. The same object."""
+    host.planner.budget = round(memory_gb * 1e9) or None
+    host.planner.free_memory = partial(free_memory, next(host.kvae.parameters()).device)
+    return host
+
+
+def dtype_of(options: ServedOptions) -> torch.dtype:
+    """The dtype of KVAE's weights."""
+    if options.dtype != AUTO:
+        return DTYPES[options.dtype]
+    on_gpu = torch.device(options.device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if on_gpu else torch.float32
+
+
+def _adapter_paths(options: ServedOptions, ways: Sequence[str]) -> tuple[str, str]:
+    """The paths of both adapters (to decode, to encode); empty for one that is not needed or not given."""
+    tiny = {way: str(path) if options.kvae == "tiny" else "" for way, path in TINY_ADAPTERS.items()}
+    decode, encode = options.adapter_h2k or tiny["h2k"], options.adapter_k2h or tiny["k2h"]
+    return decode if "decode" in ways else "", encode if "encode" in ways else ""
