@@ -8,8 +8,9 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..kvae import WeightsError
+from ..serving.architectures import MODELS
 from ..serving.inspect import describe
-from ..serving.latent_files import MODELS, load_latent, save_latent
+from ..serving.latent_files import load_latent, save_latent
 from . import folders
 from .latent_dict import FRAMES, SPACE, joined, parts_of, space_of
 from .metadata import workflow_of

@@ -5,7 +5,7 @@ ComfyUI's.
 |---|---|---|---|
 | ComfyUI .latent | `latent_tensor` | [B, c, t, h, w] | raw |
 | musubi-tuner, latent output | `latent` | [c, t, h, w], also with a batch | scaled |
-| musubi-tuner, latent cache | `latents_{t}x{h}x{w}_{dtype}`, `architecture` | [c, t, h, w] | see ARCHITECTURES |
+| musubi-tuner, latent cache | `latents_{t}x{h}x{w}_{dtype}`, `architecture` | [c, t, h, w] | see architectures.py |
 | diffusers, output_type="latent" | the only tensor | [B, c, t, h, w]; for Kandinsky 5 [B, t, h, w, c] | scaled |
 | Kandinsky 5's own code | the only tensor | [t, h, w, c] | scaled |
 
@@ -30,20 +30,11 @@ from ..adapters.checks import DTYPES, check_finite, check_values
 from ..adapters.spaces import SPACES, LatentSpace, fitting_spaces
 from ..kvae.errors import WeightsError
 from ..kvae.files import Weights, save_weights
+from .architectures import ARCHITECTURES, CACHED, KANDINSKY, LATENTS_KEY, MODELS
 from .clips import check_frame_count
 
-# Model names in musubi-tuner's caches: the space of the latents, and whether they are scaled.
-ARCHITECTURES = {
-    "hunyuan_video": ("hunyuan_video", False),
-    "hunyuan_video_1_5": ("hunyuan_video_1.5", False),
-    "framepack": ("hunyuan_video", True),
-    "kandinsky5": ("hunyuan_video", True),
-}
-KANDINSKY = "kandinsky5"  # HunyuanVideo's space, but diffusers saves its channels last
-MODELS = (*SPACES, KANDINSKY)  # models that a user may name for a file
 MAX_PARTS = 9  # of one latent; those of video with audio have two
 
-_USUALLY_SCALED = {"hunyuan_video": False, "hunyuan_video_1.5": False, KANDINSKY: True}  # in musubi-tuner's caches
 _CHANNELS = {space.channels for space in SPACES.values()}
 _IMAGE_CHANNELS = {4, 16}  # of image latents: Stable Diffusion's; Flux's and Stable Diffusion 3's
 _OLD_COMFYUI_SCALE = 0.18215  # ComfyUI files without `latent_format_version_0` hold Stable Diffusion's scaled latents
@@ -152,7 +143,7 @@ def _kind(weights: Weights, model: str | None) -> _Kind:
         WeightsError: not a latent file, or a cache of an unknown model.
     """
     keys = [key for key in weights.shapes if key != "latent_format_version_0"]
-    caches = [key for key in keys if re.fullmatch(r"latents_\d+x\d+x\d+_\w+", key)]
+    caches = [key for key in keys if LATENTS_KEY.fullmatch(key)]
     if "latent_tensor" in keys:
         return _Kind("ComfyUI latent", "latent_tensor", False, weights.metadata.get("kvae_space"), batched=True)
     if "latent" in keys:
@@ -176,9 +167,9 @@ def _cache(weights: Weights, key: str, model: str | None) -> _Kind:
             f"{', '.join(ARCHITECTURES)}"
         )
     if architecture:
-        space, scaled = ARCHITECTURES[architecture]
-        return _Kind(name, key, scaled, space)
-    return _Kind(name, key, _USUALLY_SCALED.get(model or ""))
+        found = ARCHITECTURES[architecture]
+        return _Kind(name, key, found.scaled, found.space.name)
+    return _Kind(name, key, CACHED[model].scaled if model in CACHED else None)
 
 
 def _values(weights: Weights, kind: _Kind) -> Tensor:

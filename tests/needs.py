@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
@@ -13,11 +14,13 @@ FFMPEG = "needs ffmpeg: install it, and put it on the PATH"
 GIT = "needs git, and a checkout that git made"
 GPU = "needs an NVIDIA GPU, and a PyTorch built for CUDA"
 LINUX = "needs Linux: it reads /proc, or sets a limit that other systems do not enforce"
+MUSUBI = "needs musubi-tuner: set MUSUBI_PATH to its folder, and use a Python that has its requirements"
 POSIX = "needs Linux or macOS: Windows lacks these pipes, links, locks, signals or file names"
 TEMPLATES = "needs a newer comfyui-workflow-templates-json: install it in ComfyUI's Python"
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=GPU)
 linux = pytest.mark.skipif(sys.platform != "linux", reason=LINUX)
+musubi = pytest.mark.skipif("MUSUBI_PATH" not in os.environ, reason=MUSUBI)
 posix = pytest.mark.skipif(os.name == "nt", reason=POSIX)
 
 
@@ -28,3 +31,9 @@ def package(module: str, where: str):
         where: what to install, such as "requirements-training.txt".
     """
     return pytest.importorskip(module, reason=f"needs {module}: install {where}")
+
+
+def musubi_module(monkeypatch, name: str):
+    """Import a module of the musubi-tuner that MUSUBI_PATH names."""
+    monkeypatch.syspath_prepend(os.path.join(os.environ["MUSUBI_PATH"], "src"))
+    return importlib.import_module(f"musubi_tuner.{name}")

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from kvae_comfyui.kvae import WeightsError
-from kvae_comfyui.serving.latent_files import MODELS, load_latent, save_latent
+from kvae_comfyui.serving.architectures import MODELS
+from kvae_comfyui.serving.latent_files import load_latent, save_latent
 
 SCALE, SCALE_15, SCALE_T4S16 = 0.476986, 1.03682, 0.910344004631042
 VERSION = {"latent_format_version_0": torch.empty(0)}

@@ -1,0 +1,1 @@
+"""What musubi-tuner reads and writes: dataset configs, and caches of latents."""
