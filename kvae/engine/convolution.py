@@ -26,6 +26,9 @@ def conv3d(x_BiTHW: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[i
     if x_BiTHW.device.type != "cpu" or wants_autograd_or_graph():
         return F.conv3d(x_BiTHW, weight, bias, stride)
     sides = [n - k + 1 for n, k in zip(x_BiTHW.shape[2:], weight.shape[2:], strict=True)]
+    if x_BiTHW.dtype == torch.bfloat16 and sides[2] <= stride[2] > 1:
+        # of a result of one column, oneDNN 3.12 (PyTorch 2.13) can leave values as they were in memory
+        return conv3d(x_BiTHW.float(), weight.float(), None if bias is None else bias.float(), stride).bfloat16()
     if bias is not None and stride == (1, 1, 1) and winograd.is_faster(weight, *sides):
         return winograd.conv3d(x_BiTHW, weight, bias)
     if ONE_DNN and x_BiTHW.dtype == torch.float32:

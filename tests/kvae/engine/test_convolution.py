@@ -48,6 +48,19 @@ def test_conv3d_equals_pytorchs(kernel, stride):
         assert ((y - expected).norm() / expected.norm()).item() < (1e-6 if x.dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("channels", [8, 32, 64])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+@torch.no_grad()
+def test_a_result_of_one_column_does_not_depend_on_what_memory_held(channels, rows):
+    x, weight = torch.randn(1, channels, 2, 2 * rows + 1, 3), torch.randn(channels, channels, 1, 3, 3)
+    expected = F.conv3d(x.bfloat16().double(), weight.bfloat16().double(), None, (1, 2, 2))
+    for _ in range(20):
+        held = [torch.full((n,), torch.nan, dtype=torch.bfloat16) for n in (*(2**i for i in range(4, 15)), 192, 384)]
+        del held  # the allocator gives this memory to the next tensors
+        y = conv3d(x.bfloat16(), weight.bfloat16(), None, (1, 2, 2))
+        torch.testing.assert_close(y.double(), expected, atol=0.1, rtol=0.01)
+
+
 @pytest.fixture(scope="module")
 def wide():
     config = KVAEConfig((128, 128, 128, 256), (128, 128, 128, 256), num_res_blocks=1)
