@@ -26,6 +26,7 @@ COMMANDS = {  # name → module, function in it, summary
     "reconstruct": ("evaluate.reconstruct", "run", "encode and decode one video with one VAE"),
     "demo": ("demo", "run", "extract, train and evaluate with small models on real clips"),
     "tiny": ("tiny.train", "run", "train one of the two embedded small VAEs"),
+    "musubi": ("musubi.script", "run", "run a script of musubi-tuner with KVAE in the place of its VAE"),
     "fetch": ("fetch", "run", "download a KVAE or an adapter"),
 }
 

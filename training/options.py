@@ -52,9 +52,14 @@ def option(
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
-def argument(help: str, metavar: str) -> Any:
-    """A field of a command's config that is given without a name: one text, or several if it is a `list[str]`."""
-    return field(metadata={"help": help, "choices": None, "writes": "", "metavar": metavar, "positional": True})
+def argument(help: str, metavar: str, rest: bool = False) -> Any:
+    """A field of a command's config that is given without a name: one text, or several if it is a `list[str]`.
+
+    Args:
+        rest: whether it takes everything that follows, options too, unchecked.
+    """
+    nargs = argparse.REMAINDER if rest else "+"
+    return field(metadata={"help": help, "choices": None, "writes": "", "metavar": metavar, "nargs": nargs})
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,8 +72,8 @@ class Parser(argparse.ArgumentParser):
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:
     """Add an option `--field-name` for each field `field_name`, and the arguments without a name."""
     for each in fields(config):
-        if "positional" in each.metadata:
-            nargs = "+" if str(each.type) == "list[str]" else None
+        if "nargs" in each.metadata:
+            nargs = each.metadata["nargs"] if str(each.type) == "list[str]" else None
             parser.add_argument(each.name, metavar=each.metadata["metavar"], help=each.metadata["help"], nargs=nargs)
         elif str(each.type) == "bool":
             parser.add_argument(_flag(each), dest=each.name, action="store_true", help=each.metadata["help"])
@@ -97,7 +102,7 @@ def check_values(config: Any) -> None:
     """
     for each in fields(config):
         value, flag = getattr(config, each.name), _flag(each)
-        if isinstance(value, bool):
+        if isinstance(value, bool) or each.metadata.get("nargs") == argparse.REMAINDER:
             continue
         if isinstance(value, int | float):
             _check_number(flag, value, each.metadata)
@@ -136,7 +141,7 @@ def _short(value: float) -> str:
 
 
 def _flag(each: Field) -> str:
-    return each.metadata["metavar"] if "positional" in each.metadata else "--" + each.name.replace("_", "-")
+    return each.metadata["metavar"] if "nargs" in each.metadata else "--" + each.name.replace("_", "-")
 
 
 def _settings(each: Field) -> dict[str, Any]:
