@@ -9,8 +9,9 @@ from comfy_api.latest import io, ui
 
 from ..kvae import WeightsError
 from ..serving.architectures import MODELS
-from ..serving.inspect import describe
-from ..serving.latent_files import load_latent, save_latent
+from ..serving.inspect import describe, describe_file
+from ..serving.latent_files import load_latent
+from ..serving.latent_writers import save_latent
 from . import folders
 from .latent_dict import FRAMES, SPACE, joined, parts_of, space_of
 from .metadata import workflow_of
@@ -137,7 +138,7 @@ class KVAELoadLatent(io.ComfyNode):
         samples = joined([found.z, *found.others])
         latent = {"samples": samples, SPACE: found.space, FRAMES: found.frames}
         latent = {key: value for key, value in latent.items() if value is not None}
-        report = f"Read as a {found.kind}.\n{describe(found.z, found.space, found.others)}"
+        report = describe_file(found)
         if samples is found.z and found.others:
             report += "\nThis ComfyUI has no latents with audio: the output is the video part. Update ComfyUI for both."
         return io.NodeOutput(latent, report)

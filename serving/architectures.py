@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..adapters.spaces import SPACES, LatentSpace
 
-KANDINSKY = "kandinsky5"  # HunyuanVideo's space, but diffusers saves its channels last
+KANDINSKY = "kandinsky5"  # HunyuanVideo's space, but with the channels last outside of musubi-tuner's caches
 MODELS = (*SPACES, KANDINSKY)  # models that a user may name for a file
 LATENTS_KEY = re.compile(r"latents_(\d{1,9})x(\d{1,9})x(\d{1,9})_(\w+)")  # latent frames, rows, columns, dtype
 
@@ -24,7 +24,7 @@ class Architecture:
         short: the end of a cache's file name.
         space: the space of the latents.
         scaled: whether the cache holds scaled latents, not raw ones.
-        model: the name in options, one of `MODELS`; empty for a model whose caches are only read here.
+        model: the name in options, one of `MODELS`; empty for a model whose caches are refused.
         ends: whether caches hold the first and the last latent once more.
         first_frame: whether caches may hold the first frame, to train image to video.
     """

@@ -1,4 +1,4 @@
-"""Inspect Latent's report: what a latent is, as text."""
+"""What a latent is, as text: the report of Inspect Latent, of Load Latent from File and of the command `inspect`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from torch import Tensor
 
 from ..adapters.checks import check_values, latent_kind
 from ..adapters.spaces import LatentSpace, fitting_spaces
+from .latent_files import LatentFile
 from .latent_statistics import CERTAIN_CORRELATION, wan_correlation
+
+
+def describe_file(found: LatentFile) -> str:
+    """Report how a latent file was read, and what `describe` says of its latent, one line each.
+
+    Raises:
+        ValueError: as `describe`.
+    """
+    frames = f" The clip had {_count(found.frames, 'frame')}." if found.frames else ""
+    return f"Read as a {found.kind}.{frames}\n{describe(found.z, found.space, found.others)}"
 
 
 def describe(z: Tensor, known: str | None = None, others: Sequence[Tensor] = ()) -> str:

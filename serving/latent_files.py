@@ -1,5 +1,4 @@
-"""Read latent files of ComfyUI, musubi-tuner, diffusers and Kandinsky 5 as raw latents [B, c, t, h, w], and write
-ComfyUI's.
+"""Read latent files of ComfyUI, musubi-tuner, diffusers and Kandinsky 5 as raw latents [B, c, t, h, w].
 
 | file | recognised by | layout | values |
 |---|---|---|---|
@@ -9,36 +8,33 @@ ComfyUI's.
 | diffusers, output_type="latent" | the only tensor | [B, c, t, h, w]; for Kandinsky 5 [B, t, h, w, c] | scaled |
 | Kandinsky 5's own code | the only tensor | [t, h, w, c] | scaled |
 
-The metadata decide first, then the key, then the shape. If two readings remain, an error asks the user.
+The metadata decide first, then the key, then the shape. If two readings remain, an error asks the user. Metadata that
+decide: `kvae_space` and `kvae_frames`, which this project writes into files of all kinds, and musubi-tuner's
+`architecture`, `frame_count` and `video_length`.
 
-A latent of several parts, such as video and audio, is a ComfyUI .latent file too: the first part is `latent_tensor`,
-which is all that ComfyUI reads, the others are `latent_part_2`, `latent_part_3` …, and the metadata `kvae_parts` count
-them.
+`latent_writers` describes the files that this project writes.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..adapters.checks import DTYPES, check_finite, check_values
 from ..adapters.spaces import SPACES, LatentSpace, fitting_spaces
 from ..kvae.errors import WeightsError
-from ..kvae.files import Weights, save_weights
-from .architectures import ARCHITECTURES, CACHED, KANDINSKY, LATENTS_KEY, MODELS
-from .clips import check_frame_count
+from ..kvae.files import Weights
+from .architectures import KANDINSKY, MODELS
+from .latent_kinds import COUNT, Kind, kind_of
 
 MAX_PARTS = 9  # of one latent; those of video with audio have two
 
 _CHANNELS = {space.channels for space in SPACES.values()}
 _IMAGE_CHANNELS = {4, 16}  # of image latents: Stable Diffusion's; Flux's and Stable Diffusion 3's
 _OLD_COMFYUI_SCALE = 0.18215  # ComfyUI files without `latent_format_version_0` hold Stable Diffusion's scaled latents
-_COUNT = re.compile(r"[1-9]\d{0,8}")
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,9 @@ class LatentFile:
         z: [B, c, t, h, w], raw; an image latent keeps its 4 dimensions. A ComfyUI latent keeps its dtype, all others,
             and float8, are float32.
         kind: the kind of file.
-        space: the name of the latent's space, if the file or the user names it.
-        frames: the frames of the encoded clip, if the file says.
+        space: the name of the latent's space, if the file or the user names it, or its scale tells.
+        frames: the frames of the clip, if the file says. A number that does not fit the latent is of no use: see
+            `clips.frames_to_keep`.
         others: the parts after the first, such as audio, exactly as they were saved.
     """
 
@@ -59,51 +56,6 @@ class LatentFile:
     space: str | None = None
     frames: int | None = None
     others: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """The kind of a file: the tensor to read, and what metadata and key say of it."""
-
-    name: str
-    key: str
-    scaled: bool | None  # None: such files may be scaled or raw
-    space: str | None = None
-    batched: bool = False  # the tensor has its batch axis, and channels come second
-    either_layout: bool = False  # channels may be first or last
-
-
-def save_latent(
-    path: str | os.PathLike,
-    z: Tensor,
-    space: str | None,
-    frames: int | None,
-    metadata: dict[str, str],
-    others: Sequence[Tensor] = (),
-) -> None:
-    """Write raw latents as a ComfyUI .latent file that also names their space. A failure leaves no partial file.
-
-    Args:
-        space: the name of the latents' space, if known.
-        frames: the frames of the encoded clip, if known.
-        metadata: texts for the file's header.
-        others: the parts after z, such as audio. They may hold NaN: the video is worth saving all the same.
-
-    Raises:
-        ValueError: a part is not a dense float tensor with values, z is not finite, there are more than MAX_PARTS
-            parts, or `frames` is not a positive whole number.
-        WeightsError: the file cannot be written.
-    """
-    for part in (z, *others):
-        check_values(part)
-    check_finite(z, "latent")
-    check_frame_count(frames)
-    if 1 + len(others) > MAX_PARTS:
-        raise ValueError(f"This latent has {1 + len(others)} parts; expected at most {MAX_PARTS}. Check what made it.")
-    ours = {"kvae_space": space or "", "kvae_frames": str(frames or ""), "kvae_parts": str(1 + len(others))}
-    # without the second tensor, ComfyUI reads the values in an older scale
-    tensors = {"latent_tensor": z, "latent_format_version_0": torch.empty(0)}
-    save_weights(path, tensors | dict(zip(_part_keys(1 + len(others)), others, strict=True)), metadata | ours)
 
 
 def load_latent(path: str | os.PathLike, scaled: bool | None = None, model: str | None = None) -> LatentFile:
@@ -122,7 +74,7 @@ def load_latent(path: str | os.PathLike, scaled: bool | None = None, model: str 
     if model not in (None, *MODELS):
         raise WeightsError(f"{path}: no model is called {model!r}; the known ones are {', '.join(MODELS)}")
     weights = Weights(path)
-    kind = _kind(weights, model)
+    kind = kind_of(weights, model)
     others = _others(weights) if kind.key == "latent_tensor" else ()
     z = _values(weights, kind)
     if not kind.batched:
@@ -132,47 +84,12 @@ def load_latent(path: str | os.PathLike, scaled: bool | None = None, model: str 
     if scaled is None:
         raise WeightsError(f"{path}: this is a {kind.name}, which may be raw or scaled; set scaling to raw or scaled")
     if scaled and fitting_spaces(z.shape):
-        z = (SPACES[found] if found else _scaling_space(z)).unscale(z.float())
+        space = SPACES[found] if found else _scaling_space(z)
+        z, found = space.unscale(z.float()), space.name
     return LatentFile(z, kind.name, found, _frames(weights), others)
 
 
-def _kind(weights: Weights, model: str | None) -> _Kind:
-    """The kind of the file, by its metadata and keys.
-
-    Raises:
-        WeightsError: not a latent file, or a cache of an unknown model.
-    """
-    keys = [key for key in weights.shapes if key != "latent_format_version_0"]
-    caches = [key for key in keys if LATENTS_KEY.fullmatch(key)]
-    if "latent_tensor" in keys:
-        return _Kind("ComfyUI latent", "latent_tensor", False, weights.metadata.get("kvae_space"), batched=True)
-    if "latent" in keys:
-        return _Kind("musubi-tuner latent", "latent", True)
-    if len(caches) == 1:
-        return _cache(weights, caches[0], model)
-    if len(keys) == 1 and len(weights.shapes[keys[0]]) in (4, 5):
-        return _Kind(f"single tensor {keys[0]}", keys[0], True, either_layout=True)
-    raise WeightsError(
-        f"{weights.path}: its tensors are {', '.join(sorted(keys)[:3]) or 'none'} …; expected a latent: a ComfyUI "
-        ".latent, a musubi-tuner latent or cache, or a file with one tensor of 4 or 5 dimensions"
-    )
-
-
-def _cache(weights: Weights, key: str, model: str | None) -> _Kind:
-    architecture = weights.metadata.get("architecture", "")
-    name = f"musubi-tuner cache of {architecture or 'an unnamed model'}"
-    if architecture and architecture not in ARCHITECTURES:
-        raise WeightsError(
-            f"{weights.path}: this is a {name[:90]}, whose latents are from another VAE; expected one of "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-    if architecture:
-        found = ARCHITECTURES[architecture]
-        return _Kind(name, key, found.scaled, found.space.name)
-    return _Kind(name, key, CACHED[model].scaled if model in CACHED else None)
-
-
-def _values(weights: Weights, kind: _Kind) -> Tensor:
+def _values(weights: Weights, kind: Kind) -> Tensor:
     """The tensor, raw or scaled; in float32, except for what ComfyUI saved in another of its dtypes.
 
     Raises:
@@ -204,8 +121,8 @@ def _floats(weights: Weights, key: str) -> Tensor:
     return z
 
 
-def _part_keys(parts: int) -> list[str]:
-    """The tensors of the parts after the first."""
+def part_keys(parts: int) -> list[str]:
+    """The keys of the tensors after the first in a file of a latent of several parts."""
     return [f"latent_part_{n}" for n in range(2, parts + 1)]
 
 
@@ -216,9 +133,9 @@ def _others(weights: Weights) -> tuple[Tensor, ...]:
         WeightsError: the file does not hold the parts that it counts, or one of them is empty or not of floats.
     """
     text = weights.metadata.get("kvae_parts") or "1"
-    if not _COUNT.fullmatch(text) or int(text) > MAX_PARTS:
+    if not COUNT.fullmatch(text) or int(text) > MAX_PARTS:
         raise WeightsError(f"{weights.path}: kvae_parts is {text[:60]!r}; expected a number from 1 to {MAX_PARTS}")
-    keys, found = _part_keys(int(text)), {key for key in weights.shapes if key.startswith("latent_part_")}
+    keys, found = part_keys(int(text)), {key for key in weights.shapes if key.startswith("latent_part_")}
     if found != set(keys):
         raise WeightsError(
             f"{weights.path}: kvae_parts is {text}, so after latent_tensor come {_names(keys)}, but the file holds "
@@ -237,12 +154,15 @@ def _names(keys: Iterable[str]) -> str:
     return ", ".join(sorted(keys)[:MAX_PARTS])[:300] or "none"
 
 
-def _batched(weights: Weights, kind: _Kind, z: Tensor, model: str | None) -> Tensor:
+def _batched(weights: Weights, kind: Kind, z: Tensor, model: str | None) -> Tensor:
     """[c, t, h, w] or [t, h, w, c], with or without a batch → [B, c, t, h, w]; an image latent stays as it is.
 
     Raises:
-        WeightsError: two readings fit, and neither the file nor the user decides.
+        WeightsError: two readings fit, and neither the file nor the user decides; or it has other dimensions.
     """
+    if z.ndim not in (4, 5):
+        raise WeightsError(f"{weights.path}: {kind.key} is {list(z.shape)}; a latent has 4 or 5 dimensions")
+    model = kind.model or model
     first = z.shape[-4] in _CHANNELS
     last = z.shape[-1] == SPACES["hunyuan_video"].channels  # only Kandinsky 5 has its channels last
     image = kind.either_layout and z.ndim == 4 and z.shape[1] in _IMAGE_CHANNELS
@@ -263,17 +183,16 @@ def _batched(weights: Weights, kind: _Kind, z: Tensor, model: str | None) -> Ten
     return z[None] if z.ndim == 4 and (first or last) else z
 
 
-def _space(weights: Weights, kind: _Kind, z: Tensor, model: str | None) -> str | None:
+def _space(weights: Weights, kind: Kind, z: Tensor, model: str | None) -> str | None:
     """The name of the space, if the file or the user names it.
 
     Raises:
         WeightsError: the two disagree, the space is unknown, or the latent does not have its shape.
     """
-    named = "hunyuan_video" if model == KANDINSKY else model
-    names = {name for name in (kind.space, named) if name}
+    names = {"hunyuan_video" if name == KANDINSKY else name for name in (kind.model, model) if name}
     if len(names) > 1:
         raise WeightsError(
-            f"{weights.path}: the file names the space {kind.space}, but model is {model}; set model to auto"
+            f"{weights.path}: the file names the space {kind.model}, but model is {model}; set model to auto"
         )
     for name in names:
         if name not in SPACES:
@@ -290,15 +209,13 @@ def _space(weights: Weights, kind: _Kind, z: Tensor, model: str | None) -> str |
 
 
 def _scaling_space(z: Tensor) -> LatentSpace:
-    """The space of this shape whose samplers scale; the first space of this shape if none does."""
-    spaces = fitting_spaces(z.shape)
-    return next((space for space in spaces if space.scaling_factor), spaces[0])
+    """The space of this shape whose samplers scale; there is one for each number of channels."""
+    return next(space for space in fitting_spaces(z.shape) if space.scaling_factor)
 
 
 def _frames(weights: Weights) -> int | None:
     text = weights.metadata.get("kvae_frames") or None
-    if text is None:
-        return None
-    if not _COUNT.fullmatch(text):
+    if text and not COUNT.fullmatch(text):
         raise WeightsError(f"{weights.path}: kvae_frames is {text[:60]!r}; expected a number of frames")
-    return int(text)
+    others = (weights.metadata.get(key, "") for key in ("frame_count", "video_length"))  # which may be "None"
+    return next((int(each) for each in (text, *others) if each and COUNT.fullmatch(each)), None)

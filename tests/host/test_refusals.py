@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from kvae_comfyui.serving.latent_files import save_latent
+from kvae_comfyui.serving.latent_writers import save_latent
 from kvae_comfyui.serving.sample_clip import sample_clip
 
 from .conftest import NATIVE, with_hidden

@@ -11,7 +11,7 @@ import torch
 
 import needs
 from kvae_comfyui.benchmarks.comfy_server import Server
-from kvae_comfyui.serving.latent_files import save_latent
+from kvae_comfyui.serving.latent_writers import save_latent
 
 from .page import Page
 from .test_workflows import find, read, to_api

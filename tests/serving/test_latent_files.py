@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from kvae_comfyui.kvae import WeightsError
 from kvae_comfyui.serving.architectures import MODELS
-from kvae_comfyui.serving.latent_files import load_latent, save_latent
+from kvae_comfyui.serving.latent_files import load_latent
+from kvae_comfyui.serving.latent_writers import save_latent
 
 SCALE, SCALE_15, SCALE_T4S16 = 0.476986, 1.03682, 0.910344004631042
 VERSION = {"latent_format_version_0": torch.empty(0)}
@@ -32,10 +33,10 @@ def save(tmp_path):
     ("tensors", "metadata", "kind", "shape", "factor", "space"),
     [
         # musubi-tuner's generators, with and without a batch
-        ({"latent": (16, 2, 4, 6)}, {}, "musubi-tuner latent", (1, 16, 2, 4, 6), 1 / SCALE, None),
-        ({"latent": (32, 2, 4, 6)}, {}, "musubi-tuner latent", (1, 32, 2, 4, 6), 1 / SCALE_15, None),
-        ({"latent": (1, 32, 2, 4, 6)}, {}, "musubi-tuner latent", (1, 32, 2, 4, 6), 1 / SCALE_15, None),
-        ({"latent": (16, 16, 4, 16)}, {}, "musubi-tuner latent", (1, 16, 16, 4, 16), 1 / SCALE, None),
+        ({"latent": (16, 2, 4, 6)}, {}, "musubi-tuner latent", (1, 16, 2, 4, 6), 1 / SCALE, "hunyuan_video"),
+        ({"latent": (32, 2, 4, 6)}, {}, "musubi-tuner latent", (1, 32, 2, 4, 6), 1 / SCALE_15, "hunyuan_video_1.5"),
+        ({"latent": (1, 32, 2, 4, 6)}, {}, "musubi-tuner latent", (1, 32, 2, 4, 6), 1 / SCALE_15, "hunyuan_video_1.5"),
+        ({"latent": (16, 16, 4, 16)}, {}, "musubi-tuner latent", (1, 16, 16, 4, 16), 1 / SCALE, "hunyuan_video"),
         # musubi-tuner's caches
         ({"latents_2x4x6_bfloat16": (16, 2, 4, 6)}, "hunyuan_video", "cache of", (1, 16, 2, 4, 6), 1, "hunyuan_video"),
         (
@@ -54,14 +55,25 @@ def save(tmp_path):
             1 / SCALE,
             "hunyuan_video",
         ),
-        ({"latents_2x4x6_float16": (16, 2, 4, 6)}, "framepack", "cache", (1, 16, 2, 4, 6), 1 / SCALE, "hunyuan_video"),
+        ({"latents_1x4x16_float32": (16, 1, 4, 16)}, "hunyuan_video", "cache", (1, 16, 1, 4, 16), 1, "hunyuan_video"),
+        # layouts that only the metadata tell
+        ({"latents": (1, 16, 5, 8, 16)}, "kandinsky5", "single", (1, 16, 16, 5, 8), 1 / SCALE, "hunyuan_video"),
+        ({"latents": (1, 16, 5, 8, 16)}, "hunyuan_video", "single", (1, 16, 5, 8, 16), 1 / SCALE, "hunyuan_video"),
+        ({"latents": (1, 16, 5, 8, 16)}, {"kvae_space": "kvae_3d_1.0"}, "single", (1, 16, 5, 8, 16), 1, "kvae_3d_1.0"),
         # diffusers: channels first
-        ({"anything": (1, 16, 2, 4, 6)}, {}, "single tensor anything", (1, 16, 2, 4, 6), 1 / SCALE, None),
-        ({"latents": (2, 64, 2, 4, 6)}, {}, "single tensor latents", (2, 64, 2, 4, 6), 1 / SCALE_T4S16, None),
+        ({"anything": (1, 16, 2, 4, 6)}, {}, "single tensor anything", (1, 16, 2, 4, 6), 1 / SCALE, "hunyuan_video"),
+        (
+            {"latents": (2, 64, 2, 4, 6)},
+            {},
+            "single tensor latents",
+            (2, 64, 2, 4, 6),
+            1 / SCALE_T4S16,
+            "kvae_3d_2.0_t4s16",
+        ),
         # Kandinsky 5's channels last, of diffusers and of its own code
-        ({"latents": (1, 31, 8, 12, 16)}, {}, "single tensor", (1, 16, 31, 8, 12), 1 / SCALE, None),
-        ({"latents": (2, 5, 64, 96, 16)}, {}, "single tensor", (2, 16, 5, 64, 96), 1 / SCALE, None),
-        ({"latents": (61, 64, 96, 16)}, {}, "single tensor", (1, 16, 61, 64, 96), 1 / SCALE, None),
+        ({"latents": (1, 31, 8, 12, 16)}, {}, "single tensor", (1, 16, 31, 8, 12), 1 / SCALE, "hunyuan_video"),
+        ({"latents": (2, 5, 64, 96, 16)}, {}, "single tensor", (2, 16, 5, 64, 96), 1 / SCALE, "hunyuan_video"),
+        ({"latents": (61, 64, 96, 16)}, {}, "single tensor", (1, 16, 61, 64, 96), 1 / SCALE, "hunyuan_video"),
         # image latents are not changed
         ({"latents": (1, 4, 64, 64)}, {}, "single tensor", (1, 4, 64, 64), 1, None),
         ({"latents": (1, 16, 96, 64)}, {}, "single tensor", (1, 16, 96, 64), 1, None),
@@ -73,7 +85,7 @@ def test_latent_files_of_other_programs_are_read_as_raw(save, tensors, metadata,
     assert kind in found.kind
     assert (found.z.shape, found.space, found.z.dtype) == (shape, space, torch.float32)
     z = save.first if save.first.ndim == len(shape) else save.first[None]
-    z = z if z.shape == shape else z.movedim(-1, 1)
+    z = z.movedim(-1, 1) if z.shape != shape else z
     torch.testing.assert_close(found.z, z * factor)
 
 
@@ -119,10 +131,51 @@ def test_a_cache_without_a_model_needs_its_scale(save):
 
 
 @pytest.mark.parametrize("architecture", ["wan", "qwen_image", "flux_kontext", "x"])
-def test_a_cache_of_another_model_is_refused_by_name(save, architecture):
-    path = save({"latents_2x4x6_float32": (16, 2, 4, 6)}, architecture=architecture)
+@pytest.mark.parametrize("key", ["latents_2x4x6_float32", "latents_4x6_float32", "latent"])
+def test_a_cache_of_another_model_is_refused_by_name(save, architecture, key):
+    path = save({key: (16, 2, 4, 6)}, architecture=architecture)
     with pytest.raises(WeightsError, match=f"a musubi-tuner cache of {architecture}, whose latents are from another"):
         load_latent(path, scaled=False, model="hunyuan_video")
+
+
+@pytest.mark.parametrize("scaled", [None, False, True])
+def test_a_section_of_framepack_is_refused(save, scaled):
+    sections = {"latents_9x4x6_float16": (16, 9, 4, 6), "latents_clean_9x4x6_float16": (16, 2, 4, 6)}
+    with pytest.raises(
+        WeightsError, match="framepack, which holds a section of a clip without the clip's first latent"
+    ):
+        load_latent(save(sections, architecture="framepack"), scaled, "hunyuan_video")
+
+
+def test_an_output_that_may_be_of_wan_is_not_guessed(save):
+    theirs = {"infer_steps": "20", "guidance_scale": "5.0", "video_length": "5"}
+    path = save({"latent": (16, 2, 4, 6)}, **theirs)
+    with pytest.raises(WeightsError, match="may be of Wan 2.1, whose VAE is another one; .* set model"):
+        load_latent(path)
+    assert load_latent(path, model="hunyuan_video").space == "hunyuan_video"
+    assert load_latent(save({"latent": (16, 2, 4, 6)}, **theirs, embedded_cfg_scale="6.0")).space == "hunyuan_video"
+    assert load_latent(save({"latent": (32, 2, 4, 6)}, **theirs)).space == "hunyuan_video_1.5"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_caches_of_every_precision_are_read_in_float32(save, dtype):
+    z = torch.randn(16, 2, 4, 6).to(dtype)
+    found = load_latent(save({f"latents_2x4x6_{str(dtype)[6:]}": z}, architecture="hunyuan_video"))
+    assert torch.equal(found.z, z[None].float())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "frames"),
+    [
+        ({"latents_2x4x6_float16": (16, 2, 4, 6)}, {"frame_count": "5", "architecture": "kandinsky5"}, 5),
+        ({"latents_1x4x6_float16": (16, 1, 4, 6)}, {"architecture": "kandinsky5"}, None),
+        ({"latent": (16, 2, 4, 6)}, {"video_length": "6"}, 6),
+        ({"latent": (16, 2, 4, 6)}, {"video_length": "None"}, None),
+        ({"latent": (16, 2, 4, 6)}, {"video_length": "5", "kvae_frames": "3"}, 3),
+    ],
+)
+def test_the_metadata_tell_the_number_of_frames(save, tensors, metadata, frames):
+    assert load_latent(save(tensors, **metadata)).frames == frames
 
 
 @pytest.mark.parametrize("name", ["hunyuan_video", "kvae_3d_1.0", "kvae_3d_2.0_t4s8"])
@@ -257,6 +310,8 @@ def test_complex_empty_and_absent_latents_are_refused(save, tmp_path):
         ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_frames": "-5"}, "kvae_frames is '-5'"),
         ({"latent_tensor": (1, 16, 2, 4, 4)}, {"kvae_frames": "9" * 5000}, "kvae_frames is '999"),
         ({"latents_2x4x6_float32": (8, 2, 4, 6)}, {"architecture": "kandinsky5"}, "hunyuan_video has 16 channels"),
+        ({"latents_2x4x6_float32": (16, 4, 6)}, {"architecture": "kandinsky5"}, "a latent has 4 or 5 dimensions"),
+        ({"latent": (16, 4, 6)}, {}, "latent is [16, 4, 6]; a latent has 4 or 5 dimensions"),
     ],
 )
 def test_other_files_are_refused_in_one_line(save, tensors, metadata, words):
