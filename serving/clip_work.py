@@ -8,11 +8,12 @@ Each try begins at the first segment, since a failed one leaves no state to go o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from math import prod
 
+import torch
 from torch import Tensor
 
 from ..adapters.hybrid import HybridVAE, from_kvae_pixels, to_kvae_pixels
@@ -21,6 +22,7 @@ from .ladder import Ladder
 from .memory import with_less_memory
 from .to_host import to_host
 
+Chunks = Callable[[], Iterable[Tensor]]  # makes the pixels of a clip, [1, 3, n, H, W], cut anywhere in time, anew
 Report = Callable[[int], None]  # called with the number of latent frames of the clip that are done
 Show = Callable[[Tensor], None]  # called with new frames of the whole picture, [1, 3, n, H, W]; not to be kept
 
@@ -48,6 +50,25 @@ def encode_clip(vae: HybridVAE, x_13THW: Tensor, ladder: Ladder, report: Report)
             report(done // tiles)
         report(t)
         yield vae.from_kvae(z)
+
+    (z,) = with_less_memory(work, ladder.step_down)
+    return z
+
+
+def encode_clip_stream(vae: HybridVAE, chunks: Chunks, ladder: Ladder, report: Report) -> Tensor:
+    """As `encode_clip`, of a clip whose pixels come chunk by chunk: two segments of them are held at most.
+
+    Args:
+        ladder: of plans without tiles.
+    """
+
+    def work() -> Iterator[Tensor]:
+        latents: list[Tensor] = []
+        pixels = (to_kvae_pixels(_placed(vae, x)) for x in chunks())
+        for posterior in ladder.watch(vae.kvae.encode_stream(pixels, ladder.execution)):
+            latents.append(posterior.mean.clone())  # which is half of a tensor that is not needed
+            report(sum(z.shape[2] for z in latents))
+        yield vae.from_kvae(torch.cat(latents, dim=2))
 
     (z,) = with_less_memory(work, ladder.step_down)
     return z

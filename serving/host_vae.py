@@ -32,7 +32,7 @@ from ..adapters.files import LatentAdapter
 from ..adapters.hybrid import HybridVAE
 from ..adapters.spaces import LatentSpace
 from ..kvae import KVAE, SEGMENT_FRAMES, plan_decode, plan_encode
-from .clip_work import Report, Show, decode_clip, decode_clip_stream, encode_clip
+from .clip_work import Chunks, Report, Show, decode_clip, decode_clip_stream, encode_clip, encode_clip_stream
 from .ladder import Ladder
 from .latent_statistics import warn_of_faults
 from .memory import room_for
@@ -109,6 +109,22 @@ class HostVAE(nn.Module):
         weight, copies = next(self.kvae.parameters()), 1 if device is None else 2
         held = copies * prod(x.shape[1:]) * weight.dtype.itemsize
         return self._encode(x, self.planner.ladder(plan_encode, x.shape, held=held))
+
+    def encode_stream(self, chunks: Chunks, x_shape: Sequence[int]) -> Tensor:
+        """Raw latents [1, c, t, h, w] of a clip that comes chunk by chunk: memory is flat in its length.
+
+        Args:
+            chunks: makes the pixels from the start, [1, 3, n, H, W], cut anywhere in time; called again if memory runs
+                out. Values are not checked.
+            x_shape: of the whole clip, [1, 3, 4n + 1, H, W].
+
+        Raises:
+            ValueError, WeightsError, BudgetError, torch.OutOfMemoryError: as `encode`.
+        """
+        self.vae.check_encodes()
+        ladder = self.planner.ladder(plan_encode, x_shape, stream=True)
+        (report,) = self._reports(1, (x_shape[2] - 1) // self.space.temporal_factor + 1)
+        return encode_clip_stream(self.vae, chunks, ladder, report)
 
     def encode_tiled(
         self, x_B3THW: Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64, **_: int
