@@ -1,18 +1,29 @@
-"""Write the clips of a batch, as they are decoded, into a file each."""
+"""Write the clips of a batch, as they are decoded, into a file or a folder of pictures each."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 from torch import Tensor
 
 from .clips import cut_clip
-from .video_writer import VideoWriter
+
+
+class ClipWriter(Protocol):
+    """Takes the frames of a clip, [T, H, W, 3] in 0..1, as a VideoWriter does."""
+
+    def write(self, frames_THW3: Tensor) -> None: ...
 
 
 def write_clips(
-    segments: Iterator[Tensor], clips: int, decoded: int, kept: int, new_file: Callable[[int], VideoWriter]
+    segments: Iterator[Tensor],
+    clips: int,
+    decoded: int,
+    kept: int,
+    new_file: Callable[[int], AbstractContextManager[ClipWriter]],
 ) -> None:
     """Write the first `kept` frames of each clip into its file.
 

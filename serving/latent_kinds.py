@@ -46,10 +46,8 @@ def kind_of(weights: Weights, model: str | None) -> Kind:
         _check_not_wan(weights, named or model)
         return Kind("musubi-tuner latent", "latent", True, named)
     if len(caches) == 1:
-        name, told = (
-            f"musubi-tuner cache of {found.name if found else 'an unnamed model'}",
-            found or CACHED.get(model or ""),
-        )
+        name = f"musubi-tuner cache of {found.name if found else 'an unnamed model'}"
+        told = found or CACHED.get(model or "")
         return Kind(name, caches[0], told.scaled if told else None, named)
     if len(keys) == 1 and len(weights.shapes[keys[0]]) in (4, 5):
         return Kind(f"single tensor {keys[0]}", keys[0], True, named, either_layout=True)

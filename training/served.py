@@ -13,7 +13,7 @@ import torch
 
 from ..adapters.files import load_adapter
 from ..adapters.spaces import native_space
-from ..kvae import load_kvae
+from ..kvae import KVAE, load_kvae
 from ..serving.host_vae import HostVAE
 from ..serving.memory import free_memory
 from .errors import UserError
@@ -45,18 +45,21 @@ class ServedOptions:
     device: str = option(DEVICE, "device of KVAE and adapters", metavar="DEVICE")
 
 
-def load_served(options: ServedOptions, space: str, ways: Sequence[str] = ("decode", "encode")) -> HostVAE:
+def load_served(
+    options: ServedOptions, space: str, ways: Sequence[str] = ("decode", "encode"), kvae: KVAE | None = None
+) -> HostVAE:
     """Load a KVAE that serves latents of a space.
 
     Args:
         space: the name of the space of the latents.
         ways: what it must be able to do; the adapters for anything else are not read.
+        kvae: the KVAE of these options, if it is loaded already, for another space.
 
     Raises:
         UserError: an adapter is missing.
         WeightsError: a file is not what it should be, or does not fit the others.
     """
-    kvae = load_kvae(weights_file(options.kvae, "kvae"), dtype_of(options), options.device)
+    kvae = kvae or load_kvae_of(options)
     native = native_space(kvae.config).name
     decode, encode = ("", "") if space == native else _adapter_paths(options, ways)
     paths = {"decode": (decode, (space, native)), "encode": (encode, (native, space))}
@@ -69,6 +72,15 @@ def load_served(options: ServedOptions, space: str, ways: Sequence[str] = ("deco
             )
     adapters = [load_adapter(path, way, options.device) if path else None for path, way in paths.values()]
     return with_memory(HostVAE(kvae, *adapters), options.memory_gb)
+
+
+def load_kvae_of(options: ServedOptions) -> KVAE:
+    """Load the KVAE of these options, frozen.
+
+    Raises:
+        WeightsError: there is none, or the file is not what it should be.
+    """
+    return load_kvae(weights_file(options.kvae, "kvae"), dtype_of(options), options.device)
 
 
 def with_memory(host: HostVAE, memory_gb: float) -> HostVAE:
