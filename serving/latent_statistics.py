@@ -72,12 +72,12 @@ def certain_fault(z_Bcthw: Tensor, space: LatentSpace) -> str | None:
     if mean.abs().max() < NORMAL_MEAN and low < std.min() and std.max() < high:
         return (
             f"This latent looks scaled: its standard deviation is {whole:.2f}, that of raw {space.name} latents about "
-            f"{raw:.2f}. If the colours are flat, choose scaled in KVAE Decode."
+            f"{raw:.2f}. If the colours are flat, choose scaled, in KVAE Decode or with --scaling."
         )
     if whole > TOO_LARGE * raw:
         return (
             f"This latent has a standard deviation of {whole:.2f}, raw {space.name} latents have about {raw:.2f}. "
-            "If the colours are burnt, choose raw in KVAE Decode."
+            "If the colours are burnt, choose raw, in KVAE Decode or with --scaling."
         )
     return None
 

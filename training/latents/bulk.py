@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,11 +33,14 @@ class Bulk:
 
     @contextmanager
     def file(self, path: Path) -> Iterator[None]:
-        """A context of work on a file. An error in it is printed in one line, and ends only this file.
+        """A context of work on a file. An error in it is printed in one line, and ends only this file. Warnings that
+        are logged meanwhile name the file.
 
         Raises:
             WeightsError: the disk is full, so that the next file would fail, too.
         """
+        warnings = _Warnings(lambda text: self.say(text if str(path) in text else f"{path}: {text}"))
+        logging.getLogger().addHandler(warnings)
         try:
             yield
         except Exception as error:
@@ -45,6 +49,8 @@ class Bulk:
             self.failed.add(path)
             reason = str(error) if isinstance(error, KVAEError | ValueError | MemoryError) else reason_of(error)
             self.say(f"skipped: {reason if str(path) in reason else f'{path}: {reason}'}")
+        finally:
+            logging.getLogger().removeHandler(warnings)
 
     def take(self, path: Path, results: Iterable[Path], made: str) -> None:
         """Note what a file is to give, and whether that is there.
@@ -88,6 +94,14 @@ class Bulk:
         counts = f"{len(self.made)} {self.verb}, {len(self.there)} already there, {len(self.failed)} skipped"
         print(f"{counts} → {output}")
         return code
+
+
+class _Warnings(logging.Handler):
+    """Gives the texts of warnings to a function, instead of printing them across the line of progress."""
+
+    def __init__(self, say: Callable[[str], None]):
+        super().__init__(logging.WARNING)
+        self.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
 
 
 class Progress:

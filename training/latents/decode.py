@@ -58,6 +58,7 @@ class Task:
         form: MP4, FRAMES or PNG.
         names: of each clip, without an ending.
         made: what its results are made of.
+        sound: whether the file holds more than the video.
     """
 
     source: Source
@@ -67,6 +68,7 @@ class Task:
     form: str
     names: list[str]
     made: str
+    sound: bool
 
     @property
     def work(self) -> int:
@@ -91,7 +93,7 @@ def run(config: DecodeConfig) -> int:
     bulk, vaes, tasks = Bulk("decoded", len(sources)), VAEs(config), []
     for source in sources:
         with bulk.file(source.path):
-            task = _task(source, vaes, config, bulk)
+            task = _task(source, vaes, config)
             bulk.take(source.path, task.results(config.output), task.made)
             tasks.append(task)
     if config.previews:
@@ -122,7 +124,7 @@ class VAEs:
         return self.vaes[space]
 
 
-def _task(source: Source, vaes: VAEs, config: DecodeConfig, bulk: Bulk) -> Task:
+def _task(source: Source, vaes: VAEs, config: DecodeConfig) -> Task:
     """Read a file, and find out what is to be made of it.
 
     Raises:
@@ -135,11 +137,10 @@ def _task(source: Source, vaes: VAEs, config: DecodeConfig, bulk: Bulk) -> Task:
     settings: dict[str, Any] = {"scaling": config.scaling, "model": config.model, "format": form}
     if form == MP4:
         settings |= {"fps": config.fps, "codec": config.codec, "crf": config.crf}
-    if found.others:
-        bulk.say(f"{source.path}: only the video is decoded; the sound in it needs the audio VAE of its model")
     kept = 1 if form == PNG else frames_to_keep(decoded, found.frames, vae.space.temporal_factor)
     names = [source.name if clips == 1 else f"{source.name}.{clip:03d}" for clip in range(clips)]
-    return Task(source, vae, tuple(found.z.shape), kept, form, names, made_of(source.path, vae, settings))
+    made = made_of(source.path, vae, settings)
+    return Task(source, vae, tuple(found.z.shape), kept, form, names, made, sound=bool(found.others))
 
 
 def _space(path: Path, found: LatentFile) -> str:
@@ -163,6 +164,8 @@ def _each(tasks: list[Task], config: DecodeConfig, bulk: Bulk, previews: bool = 
         for task in tasks:
             path, task.vae.on_progress = task.source.path, progress.of_file(task.work)
             with bulk.file(path):
+                if task.sound and not previews:
+                    bulk.say(f"{path}: only the video is decoded; the sound in it needs the audio VAE of its model")
                 pictures = task.previews(config.output)
                 if previews and all([is_there(picture, task.made) for picture in pictures]):
                     continue

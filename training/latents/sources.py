@@ -86,7 +86,6 @@ def _distinct(files: Mapping[Path, str]) -> dict[Path, str]:
             return names
         shorter = {path: files[path] for path in clashing if names[path] != files[path]}
         if not shorter:
-            raise UserError(
-                f"{clashing[0]} and {clashing[1]}: both have one name; give them in two runs with two --output"
-            )
+            one, other, *_ = clashing
+            raise UserError(f"{one} and {other} would give results of one name; use two runs, with two --output")
         names |= shorter
