@@ -134,6 +134,9 @@ RECONSTRUCT = (
     "reconstruct --video-path {job}/videos/v_Wave_g01_c01.mp4 --output {d}/r.mp4 --num-frames 9 --height 48 --width 64"
     + CPU
 )
+DECODE = "decode {d}/a.latent --output {d}/o" + CPU
+ENCODE = "encode {job}/videos/v_Wave_g01_c01.mp4 --output {d}/o" + CPU
+INSPECT = "inspect {d}/a.latent"
 TINY_COMMAND = "tiny --videos-root {job}/videos --output {d}/t.safetensors" + CPU
 DEMO = "demo --videos {job}/videos --output-root {d}/demo" + CPU
 FETCH = "fetch --model KVAE-3D-1.0 --output {d}/m"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +14,10 @@ from tqdm import tqdm
 from ...kvae.errors import KVAEError
 from ...serving.remaining import Remaining, in_words
 from ..data.clips import reason_of
-from ..data.extract import is_disk_error
 from ..errors import UserError, printable
 from .made import is_there
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Bulk:
@@ -44,7 +46,7 @@ class Bulk:
         try:
             yield
         except Exception as error:
-            if is_disk_error(error):
+            if isinstance(error.__context__, OSError) and error.__context__.errno in FULL:
                 raise
             self.failed.add(path)
             reason = str(error) if isinstance(error, KVAEError | ValueError | MemoryError) else reason_of(error)

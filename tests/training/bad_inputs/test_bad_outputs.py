@@ -9,7 +9,9 @@ import pytest
 
 import needs
 from bad_rows import (
+    DECODE,
     DEMO,
+    ENCODE,
     EVALUATE,
     EXTRACT,
     FETCH,
@@ -29,7 +31,7 @@ job = pytest.fixture(scope="module")(make_job)
 
 FOLDERS = [
     *((EXTRACT, "--output-root"), (PACK, "--output-root"), (UNPACK, "--output-root"), (EVALUATE, "--output-root")),
-    *((DEMO, "--output-root"), (FETCH, "--output")),
+    *((DEMO, "--output-root"), (FETCH, "--output"), (DECODE, "--output"), (ENCODE, "--output")),
 ]
 TARGETS = [(TRAIN, "--out-h2k"), (TRAIN, "--out-k2h"), (RECONSTRUCT, "--output"), (TINY_COMMAND, "--output")]
 NO_PLACES = ["{d}/file/under", "/proc/x/y", "/sys/x/y", "{d}/{long}", "{d}/{long}/x", "{d}/loop/x", "{d}/a{nul}b", "''"]

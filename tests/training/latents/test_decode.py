@@ -1,5 +1,6 @@
 """The command `decode`: every kind of latent file gives its frames, and what is there already stays as it is."""
 
+import errno
 import json
 import signal
 import time
@@ -253,3 +254,17 @@ def test_results_say_nothing_of_the_machine(tmp_path):
     about = Image.open(tmp_path / "out" / "a.png").info["kvae_made_of"]
     assert set(json.loads(about)) == {"source", "weights", "scaling", "model", "format"}
     assert str(Path(tmp_path).name) not in about
+
+
+def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys):
+    for name in "ab":
+        save(tmp_path, f"{name}.latent", latent(t=1))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert "No space left on device; free some space" in refusal(
+        ["decode", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--device", "cpu"], capsys
+    )
+    assert names(tmp_path / "out") == []

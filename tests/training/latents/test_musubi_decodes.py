@@ -47,7 +47,9 @@ def test_musubi_decodes_what_we_write(tmp_path, monkeypatch, script, loader, nam
     words = ["--latent_path", *map(str, files), "--output_type", "images", "--save_path", str(tmp_path / "out")]
     words += ["--vae_dtype", "float32", "--device", "cpu", "--vae", "ours"]
     if script == "hv_generate_video":  # which demands options that it then does not use
-        words += [word for key in ("dit", "text_encoder1", "text_encoder2", "prompt") for word in (f"--{key}", "unused")]
+        words += [
+            word for key in ("dit", "text_encoder1", "text_encoder2", "prompt") for word in (f"--{key}", "unused")
+        ]
     monkeypatch.setattr(sys, "argv", [script, *words])
     theirs.main()
     for path, z in zip(files, clips, strict=True):
