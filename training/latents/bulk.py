@@ -116,9 +116,9 @@ class Progress:
     def __init__(self, label: str, sizes: Iterable[int]):
         total = sum(sizes)
         # the estimate that a tqdm makes counts the first segment, which compiles and is measured
-        form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
-        self.bar = tqdm(total=total, desc=label, unit_scale=True, bar_format=form, leave=False, disable=None)
-        self.before, self.remaining = 0, Remaining()
+        form = "{desc}: {percentage:3.0f}%|{bar}|"
+        self.bar = tqdm(total=total, desc=label, bar_format=form, leave=False, disable=None)
+        self.label, self.before, self.remaining = label, 0, Remaining()
         self.remaining.after(0, total)
 
     def __enter__(self) -> Progress:
@@ -135,6 +135,6 @@ class Progress:
         def on_progress(done: int, total: int) -> None:
             self.bar.update(before + size * done // total - self.bar.n)
             if done and (seconds := self.remaining.after(before + size * done // total, self.bar.total)) is not None:
-                self.bar.set_postfix_str(f"about {in_words(seconds)} left")
+                self.bar.set_description_str(f"{self.label}, about {in_words(seconds)} left")
 
         return on_progress
