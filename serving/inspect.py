@@ -95,7 +95,7 @@ def _verdict(z: Tensor, spaces: list[LatentSpace], std: float, known: str | None
     if std == 0:
         return ["All values are equal: this is an empty latent, not sampled yet."]
     if known:
-        return [f"Space: {known} (stated, not guessed from the shape)."]
+        return [f"Space: {known} (known, not guessed from the shape alone)."]
     lines = []
     for space in spaces:
         if raw := space.raw_deviation:

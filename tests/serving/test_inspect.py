@@ -19,7 +19,7 @@ def test_raw_and_scaled_latents_are_distinguished_by_their_deviation():
 
 def test_a_stated_space_is_not_guessed():
     report = describe(Z, "kvae_3d_1.0")
-    assert "Space: kvae_3d_1.0 (stated, not guessed from the shape)." in report
+    assert "Space: kvae_3d_1.0 (known, not guessed from the shape alone)." in report
     assert "hunyuan_video" not in report
 
 
