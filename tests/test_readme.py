@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from kvae_comfyui.kvae.hub import WEIGHTS_FILES
 from kvae_comfyui.training.cli import main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("web/docs/*.md")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md"]
+PAGES += [*ROOT.glob("docs/**/*.md"), *ROOT.glob("web/docs/*.md")]
 
 
 def run_python(text: str, folder: Path, hub: Path | None = None) -> str:
@@ -86,6 +88,18 @@ def test_benches_and_options_that_pages_name_exist():
             source = file.read_text(encoding="utf-8")
             for option in re.findall(r"--[\w-]+", rest):
                 assert f'"{option}"' in source, f"{page}: {name} {option}"
+
+
+@pytest.mark.parametrize("example", sorted(ROOT.glob("examples/*.py")), ids=lambda file: file.stem)
+def test_options_that_an_example_names_exist(example, capsys):
+    found = re.findall(r"-m examples\.(\w+)((?:[^\n`]*\\\n)*[^\n`]*)", example.read_text(encoding="utf-8"))
+    assert found or example.stem in ("__init__", "common")
+    for name, rest in found:
+        with pytest.raises(SystemExit):
+            import_module(f"kvae_comfyui.examples.{name}").main(["--help"])
+        shown = capsys.readouterr().out
+        assert name == example.stem
+        assert all(option in shown for option in re.findall(r"--[\w-]+", rest)), rest
 
 
 def anchors(page: Path) -> set[str]:
