@@ -32,6 +32,7 @@ VENV = ROOT / ".venv"
 PYTHON = str(VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 STAMP = VENV / "installed-steps.txt"
 OLDEST_PYTHON = (3, 11)
+MOST_WORKERS = 4  # processes that run tests, each of up to 2 GB
 
 # The arguments of each "pip install". PyTorch comes first, so that no other package installs another build of it.
 DEMO_STEPS = [
@@ -91,11 +92,13 @@ def demo(args: list[str]) -> int:
 def test(args: list[str]) -> int:
     """Run ruff, mypy and pytest in .venv; return 1 if one of them fails."""
     set_up(TEST_STEPS)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' models are small: threads would mostly wait
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)
     results = {
         "ruff check": run([PYTHON, "-m", "ruff", "check"]),
         "ruff format": run([PYTHON, "-m", "ruff", "format", "--check"]),
         "mypy": run([PYTHON, "-m", "mypy"], cwd=copy_for_mypy()),
-        "pytest": run([PYTHON, "-m", "pytest", *args]),
+        "pytest": run([PYTHON, "-m", "pytest", "-n", str(workers), "--dist", "loadfile", *args]),
     }
     failed = [name for name, code in results.items() if code]
     print(f"\nfailed: {', '.join(failed)}" if failed else f"\npassed: {', '.join(results)}")
