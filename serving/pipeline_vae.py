@@ -12,6 +12,7 @@ plans for the memory at hand and shows progress (`pipe.vae.host.on_progress`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from ..adapters.hybrid import HybridVAE
 from .host_vae import HostVAE
 from .memory import free_memory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,17 @@ class PipelineVAE(nn.Module):
         with self._at_work():
             x = self.host.decode(z_Bcthw.to(self.device))
         return Decoded(x.to(z_Bcthw))
+
+    def to(self, *args: Any, **options: Any) -> PipelineVAE:
+        """Move and convert the weights. float16, which KVAE is not made for, leaves their dtype, with a warning."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **options)
+        if dtype is torch.float16:
+            logger.warning("KVAE is not made for float16; it stays in %s", str(self.dtype).removeprefix("torch."))
+            dtype = self.dtype
+        return super().to(device=device, dtype=dtype, non_blocking=non_blocking)
+
+    def half(self) -> PipelineVAE:
+        return self.to(torch.float16)
 
     def _no_effect(self, *args: Any, **options: Any) -> None:
         """HostVAE needs no setting to work in little memory: it plans, and its tiles change nothing."""

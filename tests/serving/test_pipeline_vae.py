@@ -160,6 +160,15 @@ def test_it_is_a_module_whose_methods_return_it(vae):
     assert vae.to("meta").device == torch.device("meta")
 
 
+def test_float16_leaves_the_precision(vae, caplog):
+    """KVAE is not made for it, and musubi-tuner and diffusers ask for it readily."""
+    for ask in (lambda: vae.to(torch.float16), lambda: vae.to("cpu", torch.float16), vae.half):
+        caplog.clear()
+        assert ask() is vae and vae.dtype is torch.float32
+        assert caplog.messages == ["KVAE is not made for float16; it stays in float32"]
+    assert vae.to(torch.bfloat16).dtype is torch.bfloat16
+
+
 def test_it_computes_no_gradients(vae):
     z = torch.randn(1, 16, 2, 4, 4, requires_grad=True)
     assert not vae.requires_grad_(True).decode(z).sample.requires_grad
