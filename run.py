@@ -98,7 +98,7 @@ def test(args: list[str]) -> int:
         "ruff check": run([PYTHON, "-m", "ruff", "check"]),
         "ruff format": run([PYTHON, "-m", "ruff", "format", "--check"]),
         "mypy": run([PYTHON, "-m", "mypy"], cwd=copy_for_mypy()),
-        "pytest": run([PYTHON, "-m", "pytest", "-n", str(workers), "--dist", "loadfile", *args]),
+        "pytest": run([PYTHON, "-m", "pytest", "-n", str(workers), "--dist", "worksteal", *args]),
     }
     failed = [name for name, code in results.items() if code]
     print(f"\nfailed: {', '.join(failed)}" if failed else f"\npassed: {', '.join(results)}")
