@@ -130,10 +130,10 @@ class PipelineVAE(nn.Module):
     def to(self, *args: Any, **options: Any) -> PipelineVAE:
         """Move and convert the weights. float16, which KVAE is not made for, leaves their dtype, with a warning."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **options)
-        if dtype is torch.float16:
+        refused = dtype is torch.float16
+        if refused:
             logger.warning("KVAE is not made for float16; it stays in %s", str(self.dtype).removeprefix("torch."))
-            dtype = self.dtype
-        return super().to(device=device, dtype=dtype, non_blocking=non_blocking)
+        return super().to(device=device, dtype=None if refused else dtype, non_blocking=non_blocking)
 
     def half(self) -> PipelineVAE:
         return self.to(torch.float16)

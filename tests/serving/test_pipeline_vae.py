@@ -169,6 +169,14 @@ def test_float16_leaves_the_precision(vae, caplog):
     assert vae.to(torch.bfloat16).dtype is torch.bfloat16
 
 
+def test_float16_leaves_adapters_in_float32():
+    hybrid = tiny()
+    hybrid.kvae.bfloat16()
+    vae = PipelineVAE.of(hybrid).half()
+    assert vae.dtype is torch.bfloat16
+    assert {parameter.dtype for parameter in hybrid.decode_adapter.parameters()} == {torch.float32}
+
+
 def test_it_computes_no_gradients(vae):
     z = torch.randn(1, 16, 2, 4, 4, requires_grad=True)
     assert not vae.requires_grad_(True).decode(z).sample.requires_grad
