@@ -27,6 +27,7 @@ COMMANDS = {  # name → module, function in it, summary
     "encode": ("latents.encode", "run", "encode videos and images into latent files"),
     "inspect": ("latents.inspect", "run", "say what latent files are"),
     "reconstruct": ("evaluate.reconstruct", "run", "encode and decode one video with one VAE"),
+    "cache": ("musubi.cache", "run", "make musubi-tuner's latent caches from its dataset config"),
     "demo": ("demo", "run", "extract, train and evaluate with small models on real clips"),
     "tiny": ("tiny.train", "run", "train one of the two embedded small VAEs"),
     "musubi": ("musubi.script", "run", "run a script of musubi-tuner with KVAE in the place of its VAE"),

@@ -61,7 +61,7 @@ def load_served(
     """
     kvae = kvae or load_kvae_of(options)
     native = native_space(kvae.config).name
-    decode, encode = ("", "") if space == native else _adapter_paths(options, ways)
+    decode, encode = ("", "") if space == native else adapter_paths(options, ways)
     paths = {"decode": (decode, (space, native)), "encode": (encode, (native, space))}
     for way, (path, (source, target)) in paths.items():
         if space != native and way in ways and not path:
@@ -98,7 +98,7 @@ def dtype_of(options: ServedOptions) -> torch.dtype:
     return torch.bfloat16 if on_gpu else torch.float32
 
 
-def _adapter_paths(options: ServedOptions, ways: Sequence[str]) -> tuple[str, str]:
+def adapter_paths(options: ServedOptions, ways: Sequence[str]) -> tuple[str, str]:
     """The paths of both adapters (to decode, to encode); empty for one that is not needed or not given."""
     tiny = {way: str(path) if options.kvae == "tiny" else "" for way, path in TINY_ADAPTERS.items()}
     decode, encode = options.adapter_h2k or tiny["h2k"], options.adapter_k2h or tiny["k2h"]

@@ -65,10 +65,13 @@ class HunyuanVAE:
         if newer:
             vae.enable_slicing()
 
-    @torch.inference_mode()
     def encode(self, x_B3THW: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        x = pad_frames(to_unit(x_B3THW.to(self.vae.device), HUNYUAN_HALF_RANGE)).to(self.vae.dtype)
-        posterior = self.vae.encode(x).latent_dist
+        return self.encode_unit(pad_frames(to_unit(x_B3THW.to(self.vae.device), HUNYUAN_HALF_RANGE)), generator)
+
+    @torch.inference_mode()
+    def encode_unit(self, x_B3THW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Pixels in −1..1, of any float dtype, on any device; T is 4n + 1. Otherwise as `encode`."""
+        posterior = self.vae.encode(x_B3THW.to(self.vae.device, self.vae.dtype)).latent_dist
         return (posterior.sample(generator) if generator else posterior.mode()).float()
 
     @torch.inference_mode()
