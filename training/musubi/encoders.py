@@ -57,7 +57,7 @@ class Encoder(Protocol):
 class WholeClips:
     """The VAE of HunyuanVideo or HunyuanVideo 1.5, over whole clips.
 
-    In time it is causal, and diffusers' tiles of 17 frames would cut it off from what came before them.
+    diffusers' tiles of 17 frames would cut it off from the frames before them, which the models saw in their training.
     """
 
     def __init__(self, vae: HunyuanVAE):

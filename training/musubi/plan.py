@@ -108,7 +108,9 @@ def make_plan(dataset: Dataset, wanted: Wanted) -> Plan:
     """
     plan = Plan(dataset, find_items(dataset))
     choose = bucket_chooser(dataset)
-    for item, media in tqdm(_probed(plan.items, dataset.is_video), "look at media", len(plan.items), leave=False):
+    for item, media in tqdm(
+        _probed(plan.items, dataset.is_video), "look at media", len(plan.items), leave=False, delay=1
+    ):
         try:
             _add(plan, item, media(), choose, wanted)
         except Exception as error:

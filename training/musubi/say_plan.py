@@ -21,17 +21,22 @@ def say_plan(plan: Plan, replace: bool, delete_stale: bool) -> None:
     _say(f"{dataset.label}: {len(plan.items)} {dataset.kind}s in {dataset.directory or dataset.jsonl}")
     if dataset.is_video:
         _say_windows(plan)
-    buckets = [f"{name} ({count})" for name, count in buckets_in(plan).most_common()]
+    buckets = [f"{name} ({count}x)" for name, count in buckets_in(plan).most_common()]
     _say(f"  buckets: {', '.join(buckets[:MOST_BUCKETS]) or 'none'}{', …' if len(buckets) > MOST_BUCKETS else ''}")
     _say_collisions(plan)
     _say_files(plan, replace, delete_stale)
+    if dataset.is_video and (dataset.bucket_no_upscale or not dataset.enable_bucket):
+        _say(
+            "  musubi-tuner up to 0.3.4 trains on videos of these sizes, but its own caching ignores enable_bucket and "
+            "bucket_no_upscale: do not run it over this folder"
+        )
     if "[" in dataset.cache_directory:
         _say('  the cache directory has a "[" in its name: musubi-tuner 0.3.4 finds nothing in it')
 
 
 def _say_windows(plan: Plan) -> None:
     counts = Counter(windows for windows, _ in plan.clips.values())
-    _say(f"  windows per clip: {', '.join(f'{n} ({counts[n]} clips)' for n in sorted(counts)) or 'none'}")
+    _say(f"  windows per clip: {', '.join(f'{n} ({counts[n]}x)' for n in sorted(counts)) or 'none'}")
     fitted = "" if plan.dataset.source_fps is None else f" after {plan.dataset.source_fps} was fitted to 24 per second"
     least = min(plan.dataset.target_frames)
     short = [f"{item.path} has {frames}" for item, (windows, frames) in plan.clips.items() if not windows]
@@ -60,7 +65,7 @@ def _say_files(plan: Plan, replace: bool, delete_stale: bool) -> None:
     to_make = plan.by_state(MISSING) + (other if replace else [])
     free = shutil.disk_usage(_existing(Path(plan.dataset.cache_directory))).free
     _say(
-        f"  to make: {len(to_make)} caches, {_mb(to_make)} MB, in {plan.dataset.cache_directory} "
+        f"  caches to make: {len(to_make)}, {_mb(to_make)} MB, in {plan.dataset.cache_directory} "
         f"({free / 1e6:,.0f} MB free); there already: {len(fits)}"
     )
     if other:
