@@ -37,3 +37,13 @@ def hunyuan_options(folder: Path, architecture: str) -> list[str]:
             folder / "vae"
         )
     return ["--hunyuan-vae", str(folder / "vae")]
+
+
+def siglip_options(folder: Path) -> list[str]:
+    """A small random SigLIP in a folder as musubi-tuner reads it."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = SiglipVisionModel(SiglipVisionConfig(image_size=28, patch_size=14, **sizes))
+    model.save_pretrained(folder / "siglip" / "image_encoder")
+    return ["--i2v", "--image-encoder", str(folder / "siglip")]

@@ -1,5 +1,7 @@
 """The memory of a stream does not grow with the length of the clip, adapter included, and is what a host is told."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -63,3 +65,27 @@ def test_an_adapter_after_encoding_takes_no_more_than_the_encoder(network):
     held = host._clip_bytes(x.shape, torch.float32) + host._adapter_bytes()
     latents = 3 * 16 * 9 * 8 * 8 * 4  # KVAE's, the result and its copy: a batch is put together
     assert memory.peak <= host.memory_used_encode(x.shape, torch.float32) - held + x.nbytes + latents
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_memory_of_encoding_a_stream_grows_by_its_latents_only(network):
+    host, peaks = host_on_meta(network), []
+    for segments in (4, 12):
+        shape = 1, 3, 16 * segments + 1, 64, 64
+        chunks = partial(torch.empty(shape, device="meta").split, 16, dim=2)
+        with torch.no_grad(), PeakMemory() as memory:
+            host.encode_stream(chunks, shape)
+        peaks.append(memory.peak)
+    latents = 16 * 32 * 8 * 8 * 4
+    assert peaks[1] - peaks[0] <= 3 * latents  # KVAE's, those put together, and the result
+    assert 3 * latents < 128 * 3 * 64 * 64 * 4 / 8  # far below the pixels
+
+
+def test_a_clip_that_comes_in_chunks_has_the_same_latents():
+    host = HostVAE(small("2.0-t4s8"), None, LatentAdapter(Residual(16, 16), latent_space("kvae_3d_2.0_t4s8"), H))
+    x, told = torch.rand(1, 3, 37, 32, 48) * 2 - 1, []
+    host.on_progress = lambda done, total: told.append((done, total))
+    with torch.no_grad():
+        z = host.encode_stream(lambda: x.split(11, dim=2), x.shape)
+        assert told == [(0, 10), (5, 10), (9, 10), (10, 10)]
+        assert torch.equal(z, host.encode(x))
