@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -122,7 +123,7 @@ def run_extract(videos: Path, options: argparse.Namespace, out: Path) -> None:
         dtype="float32",
         fit="crop",
     )
-    loaded = {
+    loaded: dict[str, Any] = {
         "load_hunyuan_vae": kept(load_hunyuan_vae, "tiny", options.device),
         "load_kvae_for_training": kept(load_kvae_for_training, "tiny", options.device),
     }
@@ -133,7 +134,7 @@ def run_extract(videos: Path, options: argparse.Namespace, out: Path) -> None:
 def run_cache(videos: Path, options: argparse.Namespace, encoder: str, out: Path) -> None:
     """Cache the first frames of each video."""
     frames, height, width = map(int, options.size.split("x"))
-    dataset = {"video_directory": str(videos), "cache_directory": str(out), "caption_extension": ".txt"}
+    dataset: dict[str, Any] = {"video_directory": str(videos), "cache_directory": str(out), "caption_extension": ".txt"}
     dataset |= {"resolution": [width, height], "target_frames": [frames]}
     path = out.with_suffix(".json")
     path.write_text(json.dumps({"datasets": [dataset]}))

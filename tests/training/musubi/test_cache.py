@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import needs
 from command import refusal, start
+from encoder_files import hunyuan_options
 from kvae_comfyui.kvae.files import Weights
 from kvae_comfyui.serving.latent_files import load_latent
 from kvae_comfyui.training.cli import main
@@ -57,6 +58,17 @@ def test_the_models_own_vae_sees_whole_clips():
     assert z.shape == (16, 11, 2, 3)
     torch.testing.assert_close(z, whole)
     assert (plain.encode(x).latent_dist.mode()[0] - whole).abs().max() > 0.01
+
+
+@torch.inference_mode()
+def test_hunyuan_video_15_sees_whole_clips(tmp_path):
+    """As diffusers does, whose attention has a mask."""
+    path = hunyuan_options(tmp_path, "hunyuan_video_1.5")[1]
+    frames = [np.random.default_rng(n).integers(0, 256, (32, 48, 3), np.uint8) for n in range(21)]
+    whole = load_hunyuan_vae(path, "cpu").vae.encode(pixels(frames, 32, 48)).latent_dist.mode()[0]
+    z = WholeClips(load_hunyuan_vae(path, "cpu")).encode(frames, 32, 48, None)
+    assert z.shape == (32, 6, 2, 3)
+    torch.testing.assert_close(z, whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("encoder", ["hunyuan", "kvae"])
