@@ -41,7 +41,7 @@ class Bulk:
         Raises:
             WeightsError: the disk is full, so that the next file would fail, too.
         """
-        warnings = _Warnings(lambda text: self.say(text if str(path) in text else f"{path}: {text}"))
+        warnings = _Warnings(lambda text: self.say(_naming(path, text)))
         logging.getLogger().addHandler(warnings)
         try:
             yield
@@ -50,7 +50,7 @@ class Bulk:
                 raise
             self.failed.add(path)
             reason = str(error) if isinstance(error, KVAEError | ValueError | MemoryError) else reason_of(error)
-            self.say(f"skipped: {reason if str(path) in reason else f'{path}: {reason}'}")
+            self.say(f"skipped: {_naming(path, reason)}")
         finally:
             logging.getLogger().removeHandler(warnings)
 
@@ -96,6 +96,11 @@ class Bulk:
         counts = f"{len(self.made)} {self.verb}, {len(self.there)} already there, {len(self.failed)} skipped"
         print(f"{counts} → {output}")
         return code
+
+
+def _naming(path: Path, text: str) -> str:
+    """The text, with the file in front if it does not begin with it."""
+    return text if text.startswith(f"{path}:") else f"{path}: {text}"
 
 
 class _Warnings(logging.Handler):
