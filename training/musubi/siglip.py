@@ -17,7 +17,7 @@ from ...kvae.files import Weights
 from ..errors import UserError
 
 # sigclip_vision_patch14_384, of which ComfyUI and musubi-tuner use one file without a config
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
     "num_hidden_layers": 27,
