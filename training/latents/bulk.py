@@ -45,6 +45,8 @@ class Bulk:
         logging.getLogger().addHandler(warnings)
         try:
             yield
+        except BrokenPipeError:  # nobody reads what is printed
+            raise
         except Exception as error:
             if isinstance(error.__context__, OSError) and error.__context__.errno in FULL:
                 raise

@@ -1,7 +1,11 @@
 """The command `inspect` says of files what the node Inspect Latent says of latents."""
 
+import os
+
 import torch
 
+import needs
+from command import start
 from kvae_comfyui.serving.inspect import describe
 from kvae_comfyui.serving.latent_writers import save_latent
 from kvae_comfyui.training.cli import main
@@ -30,3 +34,16 @@ def test_how_files_are_read_can_be_said(tmp_path, capsys):
     save_latent(tmp_path / "a.latent", torch.randn(1, 16, 3, 4, 6), None, None, {})
     assert main(["inspect", str(tmp_path / "a.latent"), "--scaling", "scaled", "--model", "kandinsky5"]) == 0
     assert "Space: hunyuan_video" in capsys.readouterr().out
+
+
+@needs.posix
+def test_a_closed_output_ends_the_run_and_blames_no_file(tmp_path):
+    """As in `python -m training inspect … | head`."""
+    for name in "ab":
+        save_latent(tmp_path / f"{name}.latent", torch.randn(1, 16, 3, 4, 6), None, None, {})
+    read, write = os.pipe()
+    os.close(read)
+    process = start("inspect", tmp_path, stdout=write, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    os.close(write)
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (2, "error: nobody reads the output any longer\n")
