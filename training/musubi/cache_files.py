@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ from ...serving.architectures import Architecture
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = "1.0.1"
+SIGLIP = (729, 1152)  # what SigLIP gives of a picture
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _NAME = re.compile(r"(.*)_(\d{1,9})x(\d{1,9})_([^_]+)\.safetensors", re.DOTALL)
 _WINDOW = re.compile(r"(.*)_(\d{1,9})-(\d{1,9})", re.DOTALL)
@@ -63,10 +64,11 @@ class CacheName:
         return f"{self.stem}_{self.short}_te.safetensors"
 
     @classmethod
-    def parse(cls, name: str) -> CacheName:
+    def parse(cls, name: str, image: bool = False) -> CacheName:
         """Read a file name, split at "_" from the right as musubi-tuner does. Zeros in front may be missing.
 
-        An image whose stem ends like a window is taken for a video: only the metadata tell the two apart.
+        Args:
+            image: read the name of an image, whose stem may end like a window in a video.
 
         Raises:
             ValueError: not the name of a cache of latents.
@@ -78,7 +80,7 @@ class CacheName:
                 "or without _{start}-{frames} for an image"
             )
         stem, width, height, short = found.groups()
-        window = _WINDOW.fullmatch(stem)
+        window = None if image else _WINDOW.fullmatch(stem)
         stem, start, frames = window.groups() if window else (stem, "0", "")
         return cls(stem, int(start), int(frames) if frames else None, int(width), int(height), short)
 
@@ -107,6 +109,24 @@ class CacheHeader:
 def latent_frames(frames: int, architecture: Architecture) -> int:
     """Latents of a clip: ⌊(frames − 1) / 4⌋ + 1, as frames after the last whole latent are dropped."""
     return (frames - 1) // architecture.space.temporal_factor + 1
+
+
+def tensor_shapes(
+    architecture: Architecture, grid: Sequence[int], first_frame: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of a cache's tensors, by the names that musubi-tuner gives them in a batch: without grid and dtype.
+
+    Args:
+        grid: F, H, W of the latents.
+        first_frame: whether it is for training image to video.
+    """
+    channels, (frames, *sides) = architecture.space.channels, grid
+    shapes: dict[str, tuple[int, ...]] = {"latents": (channels, frames, *sides)}
+    if architecture.ends:
+        shapes["latents_image"] = channels, 2, *sides
+    if architecture.first_frame and first_frame:
+        shapes |= {"latents_image": (channels + 1, frames, *sides), "siglip": SIGLIP}
+    return shapes
 
 
 def write_cache(

@@ -1,0 +1,119 @@
+"""Whether caches of Kandinsky 5 are warped in time, seen in a clip that is decoded and compared with its video.
+
+musubi-tuner's own VAE for Kandinsky 5 encodes in tiles of 24 frames, 18 apart, and keeps 5 latents, 20 frames, of each:
+latent 5k + m, m = 1 … 5, holds the frames 2k before its own. Clips of 25 to 37 frames have the right number of latents
+all the same.
+
+# x pixels of the video, y decoded pixels, both [1, 3, T, H, W] in −1..1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...adapters.spaces import LatentSpace
+from ...kvae.pixels import HUNYUAN_HALF_RANGE, to_unit
+from ...serving.architectures import Architecture
+from ...serving.latent_files import load_latent
+from ..served import load_served
+from ..vaes import load_hunyuan_vae
+from .cache_faults import CacheFile, Fault, is_kandinsky
+from .encoders import HUNYUAN, EncoderOptions, pixels
+from .frames import read_windows
+from .plan import Plan
+from .value_faults import MADE_HERE, Values
+from .windows import Window
+
+LEAST_FRAMES = 25  # shorter clips are one tile
+LATENTS = 11  # of a clip that are decoded at most; from the sixth on, they are 2 frames off
+TILE_LATENTS, LAG = 5, 2
+SURE = 0.1  # of what changes within LAG frames; real clips reach 0.25 to 0.6, as blur lessens it
+TRIES = 3  # clips
+
+Decoder = Callable[[Tensor], Tensor]  # raw latents [1, c, t, h, w] → y
+
+
+def find_warped(
+    values: list[Values], plans: dict[Architecture, Plan], options: EncoderOptions | None
+) -> tuple[list[Fault], str]:
+    """Decode the clip that moves most, and say of all caches of its kind what it shows.
+
+    Args:
+        values: of caches in which no fault was found.
+        options: what to decode with, if anything.
+
+    Returns:
+        the faults, and a note of what could not be checked, or "".
+    """
+    suspects = [each for each in values if _may_be_warped(each.file)]
+    if not suspects:
+        return [], ""
+    if not plans or options is None:
+        return [], (
+            f"not checked: whether {len(suspects)} caches of {LEAST_FRAMES} frames and more are warped in time, as "
+            "musubi-tuner's own are; that needs --dataset-config, and --hunyuan-vae or --encoder kvae"
+        )
+    suspects.sort(key=lambda each: -each.motion)
+    architecture = suspects[0].file.architecture
+    decode = load_decoder(options, architecture.space)
+    for each in suspects[:TRIES]:
+        warped = is_warped(each.file, plans[architecture], decode)
+        if warped is not None:
+            found = f"warped in time, as {each.file.path.name} decodes: from latent 6 on it shows earlier frames"
+            return [each.file.fault(found, "each latent at its own frames") for each in suspects if warped], ""
+    return [], f"not checked: the {len(suspects[:TRIES])} clips that move most move too little to show a warp in time"
+
+
+def _may_be_warped(file: CacheFile) -> bool:
+    long = file.name.frames is not None and file.name.frames >= LEAST_FRAMES
+    return is_kandinsky(file.architecture) and long and MADE_HERE not in file.header.metadata
+
+
+def load_decoder(options: EncoderOptions, space: LatentSpace) -> Decoder:
+    """Load what decodes latents of a space: HunyuanVideo's VAE, or a KVAE with an adapter.
+
+    Raises:
+        UserError: an adapter is missing.
+        WeightsError: a file is not what it should be.
+    """
+    if options.encoder != HUNYUAN:
+        return load_served(options, space.name, ("decode",)).decode
+    vae = load_hunyuan_vae(options.hunyuan_vae, options.device)
+    return lambda z: to_unit(vae.decode(z), HUNYUAN_HALF_RANGE)
+
+
+@torch.inference_mode()
+def is_warped(file: CacheFile, plan: Plan, decode: Decoder) -> bool | None:
+    """Whether the cache holds earlier frames than it should. None: the clip moves too little to tell.
+
+    Raises:
+        UserError: the video cannot be read.
+        WeightsError: the cache or the video cannot be read.
+    """
+    z = load_latent(file.path).z[:, :, :LATENTS]
+    count = file.architecture.space.temporal_factor * (z.shape[2] - 1) + 1
+    target = plan.targets[Path(plan.dataset.cache_directory, file.path.name)]
+    window = Window(file.name.start, count)
+    ((_, frames),) = read_windows(target.item.path, plan.positions[target.item], [window], target.bucket)
+    side = file.architecture.space.spatial_factor
+    x = pixels(frames, z.shape[3] * side, z.shape[4] * side)
+    lag = lateness(decode(z.float()).cpu(), x)
+    return None if abs(lag) < SURE else lag > 0
+
+
+def lateness(y: Tensor, x: Tensor) -> float:
+    """How y follows x: about −1 if its frames are those of x, about 1 if they are the earlier ones of warped latents.
+
+    The error of the decoder cancels out, as it adds the same to both distances. 0 if nothing moves.
+    """
+    own = torch.arange(4 * TILE_LATENTS + 1, x.shape[2])
+    warped = own - LAG * ((own - 1) // (4 * TILE_LATENTS))
+    change = (x[:, :, own] - x[:, :, warped]).square().mean().item()
+    if change == 0:
+        return 0.0
+    ahead = (y[:, :, own] - x[:, :, own]).square().mean() - (y[:, :, own] - x[:, :, warped]).square().mean()
+    return ahead.item() / change
