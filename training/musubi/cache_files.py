@@ -29,6 +29,7 @@ from ...serving.architectures import Architecture
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = "1.0.1"
+MADE_HERE = "kvae_vae_sha256"  # in the metadata of every cache that `cache` writes, and of no other
 SIGLIP = (729, 1152)  # what SigLIP gives of a picture
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _NAME = re.compile(r"(.*)_(\d{1,9})x(\d{1,9})_([^_]+)\.safetensors", re.DOTALL)

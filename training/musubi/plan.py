@@ -17,7 +17,7 @@ from ...kvae import WeightsError
 from ...serving.architectures import Architecture
 from ..data.clips import reason_of
 from .buckets import Size, bucket_chooser
-from .cache_files import CacheName, latent_frames, read_cache_header
+from .cache_files import MADE_HERE, CacheName, latent_frames, read_cache_header
 from .config import Dataset
 from .encoders import nabla_size
 from .frames import Media, probe
@@ -188,7 +188,7 @@ def _compare(target: Target) -> None:
     said = {key: header.metadata.get(key) for key in target.texts}
     if header.shapes.keys() != target.shapes.keys():
         target.state, target.why = OTHER, f"holds {', '.join(sorted(header.shapes))[:120]}"
-    elif said["kvae_vae_sha256"] is None:
+    elif MADE_HERE not in header.metadata:
         target.state, target.why = OTHER, "another program made it"
     elif said != target.texts:
         key = next(key for key, text in target.texts.items() if said[key] != text)

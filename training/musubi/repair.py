@@ -7,12 +7,13 @@ from ..errors import UserError
 from .buckets import bucket_chooser
 from .cache import Caching, load_caching
 from .cache_faults import SHORTS, CacheFile, base_of, grids_of, short_of
+from .cache_files import MADE_HERE
 from .config import Dataset
 from .encoders import EncoderOptions
 from .folder_faults import Folder
 from .plan import FITS, MISSING, Plan, Wanted, make_plan
 
-_SAME = ("kvae_vae_sha256", "kvae_adapter_sha256")  # in the metadata of all caches of a folder
+_SAME = (MADE_HERE, "kvae_adapter_sha256")  # in the metadata of all caches of a folder
 
 
 def plans_for(folder: Folder, dataset: Dataset) -> dict[Architecture, Plan]:
@@ -80,7 +81,7 @@ def _check_same_encoder(folder: Folder, wanted: Wanted) -> None:
     """Refuse to mix latents of two encoders. What encoded caches of musubi-tuner is not known."""
     for file in folder.sound():
         said = {key: file.header.metadata.get(key) for key in _SAME}
-        if said["kvae_vae_sha256"] is not None and said != {key: wanted.made_by[key] for key in _SAME}:
+        if said[MADE_HERE] is not None and said != {key: wanted.made_by[key] for key in _SAME}:
             names = file.header.metadata.get("kvae_vae", ""), file.header.metadata.get("kvae_adapter", "")
             raise UserError(
                 f"{file.path.name} was made with {' and '.join(filter(None, names))[:120]}; expected the encoder "

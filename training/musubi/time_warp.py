@@ -22,10 +22,11 @@ from ...serving.latent_files import load_latent
 from ..served import load_served
 from ..vaes import load_hunyuan_vae
 from .cache_faults import CacheFile, Fault, is_kandinsky
+from .cache_files import MADE_HERE
 from .encoders import HUNYUAN, EncoderOptions, pixels
 from .frames import read_windows
 from .plan import Plan
-from .value_faults import MADE_HERE, Values
+from .value_faults import Values
 from .windows import Window
 
 LEAST_FRAMES = 25  # shorter clips are one tile
@@ -54,7 +55,7 @@ def find_warped(
         return [], ""
     if not plans or options is None:
         return [], (
-            f"not checked: whether {len(suspects)} caches of {LEAST_FRAMES} frames and more are warped in time, as "
+            f"not checked: whether {len(suspects)} caches of {LEAST_FRAMES} frames or more are warped in time, as "
             "musubi-tuner's own are; that needs --dataset-config, and --hunyuan-vae or --encoder kvae"
         )
     suspects.sort(key=lambda each: -each.motion)

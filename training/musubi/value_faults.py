@@ -19,9 +19,8 @@ from ...kvae.finite import all_finite
 from ...serving.architectures import Architecture
 from ...serving.latent_statistics import SCALED, UNSCALED_TWICE, WAN, wrong_kind
 from .cache_faults import CacheFile, Fault, base_of, unreadable
-from .cache_files import DTYPES
+from .cache_files import DTYPES, MADE_HERE
 
-MADE_HERE = "kvae_vae_sha256"  # in the metadata of caches that `cache` wrote
 MANY = 8  # caches, from which on their deviation tells the scale
 NEAR = 1.25  # the deviation of many clips is within this factor of the wrong one, about 2.1 times the right one
 
