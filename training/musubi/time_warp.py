@@ -1,8 +1,9 @@
 """Whether caches of Kandinsky 5 are warped in time, seen in a clip that is decoded and compared with its video.
 
-musubi-tuner's own VAE for Kandinsky 5 encodes in tiles of 24 frames, 18 apart, and keeps 5 latents, 20 frames, of each:
-latent 5k + m, m = 1 … 5, holds the frames 2k before its own. Clips of 25 to 37 frames have the right number of latents
-all the same.
+musubi-tuner's own VAE for Kandinsky 5 encodes in tiles of 25 frames, 18 apart, and keeps 5 latents, 20 frames, of each.
+The first of the 5 is replaced by the last of the tile before, as tiles are blended over one latent. So latents 0 … 6
+are right, latents 7 … 11 hold the frames 2 before their own, latents 12 … 16 those 4 before, and so on. Clips of 29 to
+37 frames have the right number of latents all the same.
 
 # x pixels of the video, y decoded pixels, both [1, 3, T, H, W] in −1..1
 """
@@ -29,9 +30,9 @@ from .plan import Plan
 from .value_faults import Values
 from .windows import Window
 
-LEAST_FRAMES = 25  # shorter clips are one tile
-LATENTS = 11  # of a clip that are decoded at most; from the sixth on, they are 2 frames off
-TILE_LATENTS, LAG = 5, 2
+LEAST_FRAMES = 29
+LATENTS = 12  # of a clip that are decoded at most
+FIRST_LATE, TILE_LATENTS, LAG = 7, 5, 2
 SURE = 0.1  # of what changes within LAG frames; real clips reach 0.25 to 0.6, as blur lessens it
 TRIES = 3  # clips
 
@@ -64,7 +65,7 @@ def find_warped(
     for each in suspects[:TRIES]:
         warped = is_warped(each.file, plans[architecture], decode)
         if warped is not None:
-            found = f"warped in time, as {each.file.path.name} decodes: from latent 6 on it shows earlier frames"
+            found = f"warped in time: {each.file.path.name} shows earlier frames from latent {FIRST_LATE} on"
             return [each.file.fault(found, "each latent at its own frames") for each in suspects if warped], ""
     return [], f"not checked: the {len(suspects[:TRIES])} clips that move most move too little to show a warp in time"
 
@@ -111,8 +112,9 @@ def lateness(y: Tensor, x: Tensor) -> float:
 
     The error of the decoder cancels out, as it adds the same to both distances. 0 if nothing moves.
     """
-    own = torch.arange(4 * TILE_LATENTS + 1, x.shape[2])
-    warped = own - LAG * ((own - 1) // (4 * TILE_LATENTS))
+    own = torch.arange(4 * FIRST_LATE - 3, x.shape[2])
+    latent = (own + 3) // 4
+    warped = own - LAG * ((latent - FIRST_LATE) // TILE_LATENTS + 1)
     change = (x[:, :, own] - x[:, :, warped]).square().mean().item()
     if change == 0:
         return 0.0

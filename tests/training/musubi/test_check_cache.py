@@ -179,6 +179,14 @@ def test_a_fault_is_found(tmp_path, capsys, _, architecture, plant, expected):
     assert re.fullmatch(r"[^:]+\.safetensors: [^;]+; expected [^;]+; [^;]+", line)
 
 
+def test_too_many_latents_of_kandinsky_are_those_of_musubis_tiles(tmp_path, capsys):
+    path = write(tmp_path, K5, "long", frames=41)
+    change(path, {"latents_12x6x8_float16": torch.randn(16, 12, 6, 8).half(), ENDS: torch.zeros(16, 2, 6, 8).half()})
+    code, (line,) = check(tmp_path, capsys)
+    assert code == 1
+    assert "12 latents for 41 frames, which musubi-tuner's own tiles in time give: they are warped in time" in line
+
+
 def test_a_damaged_text_cache_is_found(tmp_path, capsys):
     cut_text = make_videos(tmp_path, HV).with_name("clip_2_hv_te.safetensors")
     cut_text.write_bytes(cut_text.read_bytes()[:-1])
