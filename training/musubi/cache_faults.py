@@ -193,9 +193,9 @@ def _tensor_faults(file: CacheFile) -> Iterator[Fault]:
     """Tensors that are missing, too many, or not of the shape that the key says or the latents ask for."""
     shapes = file.header.shapes
     bases = [base_of(key) for key in shapes]
-    if file.grid is None:
+    if file.grid is None or 0 in file.grid:
         found = f"its tensors are {', '.join(sorted(shapes)[:3])[:120] or 'none'}"
-        yield file.fault(found, "one latents_{F}x{H}x{W}_{dtype} of 4 axes")
+        yield file.fault(found, "one latents_{F}x{H}x{W}_{dtype} of 4 axes, none of them 0")
         return
     expected = tensor_shapes(file.architecture, file.grid, bool({"latents_image", "siglip"} & set(bases)))
     listed = f"{', '.join(expected)} in a cache of {file.architecture.name}"

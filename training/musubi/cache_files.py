@@ -32,8 +32,9 @@ FORMAT_VERSION = "1.0.1"
 MADE_HERE = "kvae_vae_sha256"  # in the metadata of every cache that `cache` writes, and of no other
 SIGLIP = (729, 1152)  # what SigLIP gives of a picture
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_NAME = re.compile(r"(.*)_(\d{1,9})x(\d{1,9})_([^_]+)\.safetensors", re.DOTALL)
-_WINDOW = re.compile(r"(.*)_(\d{1,9})-(\d{1,9})", re.DOTALL)
+_ABOVE_0 = r"(0{0,9}[1-9]\d{0,8})"
+_NAME = re.compile(rf"(.*)_{_ABOVE_0}x{_ABOVE_0}_([^_]+)\.safetensors", re.DOTALL)
+_WINDOW = re.compile(rf"(.*)_(\d{{1,9}})-{_ABOVE_0}", re.DOTALL)
 
 
 @dataclass(frozen=True)
