@@ -12,6 +12,7 @@ as `cache` does; an old file is replaced when the new one is complete, and nothi
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ def run(config: CheckCacheConfig) -> int:
         _say(str(fault))
     note = _check_values(folder, plans, config)
     mended = make_anew(folder, plans, config, config.image_encoder) if config.repair else set()
+    for reason in [reason for plan in plans.values() for reason in plan.failed.values()]:
+        tqdm.write(f"skipped: {printable(reason)}", file=sys.stderr)
     left = {fault.file for fault in folder.faults if not (fault.again and fault.file in mended)}
     _summarise(folder, left, mended, note)
     return 1 if left else 0

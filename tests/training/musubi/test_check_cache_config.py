@@ -21,6 +21,8 @@ from kvae_comfyui.serving.video_writer import write_video
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.musubi.cache_files import CacheName, write_cache
 from kvae_comfyui.training.vaes import HunyuanVAE, load_hunyuan_vae
+from musubi_media import clip, picture, write_config
+from musubi_side import run_musubi
 
 K5 = CACHED["kandinsky5"]
 HUNYUAN, KVAE = ["--hunyuan-vae", "tiny"], ["--encoder", "kvae"]
@@ -78,9 +80,11 @@ def check(argv: list[str], capsys) -> tuple[int, list[str], str]:
     """Run the command; returns the exit code, the lines about files, and the rest."""
     capsys.readouterr()
     code = main(argv)
-    lines = capsys.readouterr().out.strip().splitlines()
+    out, err = capsys.readouterr()
+    lines = out.strip().splitlines()
     faults = [line for line in lines if re.match(r"[^:]*\.safetensors: ", line)]
-    return code, faults, "\n".join(line for line in lines if line not in faults)
+    skipped = [line for line in err.splitlines() if line.startswith("skipped: ")]
+    return code, faults, "\n".join([line for line in lines if line not in faults] + skipped)
 
 
 @pytest.mark.parametrize("vae", [HUNYUAN, KVAE], ids=["hunyuan", "kvae"])
@@ -167,6 +171,7 @@ def test_repair_makes_the_wrong_ones_anew_and_leaves_the_others(dataset, tmp_pat
     assert all(found[line[0]] in line for line in faults)
     assert len(faults) == 3
     assert "0 files with faults, 3 made anew" in rest
+    assert "skipped" not in rest
     assert {path.name for path in folder.iterdir()} == before.keys()
     assert (folder / name_of("d", 5)).stat().st_mtime_ns == before[name_of("d", 5)][0]
     for stem in found:
@@ -189,6 +194,46 @@ def test_repair_keeps_what_it_does_not_mend(dataset, tmp_path, capsys):
     assert code == 1
     assert "2 files with faults, 3 made anew" in rest
     assert (folder / "photo_0064x0048_k5.safetensors").read_bytes() == before
+
+
+def test_a_video_that_cannot_be_read_is_said_and_its_cache_stays(dataset, tmp_path, capsys):
+    argv, folder = [*dataset(frames=5, stems="abc"), *HUNYUAN, "--repair"], tmp_path / "caches"
+    damage(folder)
+    for stem in "ab":
+        (tmp_path / "videos" / f"{stem}.mp4").write_bytes(b"not a video")
+    before = (folder / name_of("a", 5)).read_bytes()
+    code, _, rest = check(argv, capsys)
+    assert code == 1
+    assert "2 files with faults, 1 made anew" in rest
+    assert rest.count("skipped: ") == 2
+    assert (folder / name_of("a", 5)).read_bytes() == before
+
+
+@needs.musubi
+@pytest.mark.parametrize("architecture", CACHED.values(), ids=CACHED)
+def test_folders_that_musubi_itself_makes_are_silent(tmp_path, monkeypatch, capsys, architecture):
+    for stem, frames, height, width in (("a_1", 21, 64, 96), ("b", 10, 90, 60), ("c", 9, 64, 96)):
+        clip(tmp_path / "v" / f"{stem}.mp4", frames, height, width)
+    picture(tmp_path / "i" / "d.png", 80, 60)
+    video = {"video_directory": str(tmp_path / "v"), "cache_directory": str(tmp_path / "cv"), "target_frames": [5, 9]}
+    image = {"image_directory": str(tmp_path / "i"), "cache_directory": str(tmp_path / "ci")}
+    shared = {"caption_extension": ".txt", "resolution": [96, 64], "enable_bucket": True}
+    config = write_config(tmp_path / "a.json", video | {"frame_extraction": "chunk"}, image, **shared)
+    space = architecture.space
+
+    def encode(x):
+        b, _, n, height, width = x.shape
+        return 2.1 * torch.randn(b, *space.latent_shape(n, height, width))
+
+    run_musubi(monkeypatch, config, architecture.model, encode)
+    for folder, count in ((tmp_path / "cv", 11), (tmp_path / "ci", 1)):
+        caches = list(folder.iterdir())
+        assert len(caches) == count
+        for path in caches:
+            save_file({"text_float16": torch.zeros(3)}, folder / CacheName.parse(path.name).text_name)
+        argv = ["check-cache", str(folder), "--device", "cpu"]
+        assert check(argv, capsys)[:2] == (0, [])
+        assert check([*argv, "--dataset-config", str(config)], capsys)[:2] == (0, [])
 
 
 def test_repair_does_not_mix_two_encoders(dataset, tmp_path, capsys):
