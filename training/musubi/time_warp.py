@@ -11,16 +11,19 @@ are right, latents 7 … 11 hold the frames 2 before their own, latents 12 … 1
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...adapters.spaces import LatentSpace
+from ...kvae.errors import WeightsError
 from ...kvae.pixels import HUNYUAN_HALF_RANGE, to_unit
 from ...serving.architectures import Architecture
 from ...serving.latent_files import load_latent
-from ..served import load_served
+from ..errors import UserError
+from ..served import dtype_of, load_served
 from ..vaes import load_hunyuan_vae
 from .cache_faults import CacheFile, Fault, is_kandinsky
 from .cache_files import MADE_HERE
@@ -31,7 +34,7 @@ from .value_faults import Values
 from .windows import Window
 
 LEAST_FRAMES = 29
-LATENTS = 12  # of a clip that are decoded at most
+LATENTS, SIDE = 12, 32  # latents in time, and rows and columns, that are decoded at most
 FIRST_LATE, TILE_LATENTS, LAG = 7, 5, 2
 SURE = 0.1  # of what changes within LAG frames; real clips reach 0.25 to 0.6, as blur lessens it
 TRIES = 3  # clips
@@ -59,15 +62,20 @@ def find_warped(
             f"not checked: whether {len(suspects)} caches of {LEAST_FRAMES} frames or more are warped in time, as "
             "musubi-tuner's own are; that needs --dataset-config, and --hunyuan-vae or --encoder kvae"
         )
-    suspects.sort(key=lambda each: -each.motion)
-    architecture = suspects[0].file.architecture
-    decode = load_decoder(options, architecture.space)
-    for each in suspects[:TRIES]:
-        warped = is_warped(each.file, plans[architecture], decode)
-        if warped is not None:
-            found = f"warped in time: {each.file.path.name} shows earlier frames from latent {FIRST_LATE} on"
-            return [each.file.fault(found, "each latent at its own frames") for each in suspects if warped], ""
-    return [], f"not checked: the {len(suspects[:TRIES])} clips that move most move too little to show a warp in time"
+    (plan,) = [plan for architecture, plan in plans.items() if is_kandinsky(architecture)]
+    decode = load_decoder(options, suspects[0].file.architecture.space)
+    known = [
+        each.file
+        for each in sorted(suspects, key=lambda each: -each.motion)
+        if _path_in(plan, each.file) in plan.targets
+    ]
+    for file in known[:TRIES]:
+        with suppress(UserError, WeightsError):  # of a video that cannot be read
+            warped = is_warped(file, plan, decode)
+            if warped is not None:
+                found = f"warped in time: {file.path.name} shows earlier frames from latent {FIRST_LATE} on"
+                return [each.file.fault(found, "each latent at its own frames") for each in suspects if warped], ""
+    return [], "not checked: a warp in time, as the clips that move most move too little or cannot be read"
 
 
 def _may_be_warped(file: CacheFile) -> bool:
@@ -83,28 +91,39 @@ def load_decoder(options: EncoderOptions, space: LatentSpace) -> Decoder:
         WeightsError: a file is not what it should be.
     """
     if options.encoder != HUNYUAN:
-        return load_served(options, space.name, ("decode",)).decode
-    vae = load_hunyuan_vae(options.hunyuan_vae, options.device)
+        host = load_served(options, space.name, ("decode",))
+        return lambda z: host.decode(z.to(options.device))
+    vae = load_hunyuan_vae(options.hunyuan_vae, options.device, dtype_of(options))
     return lambda z: to_unit(vae.decode(z), HUNYUAN_HALF_RANGE)
 
 
 @torch.inference_mode()
 def is_warped(file: CacheFile, plan: Plan, decode: Decoder) -> bool | None:
-    """Whether the cache holds earlier frames than it should. None: the clip moves too little to tell.
+    """Whether the cache of an item holds earlier frames than it should. None: the clip moves too little to tell.
 
     Raises:
         UserError: the video cannot be read.
         WeightsError: the cache or the video cannot be read.
     """
-    z = load_latent(file.path).z[:, :, :LATENTS]
+    z, side = load_latent(file.path).z[:, :, :LATENTS].float(), file.architecture.space.spatial_factor
     count = file.architecture.space.temporal_factor * (z.shape[2] - 1) + 1
-    target = plan.targets[Path(plan.dataset.cache_directory, file.path.name)]
+    target = plan.targets[_path_in(plan, file)]
     window = Window(file.name.start, count)
     ((_, frames),) = read_windows(target.item.path, plan.positions[target.item], [window], target.bucket)
-    side = file.architecture.space.spatial_factor
     x = pixels(frames, z.shape[3] * side, z.shape[4] * side)
-    lag = lateness(decode(z.float()).cpu(), x)
+    lag = lateness(decode(_middle(z, SIDE)).cpu(), _middle(x, SIDE * side))
     return None if abs(lag) < SURE else lag > 0
+
+
+def _path_in(plan: Plan, file: CacheFile) -> Path:
+    """The path by which a plan would know a cache."""
+    return Path(plan.dataset.cache_directory, file.path.name)
+
+
+def _middle(x: Tensor, side: int) -> Tensor:
+    """The middle of a picture [..., H, W], of at most this many rows and columns."""
+    top, left = (max(0, each - side) // 2 for each in x.shape[-2:])
+    return x[..., top : top + side, left : left + side]
 
 
 def lateness(y: Tensor, x: Tensor) -> float:
