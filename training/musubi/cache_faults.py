@@ -197,7 +197,8 @@ def _tensor_faults(file: CacheFile) -> Iterator[Fault]:
         found = f"its tensors are {', '.join(sorted(shapes)[:3])[:120] or 'none'}"
         yield file.fault(found, "one latents_{F}x{H}x{W}_{dtype} of 4 axes, none of them 0")
         return
-    expected = tensor_shapes(file.architecture, file.grid, bool({"latents_image", "siglip"} & set(bases)))
+    all_shapes = tensor_shapes(file.architecture, file.grid, bool({"latents_image", "siglip"} & set(bases)))
+    expected = {base_of(key): shape for key, shape in all_shapes.items()}
     listed = f"{', '.join(expected)} in a cache of {file.architecture.name}"
     for base in expected:
         if bases.count(base) != 1:

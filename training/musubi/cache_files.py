@@ -114,21 +114,27 @@ def latent_frames(frames: int, architecture: Architecture) -> int:
 
 
 def tensor_shapes(
-    architecture: Architecture, grid: Sequence[int], first_frame: bool = False
+    architecture: Architecture, grid: Sequence[int], first_frame: bool = False, dtype: str = "float16"
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of a cache's tensors, by the names that musubi-tuner gives them in a batch: without grid and dtype.
+    """The shapes of a cache's tensors, by key.
 
     Args:
         grid: F, H, W of the latents.
         first_frame: whether it is for training image to video.
+        dtype: of the latents, as in their key.
     """
-    channels, (frames, *sides) = architecture.space.channels, grid
-    shapes: dict[str, tuple[int, ...]] = {"latents": (channels, frames, *sides)}
+    channels = architecture.space.channels
+    shapes = {_key("latents", grid, dtype): (channels, *grid)}
     if architecture.ends:
-        shapes["latents_image"] = channels, 2, *sides
+        ends = 2, *grid[1:]
+        shapes[_key("latents_image", ends, dtype)] = channels, *ends
     if architecture.first_frame and first_frame:
-        shapes |= {"latents_image": (channels + 1, frames, *sides), "siglip": SIGLIP}
+        shapes |= {_key("latents_image", grid, "float32"): (channels + 1, *grid), "siglip_float16": SIGLIP}
     return shapes
+
+
+def _key(name: str, grid: Sequence[int], dtype: str) -> str:
+    return f"{name}_{'x'.join(map(str, grid))}_{dtype}"
 
 
 def write_cache(
@@ -162,14 +168,14 @@ def write_cache(
     if frame_count is not None:
         texts["frame_count"] = str(frame_count)
     z_cthw = (architecture.space.scale(z_cthw.float()) if architecture.scaled else z_cthw).to(dtype)
-    tensors = {latents_key("latents", z_cthw): z_cthw}
+    parts = [z_cthw]
     if architecture.ends:
-        ends = z_cthw[:, [0, -1]]
-        tensors[latents_key("latents_image", ends)] = ends
+        parts.append(z_cthw[:, [0, -1]])
     if first_frame is not None:
-        image = _masked(first_frame.z_cthw, z_cthw.shape[1])
-        tensors[latents_key("latents_image", image)] = image
-        tensors["siglip_float16"] = first_frame.siglip.half()
+        parts += [_masked(first_frame.z_cthw, z_cthw.shape[1]), first_frame.siglip.half()]
+    name = str(dtype).removeprefix("torch.")
+    keys = tensor_shapes(architecture, z_cthw.shape[1:], first_frame is not None, name)
+    tensors = dict(zip(keys, parts, strict=True))
     save_weights(path, {key: _without_nan(path, key, tensor) for key, tensor in tensors.items()}, texts)
 
 
@@ -181,12 +187,6 @@ def read_cache_header(path: str | os.PathLike) -> CacheHeader:
     """
     weights = Weights(path)
     return CacheHeader(weights.metadata, weights.shapes)
-
-
-def latents_key(name: str, z_cthw: Tensor) -> str:
-    """The key of a tensor with the axes of a latent."""
-    frames, rows, columns = z_cthw.shape[1:]
-    return f"{name}_{frames}x{rows}x{columns}_{str(z_cthw.dtype).removeprefix('torch.')}"
 
 
 def _check(architecture: Architecture, z_cthw: Tensor, frame_count: int | None, first_frame: FirstFrame | None) -> None:
