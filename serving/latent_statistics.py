@@ -32,6 +32,7 @@ CERTAIN_CORRELATION = 0.8
 # A sampler's latents have mean 0 and deviation 1 by design. A raw latent of little contrast may have a small deviation
 # in all, but its channels then differ: it does not have these values in every one.
 NORMAL_MEAN, NORMAL_STD = 0.5, (0.7, 1.4)
+WAN, SCALED, UNSCALED_TWICE = "Wan 2.1's", "scaled", "unscaled twice"
 TOO_LARGE = 1.9  # times the deviation of the space: raw latents of HunyuanVideo that are unscaled again have 2.1 times
 
 
@@ -59,27 +60,35 @@ def certain_fault(z_Bcthw: Tensor, space: LatentSpace) -> str | None:
     """Why these are clearly no raw latents of `space`, as one line, or None if that is not certain."""
     if z_Bcthw.is_meta:
         return None
-    mean, std = channel_statistics(z_Bcthw)
-    if min(_like_wan(mean, std)) > CERTAIN_CORRELATION:
+    kind, whole = wrong_kind(z_Bcthw, space)
+    if kind == WAN:
         return (
             f"The channels of this latent have the means and deviations of Wan 2.1, not of {space.name}: "
             "the frames will be wrong. Decode it with Wan's VAE."
         )
-    if not (raw := space.raw_deviation):
-        return None
-    whole = (std.square().mean() + mean.var(correction=0)).sqrt().item()
-    low, high = NORMAL_STD
-    if mean.abs().max() < NORMAL_MEAN and low < std.min() and std.max() < high:
+    if kind == SCALED:
         return (
             f"This latent looks scaled: its standard deviation is {whole:.2f}, that of raw {space.name} latents about "
-            f"{raw:.2f}. If the colours are flat, choose scaled, in KVAE Decode or with --scaling."
+            f"{space.raw_deviation:.2f}. If the colours are flat, choose scaled, in KVAE Decode or with --scaling."
         )
-    if whole > TOO_LARGE * raw:
+    if kind == UNSCALED_TWICE:
         return (
-            f"This latent has a standard deviation of {whole:.2f}, raw {space.name} latents have about {raw:.2f}. "
-            "If the colours are burnt, choose raw, in KVAE Decode or with --scaling."
+            f"This latent has a standard deviation of {whole:.2f}, raw {space.name} latents have about "
+            f"{space.raw_deviation:.2f}. If the colours are burnt, choose raw, in KVAE Decode or with --scaling."
         )
     return None
+
+
+def wrong_kind(z_Bcthw: Tensor, space: LatentSpace) -> tuple[str | None, float]:
+    """What these latents clearly are instead of raw ones of `space`, or None; and their standard deviation in all."""
+    mean, std = channel_statistics(z_Bcthw)
+    whole = (std.square().mean() + mean.var(correction=0)).sqrt().item()
+    if min(_like_wan(mean, std)) > CERTAIN_CORRELATION:
+        return WAN, whole
+    raw, (low, high) = space.raw_deviation, NORMAL_STD
+    if raw and mean.abs().max() < NORMAL_MEAN and low < std.min() and std.max() < high:
+        return SCALED, whole
+    return UNSCALED_TWICE if raw and whole > TOO_LARGE * raw else None, whole
 
 
 def warn_of_faults(z_Bcthw: Tensor, space: LatentSpace) -> None:

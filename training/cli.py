@@ -28,6 +28,7 @@ COMMANDS = {  # name → module, function in it, summary
     "inspect": ("latents.inspect", "run", "say what latent files are"),
     "reconstruct": ("evaluate.reconstruct", "run", "encode and decode one video with one VAE"),
     "cache": ("musubi.cache", "run", "make musubi-tuner's latent caches from its dataset config"),
+    "check-cache": ("musubi.check_cache", "run", "find what is wrong in musubi-tuner's latent caches, and mend it"),
     "demo": ("demo", "run", "extract, train and evaluate with small models on real clips"),
     "tiny": ("tiny.train", "run", "train one of the two embedded small VAEs"),
     "musubi": ("musubi.script", "run", "run a script of musubi-tuner with KVAE in the place of its VAE"),

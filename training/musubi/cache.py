@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...kvae.paths import file_errors
-from ...serving.architectures import CACHED
+from ...serving.architectures import CACHED, Architecture
 from ...serving.memory import is_out_of_memory
 from ..data.clips import reason_of
 from ..data.extract import is_disk_error
@@ -68,16 +68,11 @@ def run(config: CacheConfig) -> int:
     _check_options(config, datasets)
     opencv()
     architecture = CACHED[config.architecture]
-    posterior = "mode" if architecture.first_frame or config.encoder == KVAE else "sample"
-    texts = made_by(config) | {"kvae_posterior": posterior}
-    encoder = load_encoder(config, architecture.space)
-    siglip = Siglip(config.image_encoder, config.device) if config.i2v else None
-    wanted = Wanted(architecture, config.i2v, config.nabla_resize, texts)
-    plans = [make_plan(dataset, wanted) for dataset in datasets]
+    caching = load_caching(config, architecture, config.nabla_resize, config.image_encoder)
+    plans = [make_plan(dataset, caching.wanted) for dataset in datasets]
     print(f"encoder: {_described(config)}")
     for plan in plans:
         say_plan(plan, config.replace, config.delete_stale)
-    caching = Caching(wanted, encoder, siglip, config.replace)
     if not config.dry_run:
         _check_plans(plans, config.replace)
         caching.run(plans)
@@ -88,6 +83,23 @@ def run(config: CacheConfig) -> int:
     if not config.dry_run:
         print(f"{caching.made} caches made, {caching.kept} already there, {len(failed)} media skipped")
     return 1 if failed else 0
+
+
+def load_caching(options: EncoderOptions, architecture: Architecture, nabla: bool, image_encoder: str) -> Caching:
+    """Load what encodes clips.
+
+    Args:
+        nabla: whether frames are stretched to multiples of 128 pixels.
+        image_encoder: SigLIP's vision model, for caches that train image to video; "" for others.
+
+    Raises:
+        UserError, WeightsError: as `load_encoder`; or the image encoder cannot be read.
+    """
+    posterior = "mode" if architecture.first_frame or options.encoder == KVAE else "sample"
+    texts = made_by(options) | {"kvae_posterior": posterior}
+    siglip = Siglip(image_encoder, options.device) if image_encoder else None
+    wanted = Wanted(architecture, bool(siglip), nabla, texts)
+    return Caching(wanted, load_encoder(options, architecture.space), siglip)
 
 
 def _described(config: CacheConfig) -> str:
@@ -136,7 +148,6 @@ class Caching:
     wanted: Wanted
     encoder: Encoder
     siglip: Siglip | None
-    replace: bool
     made: int = 0
     kept: int = field(default=0, init=False)
 

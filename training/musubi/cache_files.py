@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +29,12 @@ from ...serving.architectures import Architecture
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = "1.0.1"
+MADE_HERE = "kvae_vae_sha256"  # in the metadata of every cache that `cache` writes, and of no other
+SIGLIP = (729, 1152)  # what SigLIP gives of a picture
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_NAME = re.compile(r"(.*)_(\d{1,9})x(\d{1,9})_([^_]+)\.safetensors", re.DOTALL)
-_WINDOW = re.compile(r"(.*)_(\d{1,9})-(\d{1,9})", re.DOTALL)
+_ABOVE_0 = r"(0{0,9}[1-9]\d{0,8})"
+_NAME = re.compile(rf"(.*)_{_ABOVE_0}x{_ABOVE_0}_([^_]+)\.safetensors", re.DOTALL)
+_WINDOW = re.compile(rf"(.*)_(\d{{1,9}})-{_ABOVE_0}", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,11 @@ class CacheName:
         return f"{self.stem}_{self.short}_te.safetensors"
 
     @classmethod
-    def parse(cls, name: str) -> CacheName:
+    def parse(cls, name: str, image: bool = False) -> CacheName:
         """Read a file name, split at "_" from the right as musubi-tuner does. Zeros in front may be missing.
 
-        An image whose stem ends like a window is taken for a video: only the metadata tell the two apart.
+        Args:
+            image: read the name of an image, whose stem may end like a window in a video.
 
         Raises:
             ValueError: not the name of a cache of latents.
@@ -78,7 +82,7 @@ class CacheName:
                 "or without _{start}-{frames} for an image"
             )
         stem, width, height, short = found.groups()
-        window = _WINDOW.fullmatch(stem)
+        window = None if image else _WINDOW.fullmatch(stem)
         stem, start, frames = window.groups() if window else (stem, "0", "")
         return cls(stem, int(start), int(frames) if frames else None, int(width), int(height), short)
 
@@ -107,6 +111,30 @@ class CacheHeader:
 def latent_frames(frames: int, architecture: Architecture) -> int:
     """Latents of a clip: ⌊(frames − 1) / 4⌋ + 1, as frames after the last whole latent are dropped."""
     return (frames - 1) // architecture.space.temporal_factor + 1
+
+
+def tensor_shapes(
+    architecture: Architecture, grid: Sequence[int], first_frame: bool = False, dtype: str = "float16"
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of a cache's tensors, by key.
+
+    Args:
+        grid: F, H, W of the latents.
+        first_frame: whether it is for training image to video.
+        dtype: of the latents, as in their key.
+    """
+    channels = architecture.space.channels
+    shapes = {_key("latents", grid, dtype): (channels, *grid)}
+    if architecture.ends:
+        ends = 2, *grid[1:]
+        shapes[_key("latents_image", ends, dtype)] = channels, *ends
+    if architecture.first_frame and first_frame:
+        shapes |= {_key("latents_image", grid, "float32"): (channels + 1, *grid), "siglip_float16": SIGLIP}
+    return shapes
+
+
+def _key(name: str, grid: Sequence[int], dtype: str) -> str:
+    return f"{name}_{'x'.join(map(str, grid))}_{dtype}"
 
 
 def write_cache(
@@ -140,14 +168,14 @@ def write_cache(
     if frame_count is not None:
         texts["frame_count"] = str(frame_count)
     z_cthw = (architecture.space.scale(z_cthw.float()) if architecture.scaled else z_cthw).to(dtype)
-    tensors = {latents_key("latents", z_cthw): z_cthw}
+    parts = [z_cthw]
     if architecture.ends:
-        ends = z_cthw[:, [0, -1]]
-        tensors[latents_key("latents_image", ends)] = ends
+        parts.append(z_cthw[:, [0, -1]])
     if first_frame is not None:
-        image = _masked(first_frame.z_cthw, z_cthw.shape[1])
-        tensors[latents_key("latents_image", image)] = image
-        tensors["siglip_float16"] = first_frame.siglip.half()
+        parts += [_masked(first_frame.z_cthw, z_cthw.shape[1]), first_frame.siglip.half()]
+    name = str(dtype).removeprefix("torch.")
+    keys = tensor_shapes(architecture, z_cthw.shape[1:], first_frame is not None, name)
+    tensors = dict(zip(keys, parts, strict=True))
     save_weights(path, {key: _without_nan(path, key, tensor) for key, tensor in tensors.items()}, texts)
 
 
@@ -159,12 +187,6 @@ def read_cache_header(path: str | os.PathLike) -> CacheHeader:
     """
     weights = Weights(path)
     return CacheHeader(weights.metadata, weights.shapes)
-
-
-def latents_key(name: str, z_cthw: Tensor) -> str:
-    """The key of a tensor with the axes of a latent."""
-    frames, rows, columns = z_cthw.shape[1:]
-    return f"{name}_{frames}x{rows}x{columns}_{str(z_cthw.dtype).removeprefix('torch.')}"
 
 
 def _check(architecture: Architecture, z_cthw: Tensor, frame_count: int | None, first_frame: FirstFrame | None) -> None:

@@ -25,6 +25,7 @@ from ..hunyuan_attention import attend_frame_by_frame
 from ..options import HUNYUAN_HELP, option
 from ..served import AUTO, ServedOptions, adapter_paths, dtype_of, load_served
 from ..vaes import HunyuanVAE, load_hunyuan_vae, weights_file
+from .cache_files import MADE_HERE
 
 HUNYUAN, KVAE = "hunyuan", "kvae"
 NABLA = 128  # pixels: 16 latents, a block of Kandinsky 5's sparse attention
@@ -125,7 +126,7 @@ def made_by(options: EncoderOptions) -> dict[str, str]:
     return {
         "kvae_encoder": options.encoder,
         "kvae_vae": Path(name).name,
-        "kvae_vae_sha256": sha256_of(vae),
+        MADE_HERE: sha256_of(vae),
         "kvae_adapter": Path(adapter).name,
         "kvae_adapter_sha256": sha256_of(adapter) if adapter else "",
     }

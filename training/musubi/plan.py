@@ -17,7 +17,7 @@ from ...kvae import WeightsError
 from ...serving.architectures import Architecture
 from ..data.clips import reason_of
 from .buckets import Size, bucket_chooser
-from .cache_files import CacheName, latent_frames, read_cache_header
+from .cache_files import MADE_HERE, CacheName, latent_frames, read_cache_header, tensor_shapes
 from .config import Dataset
 from .encoders import nabla_size
 from .frames import Media, probe
@@ -25,7 +25,6 @@ from .items import Item, find_items
 from .windows import Window, used_frames, windows_of
 
 PROBES = 4  # threads
-SIGLIP = (729, 1152)  # what SigLIP gives of a picture
 MISSING, FITS, OTHER = "missing", "fits", "other"
 
 
@@ -166,15 +165,9 @@ def _target(dataset: Dataset, item: Item, media: Media, window: Window | None, b
 
 def _shapes(wanted: Wanted, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
     """The tensors of a cache, by key."""
-    architecture = wanted.architecture
-    channels, side = architecture.space.channels, architecture.space.spatial_factor
-    t, h, w = latent_frames(frames, architecture), -(-height // side), -(-width // side)
-    shapes: dict[str, tuple[int, ...]] = {f"latents_{t}x{h}x{w}_float16": (channels, t, h, w)}
-    if architecture.ends:
-        shapes[f"latents_image_2x{h}x{w}_float16"] = channels, 2, h, w
-    if wanted.i2v and architecture.first_frame:
-        shapes |= {f"latents_image_{t}x{h}x{w}_float32": (channels + 1, t, h, w), "siglip_float16": SIGLIP}
-    return shapes
+    architecture, side = wanted.architecture, wanted.architecture.space.spatial_factor
+    grid = latent_frames(frames, architecture), -(-height // side), -(-width // side)
+    return tensor_shapes(architecture, grid, wanted.i2v)
 
 
 def _compare(target: Target) -> None:
@@ -188,7 +181,7 @@ def _compare(target: Target) -> None:
     said = {key: header.metadata.get(key) for key in target.texts}
     if header.shapes.keys() != target.shapes.keys():
         target.state, target.why = OTHER, f"holds {', '.join(sorted(header.shapes))[:120]}"
-    elif said["kvae_vae_sha256"] is None:
+    elif MADE_HERE not in header.metadata:
         target.state, target.why = OTHER, "another program made it"
     elif said != target.texts:
         key = next(key for key, text in target.texts.items() if said[key] != text)

@@ -59,6 +59,7 @@ def test_windows_of_a_video_share_a_text_cache():
         "0960x0544_hv.safetensors",
         "clip_0960x-544_hv.safetensors",
         "clip_9999999999x1_hv.safetensors",
+        "clip_0000x0048_hv.safetensors",
         "clip_0960x0544_.safetensors",
         "",
     ],
