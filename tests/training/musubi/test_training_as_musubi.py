@@ -6,17 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import needs
 from encoder_files import hunyuan_options, kvae_options, siglip_options
-from kvae_comfyui.kvae.pixels import HUNYUAN_HALF_RANGE, to_unit
 from kvae_comfyui.serving.architectures import CACHED
 from kvae_comfyui.training.cli import main
-from kvae_comfyui.training.musubi.frames import read_windows
-from kvae_comfyui.training.musubi.windows import Window
-from kvae_comfyui.training.vaes import load_hunyuan_vae
 from musubi_media import clip, picture, write_config
 from musubi_side import datasets_of
 
@@ -140,30 +135,3 @@ def test_two_steps(architecture, i2v, encoder, tmp_path, monkeypatch):
         assert np.isfinite(steps(trainer, architecture, [batches[1]])).all()
     if architecture == "kandinsky5":  # already scaled: about the spread that the model was trained on
         assert 0.2 < batches[0]["latents"].float().std() < 5
-
-
-@torch.inference_mode()
-def test_the_first_frame_of_hunyuan_video_15(tmp_path, monkeypatch):
-    """musubi-tuner's formula: the first frame encoded alone, a mask, and SigLIP's last hidden state."""
-    clip(tmp_path / "v" / "a.mp4", 9, 64, 96)
-    video = {"video_directory": str(tmp_path / "v"), "cache_directory": str(tmp_path / "c"), "target_frames": [9]}
-    config = write_config(tmp_path / "a.json", video, caption_extension=".txt", resolution=[96, 64])
-    argv = ["cache", "--dataset-config", str(config), "--architecture", HV15, "--device", "cpu"]
-    vae = hunyuan_options(tmp_path, HV15)
-    assert main([*argv, *vae, *siglip_options(tmp_path)]) == 0
-    (path,) = (tmp_path / "c").glob("*.safetensors")
-    cache = load_file(path)
-    assert cache.keys() == {"latents_3x4x6_float16", "latents_image_3x4x6_float32", "siglip_float16"}
-    _, frames = next(read_windows(str(tmp_path / "v" / "a.mp4"), range(9), [Window(0, 9)], (96, 64)))
-    x = to_unit(torch.from_numpy(frames[0]).permute(2, 0, 1)[None, :, None], HUNYUAN_HALF_RANGE)
-    first = load_hunyuan_vae(vae[1], "cpu").vae.encode(x).latent_dist.mode()[0]
-    image = cache["latents_image_3x4x6_float32"]
-    torch.testing.assert_close(image[:32, :1], first, atol=1e-4, rtol=1e-4)
-    assert image[32, 0].eq(1).all() and image[:, 1:].eq(0).all()
-    from transformers import SiglipImageProcessor, SiglipVisionModel
-
-    vision = needs.musubi_module(monkeypatch, "frame_pack.clip_vision")
-    model = SiglipVisionModel.from_pretrained(tmp_path / "siglip" / "image_encoder")
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 28, "width": 28}}
-    seen = vision.hf_clip_vision_encode(frames[0], SiglipImageProcessor(**half), model).last_hidden_state[0]
-    torch.testing.assert_close(cache["siglip_float16"].float(), seen, atol=5e-3, rtol=5e-3)
