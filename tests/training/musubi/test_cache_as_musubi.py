@@ -39,7 +39,7 @@ def cache(config, architecture, *options):
 
 
 def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    return {path.relative_to(folder): path.read_bytes() for path in folder.glob("c*/*.safetensors")}
 
 
 def refuse(x):
