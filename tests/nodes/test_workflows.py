@@ -54,3 +54,11 @@ def test_two_widgets_of_a_subgraph_have_different_names(path):
             shown.append(slots.get(widget, {}).get("label", widget))
         assert len(set(shown)) == len(shown), shown
         assert "value" not in shown
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_subgraph_shows_the_settings_of_load_kvae(path):
+    """The frontend of 0.33.0 hides advanced settings of a subgraph's node, and its button only opens a side panel."""
+    for node in graphs(path)[0]["nodes"]:
+        if {"decode_adapter", "memory_gb"} & {widget for _, widget in node["properties"].get("proxyWidgets", ())}:
+            assert node["showAdvanced"] is True
