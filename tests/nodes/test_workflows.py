@@ -11,6 +11,7 @@ from conftest import ROOT
 PATHS = [path for folder in ("workflows", "subgraphs") for path in sorted((ROOT / folder).glob("*.json"))]
 TITLE = 30  # a node's title bar is above its position
 APART = 60
+PICTURE = 300  # by which a node grows, or less, that shows pictures while it works
 
 
 def graphs(path):
@@ -32,6 +33,16 @@ def test_nodes_stand_60_pixels_apart(path):
     for graph in graphs(path):
         for one, other in combinations(graph["nodes"], 2):
             assert gap(one, other) >= APART, f"{one['type']} {one['id']} and {other['type']} {other['id']}"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_pictures_of_a_running_node_cover_no_other_node(path):
+    for graph in graphs(path):
+        for node in graph["nodes"]:
+            if node["type"] in ("KVAEDecode", "KVAEDecodeToVideo", "KVAECompare"):
+                grown = node | {"size": [node["size"][0], node["size"][1] + PICTURE]}
+                for other in graph["nodes"]:
+                    assert other is node or gap(grown, other) >= 0, f"{other['type']} {other['id']}"
 
 
 @pytest.mark.parametrize("path", [p for p in PATHS if p.parent.name == "workflows"], ids=lambda path: path.stem)
