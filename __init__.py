@@ -3,7 +3,7 @@
 Importing it costs nothing and needs no ComfyUI: the nodes are imported when ComfyUI asks for them.
 """
 
-WEB_DIRECTORY = "./web"  # help pages, web/docs/<node id>.md
+WEB_DIRECTORY = "./web"  # help pages, docs/<node id>.md, and what one node needs in the page
 
 
 async def comfy_entrypoint():

@@ -13,6 +13,7 @@ from ..serving.inspect import describe, describe_file
 from ..serving.latent_files import load_latent
 from ..serving.latent_writers import save_latent
 from . import folders
+from .input_output import has_latent, latent_path, output_path
 from .latent_dict import FRAMES, SPACE, joined, parts_of, space_of
 from .metadata import workflow_of
 from .schema import LATENT, schema
@@ -72,7 +73,7 @@ class KVAESaveLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: dict, filename_prefix: str) -> io.NodeOutput:
-        path, file, subfolder = folders.output_path(filename_prefix, ".latent")
+        path, file, subfolder = output_path(filename_prefix, ".latent")
         z, *others = parts_of(samples)
         save_latent(path, z, space_of(samples), samples.get(FRAMES), workflow_of(cls), others)
         return io.NodeOutput(samples, ui={"latents": [ui.SavedResult(file, subfolder, io.FolderType.output)]})
@@ -120,20 +121,20 @@ class KVAELoadLatent(io.ComfyNode):
     def validate_inputs(cls, file: str) -> bool | str:
         try:
             if file is not None:  # None: linked to another node
-                folders.latent_path(file)
+                latent_path(file)
         except WeightsError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_) -> list:
-        return folders.stamp(folders.latent_path(file))
+        return folders.stamp(latent_path(file))
 
     @classmethod
     def execute(cls, file: str, scaling: str, model: str = AUTO) -> io.NodeOutput:
         if scaling not in SCALINGS:
             raise ValueError(f"scaling is {scaling!r}; expected one of {', '.join(SCALINGS)}")
-        path = folders.latent_path(file)  # checked again: since validate_inputs it may have become a link to elsewhere
+        path = latent_path(file)  # checked again: since validate_inputs it may have become a link to elsewhere
         found = load_latent(path, SCALINGS[scaling], None if model == AUTO else model)
         samples = joined([found.z, *found.others])
         latent = {"samples": samples, SPACE: found.space, FRAMES: found.frames}
@@ -154,4 +155,4 @@ def _latent_files() -> list[str]:
         for path, _, names in os.walk(os.path.join(folder, below)):
             relative = os.path.relpath(path, folder)
             found += [os.path.normpath(os.path.join(relative, n)) + suffix for n in sorted(names) if n.endswith(ending)]
-    return [name for name in found if folders.has_latent(name)]
+    return [name for name in found if has_latent(name)]

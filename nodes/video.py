@@ -9,8 +9,8 @@ from ..serving.clips import frames_to_keep
 from ..serving.remembered import Remembered
 from ..serving.sound import audio_of_clip, waveform_of
 from ..serving.video_writer import CODECS, VideoWriter
-from . import folders
 from .coding import decoder_and_latent, latent_inputs
+from .input_output import output_path, saved_result
 from .latent_dict import FRAMES, SPACE, parts_of
 from .metadata import workflow_of
 from .schema import VIDEO, advanced, schema
@@ -109,7 +109,7 @@ class KVAEDecodeToVideo(io.ComfyNode):
             paths: list[str] = []
 
             def new_file(clip: int) -> VideoWriter:
-                paths.append(folders.output_path(filename_prefix, ".mp4", width, height)[0])
+                paths.append(output_path(filename_prefix, ".mp4", width, height)[0])
                 sound = audio_of_clip(sounds, clip, len(z))
                 return VideoWriter(paths[-1], width, height, fps, codec, crf, sound, workflow_of(cls), keep_unfinished)
 
@@ -123,5 +123,5 @@ class KVAEDecodeToVideo(io.ComfyNode):
         latent = samples.get(SPACE), samples.get(FRAMES), samples.get("sample_rate")
         settings = (*latent, rate, scaling, memory_gb, fps, codec, crf, filename_prefix)
         paths = WRITTEN.of(made_of, settings, write)  # the page may ask again for a file that is there
-        preview = ui.PreviewVideo([folders.saved_result(path) for path in paths])
+        preview = ui.PreviewVideo([saved_result(path) for path in paths])
         return io.NodeOutput([InputImpl.VideoFromFile(path) for path in paths], ui=preview)

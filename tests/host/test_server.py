@@ -90,6 +90,12 @@ def test_every_node_has_a_help_page(server, ours):
             assert server.content(f"/extensions/kvae/docs/{name}/{language}.md").decode().startswith("# ")
 
 
+def test_the_page_gets_the_script_that_shows_the_finished_video(server):
+    """The page keeps the last picture of a running node, in place of the video that the node shows in the end."""
+    (script,) = (path for path in server.get("/extensions") if path.startswith("/extensions/kvae/"))
+    assert "KVAEDecodeToVideo" in server.content(script).decode()
+
+
 def test_a_change_of_adapter_does_not_reload_the_file_of_the_kvae(server, base):
     folder = base / "models" / "latent_adapters"
     prompt = {

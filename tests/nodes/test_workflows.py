@@ -11,6 +11,7 @@ from conftest import ROOT
 PATHS = [path for folder in ("workflows", "subgraphs") for path in sorted((ROOT / folder).glob("*.json"))]
 TITLE = 30  # a node's title bar is above its position
 APART = 60
+PICTURE = 300  # by which a node grows, or less, that shows pictures while it works
 
 
 def graphs(path):
@@ -34,6 +35,16 @@ def test_nodes_stand_60_pixels_apart(path):
             assert gap(one, other) >= APART, f"{one['type']} {one['id']} and {other['type']} {other['id']}"
 
 
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_pictures_of_a_running_node_cover_no_other_node(path):
+    for graph in graphs(path):
+        for node in graph["nodes"]:
+            if node["type"] in ("KVAEDecode", "KVAEDecodeToVideo", "KVAECompare"):
+                grown = node | {"size": [node["size"][0], node["size"][1] + PICTURE]}
+                for other in graph["nodes"]:
+                    assert other is node or gap(grown, other) >= 0, f"{other['type']} {other['id']}"
+
+
 @pytest.mark.parametrize("path", [p for p in PATHS if p.parent.name == "workflows"], ids=lambda path: path.stem)
 def test_every_workflow_is_explained_in_three_languages(path):
     (note,) = (n for n in graphs(path)[0]["nodes"] if n.get("title") == "Read me · 说明 · Справка")
@@ -54,3 +65,11 @@ def test_two_widgets_of_a_subgraph_have_different_names(path):
             shown.append(slots.get(widget, {}).get("label", widget))
         assert len(set(shown)) == len(shown), shown
         assert "value" not in shown
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_subgraph_shows_the_settings_of_load_kvae(path):
+    """The frontend of 0.33.0 hides advanced settings of a subgraph's node, and its button only opens a side panel."""
+    for node in graphs(path)[0]["nodes"]:
+        if {"decode_adapter", "memory_gb"} & {widget for _, widget in node["properties"].get("proxyWidgets", ())}:
+            assert node["showAdvanced"] is True
