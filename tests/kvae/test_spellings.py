@@ -113,11 +113,11 @@ def test_a_folder_gives_the_vae_of_kandinsky_6(tmp_path, kandinsky_6, spelling):
     assert ours.config == SMALL["2.0-t4s16"]
     with torch.no_grad():
         for frames in (1, 5, 17, 18, 21, 33):
-            x = clip(ours, frames)
+            x = clip(ours, frames, rows=1, columns=2)
             posterior = ours.posterior(x)
             theirs = kandinsky_6.encode(pad_frames(x)).latent_dist.parameters
             assert_same(torch.cat([posterior.mean, posterior.logvar], 1), theirs, 2e-6)
-            z = latent(ours, posterior.mean.shape[2])
+            z = latent(ours, posterior.mean.shape[2], rows=1, columns=2)
             assert_same(ours.decode(z), kandinsky_6.decode(z).sample, 2e-6)
 
 
