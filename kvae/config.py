@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+
+from .foreign import build
+from .spellings import fields_of
 
 SEGMENT_FRAMES = 16  # the first segment has one more; GroupNorm runs over a segment, so this defines models with it
 
@@ -71,42 +74,16 @@ class KVAEConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> KVAEConfig:
-        """Read a config.json: ours, the official repository's (`model.encoder_params` …), or diffusers' (`ch` …).
-
-        Keys that describe training or a library are ignored.
+        """Read a config in any spelling that `spellings` knows.
 
         Raises:
-            ValueError, TypeError, KeyError: the values do not define a model of the family.
+            ValueError, OverflowError: the values do not define a model of the family.
         """
-        if "model" in values:
-            values = _from_official(**values["model"])
-        elif "ch" in values:
-            values = values | dict.fromkeys(("encoder_widths", "decoder_widths"), _widths(values))
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        return build(cls, fields_of(values))
 
     def to_dict(self) -> dict:
         """The fields as JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-
-def _widths(params: dict) -> tuple[int, ...]:
-    return tuple(round(params["ch"] * mult) for mult in params.get("ch_mult", (1, 2, 4, 8)))
-
-
-def _from_official(encoder_params: dict, decoder_params: dict, **_: object) -> dict:
-    """Our fields from the arguments of the official constructors; missing ones have the official defaults."""
-    return {
-        "encoder_widths": _widths({"ch": 128} | encoder_params),
-        "decoder_widths": _widths({"ch": 128} | decoder_params),
-        "num_res_blocks": encoder_params.get("num_res_blocks", 2),
-        "z_channels": encoder_params.get("z_channels", 16),
-        "temporal_compress_times": encoder_params.get("temporal_compress_times", 4),
-        "temporal_start_level": encoder_params.get("temporal_compress_start_level", 0),
-        "norm": {"group_norm": "group", "rms_norm": "rms"}[encoder_params.get("norm_type", "group_norm")],
-        "downsample_version": encoder_params.get("downsample_version", 1),
-        "padding": encoder_params.get("padding_mode") or "replicate",
-    }
 
 
 # https://huggingface.co/kandinskylab: KVAE-3D-1.0, KVAE-3D-2.0-t4s8, KVAE-3D-2.0-t4s16

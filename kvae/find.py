@@ -7,16 +7,22 @@ import re
 from pathlib import Path
 
 from .errors import WeightsError
+from .foreign import parse_object
 from .hub import HUB_IDS, WEIGHTS_FILES, hub_client, hub_reason
-from .paths import file_errors
+from .paths import file_errors, read_text
+from .spellings import MOST_CONFIG_BYTES, is_kvae
+
+VAE = "vae"  # the folder of the VAE in that of a pipeline
+_FILES = (*WEIGHTS_FILES, *(f"{VAE}/{file}" for file in WEIGHTS_FILES))
 
 
-def find_weights(name: str | os.PathLike, subfolder: str = "") -> Path:
+def find_weights(name: str | os.PathLike) -> Path:
     """The weights file that `name` refers to.
 
     Args:
-        name: a file; a folder that holds the file, itself or in `subfolder`; the name of a published model; or a hub id
-            (owner/name). Only the last two use the network, and only if no such file or folder exists.
+        name: a file; a folder that holds the file, itself or, as a pipeline's folder does, in vae/; the name of a
+            published model; or a hub id (owner/name). Only the last two use the network, and only if no such file or
+            folder exists.
 
     Raises:
         WeightsError: no such file exists, or it cannot be downloaded.
@@ -24,7 +30,7 @@ def find_weights(name: str | os.PathLike, subfolder: str = "") -> Path:
     path = Path(name)
     with file_errors(path):
         if path.is_dir():
-            return _in_folder(path, subfolder)
+            return _in_folder(path)
         if path.exists():
             return path
     repository = HUB_IDS.get(str(name), str(name))
@@ -33,21 +39,27 @@ def find_weights(name: str | os.PathLike, subfolder: str = "") -> Path:
             f"{name}: no such file or folder; give a .safetensors file, a folder, {', '.join(HUB_IDS)} or a hub id "
             "(owner/name)"
         )
-    return _in_folder(_download(repository, subfolder), subfolder)
+    return _in_folder(_download(repository))
 
 
-def _in_folder(folder: Path, subfolder: str) -> Path:
-    places = [each / file for each in dict.fromkeys((folder, folder / subfolder)) for file in WEIGHTS_FILES]
-    present = [place for place in places if place.is_file()]
+def says_kvae(weights: Path) -> bool:
+    """Whether the config.json beside a pipeline's VAE says that it is a KVAE-3D. The weights are not opened."""
+    try:
+        return is_kvae(parse_object(read_text(weights.with_name("config.json"), MOST_CONFIG_BYTES)))
+    except (WeightsError, ValueError):
+        return False
+
+
+def _in_folder(folder: Path) -> Path:
+    present = [place for file in _FILES if (place := folder / file).is_file()]
     if not present:
-        raise WeightsError(f"{folder}: this folder holds neither {' nor '.join(WEIGHTS_FILES)}")
+        raise WeightsError(f"{folder}: this folder holds neither {' nor '.join(WEIGHTS_FILES)}, nor does its {VAE}/")
     return present[0]
 
 
-def _download(repository: str, subfolder: str) -> Path:
+def _download(repository: str) -> Path:
     """The folder of the hub's cache that now holds the repository's weights and config."""
-    prefix = f"{subfolder}/" if subfolder else ""
-    patterns = [prefix + file for file in (*WEIGHTS_FILES, "config.json")]
+    patterns = [*_FILES, "config.json", f"{VAE}/config.json"]
     try:
         return Path(hub_client().snapshot_download(repository, allow_patterns=patterns))
     except WeightsError as error:

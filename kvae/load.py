@@ -20,10 +20,10 @@ from .foreign import build, parse_object
 from .hub import WEIGHTS_FILES
 from .model import KVAE
 from .paths import read_text
+from .spellings import MOST_CONFIG_BYTES, fields_of
 
 _EXPECTED = f"a KVAE-3D VAE ({', '.join(FAMILY)})"
 CONFIG = "kvae_config"  # tensor with the config's JSON as bytes, for writers that keep only tensors
-MOST_CONFIG_BYTES = 1 << 16
 MOST_KEYS, MOST_LEVELS = 2000, 8  # the published models have up to 378 and 5
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -34,9 +34,9 @@ def load_kvae(name: str | os.PathLike, dtype: torch.dtype = torch.float32, devic
 
     Args:
         name: a .safetensors file; a folder with model.safetensors or diffusion_pytorch_model.safetensors, and
-            config.json; the name of a published model (KVAE-3D-1.0); or a hub id (owner/name). The last two are
-            downloaded with huggingface_hub. The config of a file comes from its metadata or its tensor `kvae_config`,
-            otherwise from the shapes.
+            config.json, or a pipeline's folder, which has them in vae/; the name of a published model (KVAE-3D-1.0); or
+            a hub id (owner/name). The last two are downloaded with huggingface_hub. The config of a file comes from its
+            metadata, its tensor `kvae_config` or config.json, in any spelling (`spellings`), otherwise from the shapes.
 
     Raises:
         WeightsError: the file is missing, damaged, or not a KVAE-3D; the message says what it is.
@@ -148,15 +148,21 @@ def _config(path: Path, weights: Weights, shapes: Shapes) -> KVAEConfig:
         text = weights.metadata.get("config") or _config_tensor(weights) or _config_beside(path)
         if not text:
             return config_from_shapes(shapes)
-        config = build(KVAEConfig, KVAEConfig.from_dict(parse_object(text)).to_dict())
+        said = fields_of(parse_object(text))
+        _check_agreement(path, KVAEConfig().to_dict() | said, inferred)
+        return build(KVAEConfig, said)
     except WeightsError:
         raise
     except (ArithmeticError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise WeightsError(f"{path}: its config is not that of {_EXPECTED} ({error})") from None
+
+
+def _check_agreement(path: Path, said: dict, inferred: dict) -> None:
+    """Refuse a config that says something else than the shapes."""
     for name, value in inferred.items():
-        if getattr(config, name) != value:
-            raise WeightsError(f"{path}: its config says {name} is {getattr(config, name)}, its tensors say {value}")
-    return config
+        found = tuple(said[name]) if isinstance(said[name], list) else said[name]
+        if found != value:
+            raise WeightsError(f"{path}: its config says {name} is {found!s:.60}, its tensors say {value}")
 
 
 def _config_tensor(weights: Weights) -> str | None:

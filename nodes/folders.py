@@ -1,9 +1,11 @@
-"""Find files: KVAEs in models/kvae and models/vae, adapters in models/latent_adapters, and in ComfyUI's extra paths."""
+"""Find files: KVAEs in models/kvae, models/vae and pipelines in models/diffusion_models, adapters in
+models/latent_adapters, and all of them in ComfyUI's extra paths.
+"""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import folder_paths
 
@@ -12,10 +14,11 @@ from ..adapters.published import PUBLISHED_FILES, published_address
 from ..kvae import KVAE as KVAEModel
 from ..kvae import WeightsError
 from ..kvae.files import Weights, what_is
-from ..kvae.hub import HUB_IDS, hub_address
+from ..kvae.find import VAE, says_kvae
+from ..kvae.hub import HUB_IDS, WEIGHTS_FILES, hub_address
 from ..kvae.signature import same_weights, signature
 
-KVAE, ADAPTERS = "kvae", "latent_adapters"
+KVAE, ADAPTERS, PIPELINES = "kvae", "latent_adapters", "diffusion_models"
 TINY = "tiny KVAE (included)"
 PACK = Path(__file__).parents[1]
 ASSETS = PACK / "training" / "tiny" / "assets"
@@ -30,9 +33,17 @@ def register() -> None:
 
 
 def kvae_names() -> list[str]:
-    """The names that Load KVAE offers: of models/kvae, then of models/vae, then the tiny KVAE of this pack."""
+    """The names that Load KVAE offers: of models/kvae, of models/vae, of pipelines, then the tiny KVAE of this pack."""
     vae_names = [name for name in _names("vae") if name.endswith(".safetensors")]
-    return [*dict.fromkeys([*_names(KVAE), *vae_names]), TINY]
+    return [*dict.fromkeys([*_names(KVAE), *vae_names, *_in_pipelines()]), TINY]
+
+
+def _in_pipelines() -> dict[str, str]:
+    """The paths of KVAEs in diffusers' pipelines, by their folder in models/diffusion_models: NAME/vae."""
+    files = [PurePath(name) for name in _names(PIPELINES)]
+    vaes = [file for file in files if file.name in WEIGHTS_FILES and file.parent.name == VAE]
+    paths = {file.parent.as_posix(): folder_paths.get_full_path(PIPELINES, str(file)) for file in vaes}
+    return {name: path for name, path in paths.items() if path and says_kvae(Path(path))}
 
 
 def kvae_path(name: str) -> str:
@@ -44,6 +55,9 @@ def kvae_path(name: str) -> str:
     if name == TINY:
         return str(ASSETS / "tiny_kvae.safetensors")
     path = folder_paths.get_full_path(KVAE, name) or folder_paths.get_full_path("vae", name)
+    path = path or _in_pipelines().get(name)
+    if path is None and PurePath(name).name == VAE:
+        raise WeightsError(_missing(name, PIPELINES, ""))
     if path is None:
         published = name.removesuffix(".safetensors")
         raise WeightsError(_missing(name, "vae", hub_address(published if published in HUB_IDS else "KVAE-3D-1.0")))
@@ -156,7 +170,8 @@ def _missing(name: str, key: str, address: str) -> str:
 
 
 def _shown(key: str) -> str:
-    """The first folder of that key, as users know it: relative to ComfyUI's, if it is in there."""
-    folder = Path(folder_paths.get_folder_paths(key)[0])
+    """The folder of that key, as users know it: relative to ComfyUI's, if it is in there."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(key)]
+    folder = next((each for each in folders if each.name == key), folders[0])  # diffusion_models has unet before it
     inside = Path(folder_paths.base_path)
     return folder.relative_to(inside).as_posix() if folder.is_relative_to(inside) else str(folder)

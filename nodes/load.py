@@ -38,7 +38,8 @@ class KVAELoad(io.ComfyNode):
                 io.Combo.Input(
                     "kvae_name",
                     options=folders.kvae_names(),
-                    tooltip="The KVAE-3D weights, from models/kvae or models/vae.",
+                    tooltip="The KVAE-3D weights, from models/kvae or models/vae, or the VAE of Kandinsky 6's "
+                    "super-resolution in models/diffusion_models.",
                 ),
                 advanced(
                     io.Combo.Input,

@@ -114,29 +114,28 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
     Raises:
         WeightsError: there are no weights, or they are of another model; the message says which.
     """
-    path = weights_file(name, "hunyuan", subfolder="vae")
+    path = weights_file(name, "hunyuan")
     return HunyuanVAE(read_hunyuan_vae(path, dtype).to(device), name, sha256_of(path))
 
 
 def load_kvae_for_training(name: str, device: str, dtype: torch.dtype = torch.float32) -> KVAE3D:
     """Load a KVAE-3D, frozen. Arguments and errors are those of `load_hunyuan_vae`."""
-    path = weights_file(name, "kvae", subfolder="")
+    path = weights_file(name, "kvae")
     return KVAE3D(load_kvae(path, dtype, device), name, sha256_of(path))
 
 
-def weights_file(name: str, which: str, subfolder: str = "") -> Path:
+def weights_file(name: str, which: str) -> Path:
     """The weights file of a VAE.
 
     Args:
         name: "tiny", a folder, a .safetensors file or a hub id.
         which: "hunyuan" or "kvae": the tiny VAE that "tiny" stands for.
-        subfolder: of a pipeline's folder.
 
     Raises:
         WeightsError: there is no such file.
     """
     if name != "tiny":
-        return find_weights(name, subfolder)
+        return find_weights(name)
     path = TINY[which]
     if which == "hunyuan" and not path.exists():  # .comfyignore leaves it out, as the nodes do not need it
         raise WeightsError(

@@ -1,13 +1,18 @@
 """Load KVAE: one message for what is missing, which says where to get it, and a report of what was loaded."""
 
+import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from kvae_comfyui.adapters.networks import PointwiseNet
 from kvae_comfyui.adapters.published import PUBLISHED_FILES, published_address
+from kvae_comfyui.kvae import load_kvae
+from small_models import clip, small
 
+from .conftest import NATIVE
 from .test_server import LOAD
 
 DECODE = {
@@ -39,6 +44,38 @@ def test_a_missing_adapter_is_said_once_under_its_own_input(server, comfyui_path
         pytest.skip("needs a ComfyUI that checks the lists of V3 nodes; in this one the error comes when the node runs")
     (said,) = errors(server, **{name: "copy.safetensors"})
     assert said.startswith(f"{name}: 'copy.safetensors' not in ")
+
+
+PIPELINE = "Kandinsky-6.0-VSR-distilled2steps-5s-Diffusers/vae"
+
+
+@pytest.fixture
+def pipelines(base):
+    """models/diffusion_models with Kandinsky 6's super-resolution and another model's pipeline, for one test."""
+    kvae = small("2.0-t4s16")
+    config = {"vae_type": "video-kvae", "ch": 8, "ch_mult": [0.5, 1, 1, 2, 2], "norm_type": "rms_norm"}
+    config |= {"decoder_ch": 16, "decoder_ch_mult": [0.25, 1, 1, 1, 2], "num_res_blocks": 1, "z_channels": 64}
+    config |= {"temporal_compress_start_level": 1, "downsample_version": 2, "padding_mode": "zeros"}
+    root = base / "models" / "diffusion_models"
+    for folder, values in ((PIPELINE, config), ("HunyuanVideo/vae", {"_class_name": "AutoencoderKLHunyuanVideo"})):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "config.json").write_text(json.dumps(values))
+        save_file(kvae.state_dict(), root / folder / "diffusion_pytorch_model.safetensors")
+    yield root
+    shutil.rmtree(root)
+
+
+def test_the_kvae_of_kandinsky_6_is_listed_by_its_pipeline_and_loads(comfy, load, run, pipelines):
+    inputs = {each.id: each for each in comfy.classes["KVAELoad"].define_schema().inputs}
+    assert [name for name in inputs["kvae_name"].options if name.endswith("vae")] == [PIPELINE]
+    vae = load(kvae_name=PIPELINE, latents=NATIVE)
+    expected = load_kvae(pipelines / PIPELINE)
+    x = clip(expected, 5)
+    (found,) = run("VAEEncode", vae=vae, pixels=(x[0].movedim(0, -1) + 1) * 128 / 255)
+    torch.testing.assert_close(found["samples"], expected.encode(x), rtol=1e-3, atol=1e-3)
+    shutil.rmtree(pipelines / PIPELINE)
+    said = comfy.classes["KVAELoad"].validate_inputs(PIPELINE)
+    assert said == f"{PIPELINE} is not in models/diffusion_models. Save it there, press R, or choose another file."
 
 
 @pytest.fixture

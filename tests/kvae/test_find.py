@@ -11,6 +11,7 @@ import pytest
 import needs
 from conftest import ROOT
 from kvae_comfyui.kvae import WeightsError, load_kvae
+from kvae_comfyui.kvae.find import says_kvae
 
 
 def in_cache(cache: Path, repository: str, files: dict[str, bytes]) -> None:
@@ -20,7 +21,9 @@ def in_cache(cache: Path, repository: str, files: dict[str, bytes]) -> None:
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("0" * 40)
     for name, data in files.items():
-        (folder / "snapshots" / ("0" * 40) / name).write_bytes(data)
+        place = folder / "snapshots" / ("0" * 40) / name
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(data)
 
 
 FIND = """
@@ -56,6 +59,46 @@ def test_names_of_published_models_mean_their_repositories(tmp_path):
     assert name == repository
     assert name.startswith(str(tmp_path / "hf")) and name.endswith("model.safetensors")
     assert local == os.path.join("KVAE-3D-2.0-t4s8", "model.safetensors")  # a local folder comes first
+
+
+def test_the_vae_of_a_pipeline_is_in_its_folder_vae(tmp_path):
+    needs.package("huggingface_hub", "requirements-training.txt")
+    file = "vae/diffusion_pytorch_model.safetensors"
+    in_cache(tmp_path / "hf", "kandinskylab/Kandinsky-6.0-VSR-5s-Diffusers", {file: b"x", "model_index.json": b"{}"})
+    (tmp_path / "pipeline" / "vae").mkdir(parents=True)
+    (tmp_path / "pipeline" / file).write_bytes(b"x")
+    (tmp_path / "pipeline" / "transformer").mkdir()
+    hub, local, other = find(
+        ["kandinskylab/Kandinsky-6.0-VSR-5s-Diffusers", "pipeline", os.path.join("pipeline", "transformer")], tmp_path
+    )
+    assert hub.startswith(str(tmp_path / "hf")) and hub.endswith(
+        os.path.join("vae", "diffusion_pytorch_model.safetensors")
+    )
+    assert local == os.path.join("pipeline", "vae", "diffusion_pytorch_model.safetensors")
+    assert other.endswith("nor does its vae/")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"vae_type": "video-kvae", "ch": 128}', True),
+        ('{"_class_name": "Kandinsky6SRVAE"}', True),
+        ('{"_class_name": "AutoencoderKLKVAEVideo"}', True),
+        ('{"_class_name": "AutoencoderKLKVAE", "ch_mult": [1, 2, 4, 8]}', False),
+        ('{"_class_name": "AutoencoderDC", "encoder_block_out_channels": [8, 8]}', False),
+        ('{"vae_type": ["video-kvae"]}', False),
+        ('{"_class_name": ["Kandinsky6SRVAE"]}', False),
+        ('{"vae_type": "video-kvae"}' + " " * (1 << 16), False),
+        ("[]", False),
+        ("[" * 60_000, False),
+        ("{", False),
+        (None, False),
+    ],
+)
+def test_a_pipelines_config_tells_a_kvae_from_other_vaes(tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert says_kvae(tmp_path / "diffusion_pytorch_model.safetensors") is says
 
 
 def test_a_failed_search_is_an_error_of_one_line(tmp_path):

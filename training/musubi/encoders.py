@@ -122,7 +122,7 @@ def made_by(options: EncoderOptions) -> dict[str, str]:
         name, vae = options.kvae, weights_file(options.kvae, "kvae")
         _, adapter = adapter_paths(options, ("encode",))
     else:
-        name, vae, adapter = options.hunyuan_vae, weights_file(options.hunyuan_vae, "hunyuan", "vae"), ""
+        name, vae, adapter = options.hunyuan_vae, weights_file(options.hunyuan_vae, "hunyuan"), ""
     return {
         "kvae_encoder": options.encoder,
         "kvae_vae": Path(name).name,
