@@ -67,7 +67,7 @@ def _prepare_process() -> None:
 def _run(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m training",
-        description="Adapters between HunyuanVideo and KVAE latents: extract pairs, train, evaluate.",
+        description="Train and measure adapters between HunyuanVideo and KVAE latents; use them with other programs.",
         epilog="`python -m training COMMAND -h` lists a command's options.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

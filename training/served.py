@@ -40,7 +40,7 @@ class ServedOptions:
         most=MOST_GB,
     )
     dtype: str = option(
-        AUTO, "precision of KVAE; auto is bf16 on a GPU that has it, else fp32", choices=(AUTO, *DTYPES)
+        AUTO, "precision of the VAE; auto is bf16 on a GPU that has it, else fp32", choices=(AUTO, *DTYPES)
     )
     device: str = option(DEVICE, "device of KVAE and adapters", metavar="DEVICE")
 

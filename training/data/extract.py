@@ -154,7 +154,7 @@ def _finish(manifest: ExtractionManifest, counts: dict[str, int], failed: dict[s
     if not processes.main:
         return
     for reason in failed.values():
-        print(f"skipped: {printable(reason)}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+        print(f"skipped: {printable(reason)}", file=sys.stderr)
     if counts["extracted"] or counts["already_there"]:
         manifest.write({"counts": counts, "failed": failed})
     else:

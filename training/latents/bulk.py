@@ -76,7 +76,7 @@ class Bulk:
 
     def say(self, line: str) -> None:
         """Print a line about a file, beside the progress."""
-        tqdm.write(printable(line).encode(errors="backslashreplace").decode(), file=sys.stderr)
+        tqdm.write(printable(line), file=sys.stderr)
 
     def code(self) -> int:
         """The exit code: 0, or 1 if some files were skipped.

@@ -1,6 +1,6 @@
 """Encode videos and images with KVAE into latent files of another model, one after the other.
 
-    python -m training encode videos/ --space hunyuan_video --output latents --format musubi \
+    python -m training encode videos/ --space hunyuan_video --output latents --format musubi \\
         --kvae KVAE-3D-1.0 --adapter-k2h k2h.safetensors
 
 The same command continues after an interruption. Frames are read as they are encoded, so memory grows with the length
@@ -43,7 +43,9 @@ class EncodeConfig(ServedOptions):
     output: str = option(..., "folder to write to", writes="folder")
     space: str = option("hunyuan_video", "the space of the latents", tuple(SPACES))
     format: str = option(
-        "comfyui", "whose files: ComfyUI's .latent, musubi-tuner's --latent_path, …", choices=tuple(ENDINGS)
+        "comfyui",
+        "which program is to read the files: ComfyUI (.latent), musubi-tuner (--latent_path), diffusers or Kandinsky",
+        choices=tuple(ENDINGS),
     )
     height: int = option(
         0, "height in pixels; 0 takes the video's own size, cut to whole latents", least=0, most=MOST_SIDE

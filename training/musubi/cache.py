@@ -79,7 +79,7 @@ def run(config: CacheConfig) -> int:
         _delete_stale(plans, config.delete_stale)
     failed = {path: reason for plan in plans for path, reason in plan.failed.items()}
     for reason in failed.values():
-        print(f"skipped: {printable(reason)}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+        print(f"skipped: {printable(reason)}", file=sys.stderr)
     if not config.dry_run:
         print(f"{caching.made} caches made, {caching.kept} already there, {len(failed)} media skipped")
     return 1 if failed else 0
@@ -104,8 +104,10 @@ def load_caching(options: EncoderOptions, architecture: Architecture, nabla: boo
 
 def _described(config: CacheConfig) -> str:
     if config.encoder == KVAE:
-        return f"KVAE {config.kvae}, with the adapter {config.adapter_k2h or config.kvae}"
-    return f"the VAE of {config.architecture}, {config.hunyuan_vae}"
+        name, text = config.kvae, f"KVAE {config.kvae}, with the adapter {config.adapter_k2h or config.kvae}"
+    else:
+        name, text = config.hunyuan_vae, f"the VAE of {config.architecture}, {config.hunyuan_vae}"
+    return text + ("; it is for trying this command only: do not train on its latents" if name == "tiny" else "")
 
 
 def _check_options(config: CacheConfig, datasets: list[Dataset]) -> None:

@@ -94,4 +94,4 @@ def _few(texts: Iterable[str]) -> str:
 
 def _say(line: str) -> None:
     indent = len(line) - len(line.lstrip())
-    print(" " * indent + printable(line[indent:]).encode(errors="backslashreplace").decode())
+    print(" " * indent + printable(line[indent:]))

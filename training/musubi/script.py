@@ -7,7 +7,8 @@ Everything after the script's name goes to the script. Options of this command c
 options, --vae may be left out, and --vae_dtype, --vae_tiling and the like have no effect: --dtype and --memory-gb are
 in their place. Training on several GPUs works as always: accelerate launch -m training musubi … hv_train_network.py …
 
-KVAE encodes and decodes wherever these scripts load a VAE: {scripts}.
+KVAE encodes and decodes wherever these scripts load a VAE:
+{scripts}.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +81,7 @@ SCRIPTS = {
     "kandinsky5_generate_video": KANDINSKY,
     "kandinsky5_train_network": KANDINSKY,
 }
-__doc__ = __doc__.format(scripts=", ".join(SCRIPTS))
+__doc__ = __doc__.format(scripts=textwrap.fill(", ".join(SCRIPTS), 120, break_on_hyphens=False))
 
 
 @dataclass(kw_only=True)
