@@ -106,7 +106,7 @@ def test_a_failed_search_is_an_error_of_one_line(tmp_path):
     expected = {
         "KVAE-3D-2.0-t4s8": "kandinskylab/KVAE-3D-2.0-t4s8: no such file or folder, and the hub says",
         "someone/" + "x" * 120: "and the hub says",
-        "-x/y": "give a .safetensors file, a folder, KVAE-3D-1.0",
+        "-x/y": "or the name of a published KVAE (KVAE-3D-1.0",
         "x" * 5000: "choose a shorter name",
         "nonsense": "no such file or folder; give",
     }

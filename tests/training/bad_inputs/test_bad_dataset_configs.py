@@ -103,6 +103,7 @@ CONFIGS = [
     *(Row(CACHE, "general", config(FOLDER, "v/a.mp4", general=f"{key} = {value}"))
       for key, value in (("video_directory", '"v"'), ("target_frames", "[1]"), ("resolution", "1.5"))),
     Row(CACHE, "names no media", config('cache_directory = "{d}/c"\n')),
+    Row(CACHE, "another for images", config('video_directory = "{d}/v"\nimage_directory = "{d}/v"\n')),
     Row(CACHE, "caption_extension is missing", config('video_directory = "{d}/v"\n', "v/a.mp4")),
     Row(CACHE, "cache_directory is missing", config('video_jsonl_file = "{d}/v.jsonl"\n')),
     Row(CACHE, "expected a folder for each dataset", two_with_one_cache),
