@@ -36,8 +36,8 @@ def find_weights(name: str | os.PathLike) -> Path:
     repository = HUB_IDS.get(str(name), str(name))
     if path.suffix == ".safetensors" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
         raise WeightsError(
-            f"{name}: no such file or folder; give a .safetensors file, a folder, a hub id (owner/name), or the name of "
-            f"a published KVAE ({', '.join(HUB_IDS)})"
+            f"{name}: no such file or folder; give a .safetensors file, a folder, a hub id (owner/name), or the name "
+            f"of a published KVAE ({', '.join(HUB_IDS)})"
         )
     return _in_folder(_download(repository))
 
