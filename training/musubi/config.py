@@ -173,7 +173,7 @@ def _dataset(label: str, table: Any, general: dict[str, Any]) -> Dataset:
     keys = table.keys() if isinstance(table, dict) else ()
     is_video = "video_directory" in keys or "video_jsonl_file" in keys
     kind = "video" if is_video else "image"
-    media = [key for key in keys if key.endswith(("_directory", "_jsonl_file")) and key.startswith(("video", "image"))]
+    media = {key for key in keys if key.endswith(("_directory", "_jsonl_file")) and key.startswith(("video", "image"))}
     if is_video and any(key.startswith("image") for key in media):
         raise UserError(f"{label} has {_listed(media)}; expected a table for videos and another for images")
     table = general | _checked(label, table, _VIDEO if is_video else _IMAGE)
