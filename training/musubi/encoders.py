@@ -95,11 +95,16 @@ def load_encoder(options: EncoderOptions, space: LatentSpace) -> Encoder:
     """Load the encoder that the options name.
 
     Raises:
-        UserError: it makes latents of another space, or an adapter is missing.
+        UserError: it makes latents of another space, cannot keep a memory budget, or an adapter is missing.
         WeightsError: a file is not what it should be.
     """
     if options.encoder == KVAE:
         return Streamed(load_served(options, space.name, ("encode",)))
+    if options.memory_gb:
+        raise UserError(
+            f"--memory-gb is {options.memory_gb:g}; expected 0 with --encoder {HUNYUAN}, which needs whole clips at "
+            f"once. Choose --encoder {KVAE}, or shorter or smaller clips"
+        )
     on_gpu = torch.device(options.device).type == "cuda"
     # as musubi-tuner's own caching
     dtype = torch.float16 if options.dtype == AUTO and on_gpu else dtype_of(options)

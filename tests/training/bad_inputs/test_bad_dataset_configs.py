@@ -141,6 +141,7 @@ MEDIA = [
 OPTIONS = [
     Row(CACHE + " --architecture wan", "invalid choice", GOOD),
     Row(CACHE + " --i2v --image-encoder {d}", "--i2v is for", GOOD),
+    Row(CACHE + " --memory-gb 2", "which needs whole clips at once", GOOD),
     Row(CACHE + " --nabla-resize", "--nabla-resize is for", GOOD),
     Row(CACHE + " --architecture hunyuan_video_1.5", "makes latents of hunyuan_video;", GOOD),
     Row(CACHE + " --architecture hunyuan_video_1.5 --encoder kvae", "kvae", GOOD),
