@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvae_comfyui.adapters.spaces import SPACES, latent_space, spatial_ratio
+from kvae_comfyui.adapters.spaces import SPACES, grid_ratios, latent_space, spatial_ratio
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,11 @@ def test_no_ratio_without_a_whole_number_of_rows_or_with_another_cadence():
     assert spatial_ratio(here, replace(here, spatial_factor=12)) is None
     assert spatial_ratio(here, replace(here, temporal_factor=8)) is None
     assert spatial_ratio(here, replace(here, spatial_factor=32)) == 4
+
+
+def test_the_finer_grid_has_the_ratio_and_the_coarser_one():
+    fine, coarse = SPACES["hunyuan_video"], SPACES["kvae_3d_2.0_t4s16"]
+    assert grid_ratios(fine, coarse) == (2, 1) and grid_ratios(coarse, fine) == (1, 2)
+    assert grid_ratios(fine, fine) == (1, 1)
+    with pytest.raises(ValueError, match="no adapter maps between .* 4 frames of 8x8 pixels, .* 12x12 pixels"):
+        grid_ratios(fine, replace(fine, spatial_factor=12))
