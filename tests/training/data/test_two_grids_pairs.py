@@ -3,13 +3,16 @@
 import pytest
 import torch
 
+from kvae_comfyui.adapters.files import LatentAdapter
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.adapters.shuffle import on_one_grid, shuffled, unshuffled
+from kvae_comfyui.adapters.spaces import latent_space
 from kvae_comfyui.training.adapters.closed_form import fit_both_ways
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.dataset import open_pairs
 from kvae_comfyui.training.data.pairs import Pair, Shape, find_pairs, pair_shape, read_header, read_pair, write_pair
 from kvae_comfyui.training.errors import UserError
+from kvae_comfyui.training.evaluate.latents import check_channels
 
 CPU = torch.device("cpu")
 
@@ -105,3 +108,10 @@ def test_pairs_of_another_grid_than_that_of_their_spaces_are_refused(tmp_path, c
     argv = ["train", "--latent-root", str(tmp_path), "--out-h2k", str(tmp_path / "o" / "h.safetensors")]
     assert main([*argv, "--device", "cpu"]) == 2
     assert "rows of z_h and z_k are as 2 to 1; expected 1 to 1, for hunyuan_video and" in capsys.readouterr().err
+
+
+def test_a_pair_of_another_grid_than_that_of_the_adapters_is_refused():
+    h2k = LatentAdapter(Affine(64, 64), latent_space("hunyuan_video"), latent_space("kvae_3d_2.0_t4s16"))
+    check_channels("good", Pair(torch.zeros(16, 1, 4, 6), torch.zeros(64, 1, 2, 3), None), h2k)
+    with pytest.raises(UserError, match="bad: 4 and 4 rows; expected 2 of hunyuan_video for 1 of kvae_3d_2.0_t4s16"):
+        check_channels("bad", Pair(torch.zeros(16, 1, 4, 6), torch.zeros(64, 1, 4, 6), None), h2k)
