@@ -1,8 +1,10 @@
 """Adapter files: self-describing safetensors files of a network between two latent spaces.
 
 The metadata hold `format`, `source_space`, `target_space`, `network` (JSON), `latents`, `pixels`, `weights` (JSON: the
-weights of the VAEs it was made for), `training` (JSON: data and settings) and `metrics` (JSON). The published files
-have no metadata: they are recognised by their keys, and their direction by their names.
+weights of the VAEs it was made for), `training` (JSON: data and settings) and `metrics` (JSON). Between spaces of
+different grids, `network` also holds `unshuffle` (see `shuffle`), and the format is the second: readers that know only
+the first would run the network on a grid that it is not for. The published files have no metadata: they are recognised
+by their keys, and their direction by their names.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ from ..kvae.foreign import build, parse_object
 from ..kvae.frames import pieces_of
 from ..kvae.layers import Cache
 from ..kvae.signature import same_weights
-from .networks import Network, PointwiseNet, build_network, network_name
+from .networks import CausalNet, Network, PointwiseNet, build_network, network_name
 from .published import PUBLISHED_FILES
-from .spaces import LatentSpace, latent_space
+from .shuffle import shuffled, unshuffled
+from .spaces import LatentSpace, grid_ratios, latent_space
 
 FORMAT = "kvae-latent-adapter/1"
+FORMAT_OF_TWO_GRIDS = "kvae-latent-adapter/2"
+FORMATS = FORMAT, FORMAT_OF_TWO_GRIDS
 PIECE = 4  # latent frames that are converted at a time; at the start one more, as in KVAE's segments
 MOST_SHOWN = 600  # characters in a line of `about`
 
@@ -46,10 +51,18 @@ class VAEWeights:
 class LatentAdapter(nn.Module):
     """A network and the two spaces that it maps between, raw latents to raw latents.
 
+    If one space has the finer grid, the network works on the coarser: see `shuffle`.
+
     Args:
         training: the data and settings it was trained with.
         metrics: the quality it reached.
         weights: the weights of the VAE of each space, by the space's name, if known.
+
+    Attributes:
+        ratios: rows, and columns, of a source latent and of a target latent for one of the network's grid.
+
+    Raises:
+        ValueError: no adapter maps between the spaces.
     """
 
     def __init__(
@@ -64,15 +77,17 @@ class LatentAdapter(nn.Module):
         super().__init__()
         self.network = network
         self.source, self.target = source, target
+        self.ratios = grid_ratios(source, target)
         self.training_info, self.metrics = training or {}, metrics or {}
         self.weights = dict(weights or {})
 
     def about(self) -> str:
         """Direction, training and metrics as text, one line each. Paths are cut to their last part."""
         count = sum(parameter.numel() for parameter in self.network.parameters())
-        lines = [
-            f"{self.source.name} → {self.target.name}, {network_name(self.network).capitalize()}, {count:,} weights"
-        ]
+        maps = f"{self.source.name} → {self.target.name}"
+        if self.ratios != (1, 1):
+            maps += ", latents " + " → ".join(f"{ratio}x{ratio}" for ratio in self.ratios)
+        lines = [f"{maps}, {network_name(self.network).capitalize()}, {count:,} weights"]
         lines += [f"training {key}: {_without_folders(value)}" for key, value in self.training_info.items()]
         lines += [f"{key}: {_without_folders(value)}" for key, value in self.metrics.items()]
         return "\n".join(line if len(line) <= MOST_SHOWN else f"{line[:MOST_SHOWN]}…" for line in lines)
@@ -94,19 +109,18 @@ class LatentAdapter(nn.Module):
             )
 
     def forward(self, z_Bcthw: Tensor, cache: Cache | None = None) -> Tensor:
-        """Raw latents [B, c, t, h, w] of the source space → raw [B, c', t, h, w] of the target space, same dtype.
+        """Raw latents [B, c, t, h, w] of the source space → raw [B, c', t, h', w'] of the target space, same dtype.
 
         Args:
             cache: the state of a stream, if the clip comes in pieces; see `networks`.
                 `stream` and `convert` need less memory than one call for the whole clip.
 
         Raises:
-            ValueError: the latent has other dimensions or channels.
+            ValueError: the latent has other dimensions or channels, or rows or columns that the target's coarser grid
+                does not divide.
         """
-        self._check(z_Bcthw)
-        # an adapter is small and stays in float32, even if the VAE is in bfloat16
-        dtype = next(self.network.parameters()).dtype
-        return self.network(z_Bcthw.to(dtype), cache).to(z_Bcthw.dtype)
+        self.check_shape(z_Bcthw.shape)
+        return self._mapped(unshuffled(z_Bcthw, self.ratios[0]), cache)
 
     def stream(self, z_Bcthw: Tensor) -> Iterator[Tensor]:
         """Yield the converted latent of a whole clip in pieces of 5, 4, 4 … frames: the same values in little memory.
@@ -114,11 +128,12 @@ class LatentAdapter(nn.Module):
         Raises:
             ValueError: as `forward`.
         """
-        self._check(z_Bcthw)
-        cache = self.network.start(z_Bcthw)
-        layout = fastest_format(z_Bcthw.device)  # so that the result does not depend on the caller's
+        self.check_shape(z_Bcthw.shape)
+        joins, layout = self.ratios[0], fastest_format(z_Bcthw.device)  # so that no result depends on the caller's
+        sees_all = not isinstance(self.network, CausalNet)
+        cache = self.network.start(unshuffled(z_Bcthw, joins) if sees_all else z_Bcthw)
         for piece in pieces_of(z_Bcthw, PIECE + 1, PIECE):
-            yield self(piece.contiguous(memory_format=layout), cache)
+            yield self._mapped(unshuffled(piece, joins).contiguous(memory_format=layout), cache)
 
     def convert(self, z_Bcthw: Tensor) -> Tensor:
         """The result of `forward` for a whole clip, except for rounding, in little memory.
@@ -126,8 +141,10 @@ class LatentAdapter(nn.Module):
         Raises:
             ValueError: as `forward`.
         """
-        self._check(z_Bcthw)
-        shape, layout = (len(z_Bcthw), self.target.channels, *z_Bcthw.shape[2:]), fastest_format(z_Bcthw.device)
+        self.check_shape(z_Bcthw.shape)
+        joins, splits = self.ratios
+        h, w = (n // joins * splits for n in z_Bcthw.shape[3:])
+        shape, layout = (len(z_Bcthw), self.target.channels, z_Bcthw.shape[2], h, w), fastest_format(z_Bcthw.device)
         y, start = torch.empty(shape, dtype=z_Bcthw.dtype, device=z_Bcthw.device, memory_format=layout), 0
         for piece in self.stream(z_Bcthw):
             y[:, :, start : start + piece.shape[2]] = piece
@@ -136,26 +153,48 @@ class LatentAdapter(nn.Module):
 
     def conversion(self, t: int, h: int, w: int, dtype: torch.dtype) -> Conversion:
         """What `stream` takes for latents [1, c, t, h, w] of this dtype, with the pieces that a reader holds."""
-        weight, frames = next(self.network.parameters()), min(t, PIECE + 1)
+        joins, config = self.ratios[0], self.network.config
+        weight, frames, h, w = next(self.network.parameters()), min(t, PIECE + 1), -(-h // joins), -(-w // joins)
         busy, kept = (weight.itemsize * n for n in self.network.values(frames, h, w))
-        source, made = (frames * h * w * space.channels for space in (self.source, self.target))
+        source, made = (frames * h * w * config[end] for end in ("in_channels", "out_channels"))
         busy += source * dtype.itemsize
         if dtype != weight.dtype:
             busy += source * weight.itemsize + made * dtype.itemsize
-        piece = (PIECE + 1) * h * w * self.target.channels * dtype.itemsize
+        start = busy
+        if joins > 1 and not isinstance(self.network, CausalNet):  # it sees the whole clip before the first piece
+            start += t * h * w * config["in_channels"] * dtype.itemsize
+        piece = (PIECE + 1) * h * w * config["out_channels"] * dtype.itemsize
         if t == frames:  # there is one piece; the reader copies it to memory for a full one
             held = made * dtype.itemsize + piece
-            return Conversion(kept + max(busy, held), kept + held)
+            return Conversion(max(start, kept + max(busy, held)), kept + held)
         # the piece that is decoded, the one after it, and the last that was made, of which that is a copy
         kept += 3 * piece
-        return Conversion(kept + max(busy, 2 * piece), kept)
+        return Conversion(max(start, kept + max(busy, 2 * piece)), kept)
 
-    def _check(self, z_Bcthw: Tensor) -> None:
-        if z_Bcthw.ndim != 5 or z_Bcthw.shape[1] != self.source.channels:
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise unless this is the shape of a latent that can be converted.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        if len(shape) != 5 or shape[1] != self.source.channels:
             raise ValueError(
-                f"latent has shape {list(z_Bcthw.shape)}; a {self.source.name} latent is "
-                f"[B, {self.source.channels}, t, h, w]"
+                f"latent has shape {list(shape)}; a {self.source.name} latent is [B, {self.source.channels}, t, h, w]"
             )
+        joins, (h, w) = self.ratios[0], shape[3:]
+        if h % joins or w % joins:
+            multiple = joins * self.source.spatial_factor
+            width, height = (multiple * max(1, n // joins) for n in (w, h))
+            raise ValueError(
+                f"This latent has {h} rows and {w} columns; {self.target.name} joins {joins}x{joins} of them into one: "
+                f"make pictures with sides that are multiples of {multiple} pixels, for example {width}x{height}"
+            )
+
+    def _mapped(self, x_Bcthw: Tensor, cache: Cache | None) -> Tensor:
+        """Latents of the target space from those of the source on the network's grid."""
+        # an adapter is small and stays in float32, even if the VAE is in bfloat16
+        dtype = next(self.network.parameters()).dtype
+        return shuffled(self.network(x_Bcthw.to(dtype), cache).to(x_Bcthw.dtype), self.ratios[1])
 
 
 def save_adapter(path: str | os.PathLike, adapter: LatentAdapter) -> None:
@@ -164,11 +203,13 @@ def save_adapter(path: str | os.PathLike, adapter: LatentAdapter) -> None:
     Raises:
         WeightsError: the file cannot be written.
     """
+    ratio = max(adapter.ratios)
+    settings = {"name": network_name(adapter.network)} | adapter.network.config
     metadata = {
-        "format": FORMAT,
+        "format": FORMAT if ratio == 1 else FORMAT_OF_TWO_GRIDS,
         "source_space": adapter.source.name,
         "target_space": adapter.target.name,
-        "network": json.dumps({"name": network_name(adapter.network)} | adapter.network.config),
+        "network": json.dumps(settings if ratio == 1 else settings | {"unshuffle": ratio}),
         "latents": "raw [B, c, t, h, w], before any scaling_factor",
         "pixels": f"{adapter.source.name} {adapter.source.pixels}; {adapter.target.name} {adapter.target.pixels}",
         "weights": json.dumps({name: asdict(weights) for name, weights in adapter.weights.items()}),
@@ -185,7 +226,7 @@ def direction_of(path: str | os.PathLike) -> tuple[str, str] | None:
         WeightsError: missing, damaged, or not safetensors.
     """
     metadata = Weights(path).metadata
-    if metadata.get("format") == FORMAT and {"source_space", "target_space"} <= metadata.keys():
+    if metadata.get("format") in FORMATS and {"source_space", "target_space"} <= metadata.keys():
         return metadata["source_space"], metadata["target_space"]
     return PUBLISHED_FILES.get(Path(path).name)
 
@@ -239,9 +280,10 @@ def _describes_itself(weights: Weights) -> bool:
         WeightsError: they do, in an unknown format.
     """
     found = weights.metadata.get("format", "")
-    if found != FORMAT and found.startswith(FORMAT.partition("/")[0]):
-        raise WeightsError(f"{weights.path}: an adapter of the format {found}; expected {FORMAT}: update this pack")
-    return found == FORMAT
+    if found not in FORMATS and found.startswith(FORMAT.partition("/")[0]):
+        expected = " or ".join(FORMATS)
+        raise WeightsError(f"{weights.path}: an adapter of the format {found}; expected {expected}: update this pack")
+    return found in FORMATS
 
 
 def _described(weights: Weights) -> LatentAdapter:
@@ -256,9 +298,12 @@ def _described(weights: Weights) -> LatentAdapter:
         settings = parse_object(metadata["network"])
         if isinstance(settings.get("blocks"), int) and settings["blocks"] > len(weights.shapes):
             raise ValueError(f"{settings['blocks']} blocks in {len(weights.shapes)} tensors")
+        ratios, unshuffle = grid_ratios(source, target), settings.pop("unshuffle", 1)
+        if unshuffle != max(ratios):
+            raise ValueError(f"unshuffle is {unshuffle}, {source.name} → {target.name} needs {max(ratios)}")
         network = build_network(str(settings.pop("name")), **settings)
         channels = network.config["in_channels"], network.config["out_channels"]
-        if channels != (source.channels, target.channels):
+        if channels != tuple(s.channels * r**2 for s, r in zip((source, target), ratios, strict=True)):
             raise ValueError(f"a network from {channels[0]} to {channels[1]} channels, {source.name} → {target.name}")
         return LatentAdapter(
             network,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..kvae import KVAE, Execution, WeightsError
 from ..kvae.engine.execution import Executions, present
 from ..kvae.engine.tiles import Part, whole_pictures
+from ..kvae.frames import padded
 from ..kvae.model import DEFAULT
 from ..kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
 from ..kvae.signature import same_weights, signature
@@ -65,8 +66,15 @@ class HybridVAE(nn.Module):
             return self.encode_adapter.target
         return native_space(self.kvae.config)
 
+    @property
+    def side(self) -> int:
+        """Rows, and columns, of pixels that make whole latents of `space` and of the KVAE."""
+        return max(self.space.spatial_factor, self.kvae.config.spatial_factor)
+
     def encode(self, x_B3THW: Tensor, execution: Execution = DEFAULT) -> Tensor:
         """[B, 3, T, H, W] in −1..1, any T, H, W → raw latents [B, c, t, h, w]; see `KVAE.encode_stream`.
+
+        The last row and column are repeated up to a multiple of `side`.
 
         Args:
             execution: how to compute (see `kvae.plan_encode`).
@@ -77,7 +85,7 @@ class HybridVAE(nn.Module):
         """
         self.check_encodes()
         check_finite(x_B3THW, "pixels")
-        return self.from_kvae(self.kvae.encode(to_kvae_pixels(x_B3THW), execution))
+        return self.from_kvae(self.kvae.encode(self.kvae_pixels(x_B3THW), execution))
 
     def decode(self, z_Bcthw: Tensor, execution: Execution = DEFAULT) -> Tensor:
         """Raw latents [B, c, t, h, w] → float32 [B, 3, 4(t − 1) + 1, H, W], about −1..1, not clipped.
@@ -86,7 +94,8 @@ class HybridVAE(nn.Module):
             execution: how to compute (see `kvae.plan_decode`).
 
         Raises:
-            ValueError: latents of another shape than those of `space`, or values that are not finite.
+            ValueError: latents of another shape than those of `space`, sides that do not make whole latents of the
+                KVAE, or values that are not finite.
             WeightsError: there is an encode_adapter, but no decode_adapter.
         """
         check_latent(z_Bcthw, self.space)
@@ -115,6 +124,15 @@ class HybridVAE(nn.Module):
         if present(execution).tiles == (1, 1):
             return whole_pictures(self.kvae.decode_stream(self._streamed_to_kvae(z_Bcthw), execution))
         return self.kvae.decode_parts(self.to_kvae(z_Bcthw), execution)
+
+    def kvae_pixels(self, x_B3THW: Tensor) -> Tensor:
+        """What `kvae` encodes of pixels [B, 3, T, H, W] in HunyuanVideo's −1..1.
+
+        The KVAE pads pictures to its own latents. To coarser latents of `space` they are padded here.
+        """
+        if self.space.spatial_factor > self.kvae.config.spatial_factor:
+            x_B3THW = padded(x_B3THW, x_B3THW.shape[2], self.side)
+        return to_kvae_pixels(x_B3THW)
 
     def to_kvae(self, z_Bcthw: Tensor) -> Tensor:
         """Raw latents of `space` → KVAE's raw latents, both [B, c, t, h, w]. Values are not checked.

@@ -59,7 +59,7 @@ class LatentSpace:
 SPACES = {
     space.name: space
     for space in (
-        # diffusers' AutoencoderKLHunyuanVideo, the VAE of HunyuanVideo, SkyReels and Kandinsky 5
+        # diffusers' AutoencoderKLHunyuanVideo, the VAE of HunyuanVideo, SkyReels and Kandinsky 5 and 6
         LatentSpace("hunyuan_video", 16, 4, 8, 0.476986, "x/127.5-1"),
         LatentSpace("hunyuan_video_1.5", 32, 4, 16, 1.03682, "x/127.5-1"),  # diffusers' AutoencoderKLHunyuanVideo15
         LatentSpace("kvae_3d_1.0", 16, 4, 8, None, "x/128-1"),
@@ -78,6 +78,35 @@ def latent_space(name: str) -> LatentSpace:
     if name not in SPACES:
         raise ValueError(f"no latent space is called {name!r}; the known ones are {', '.join(SPACES)}")
     return SPACES[name]
+
+
+def spatial_ratio(one: LatentSpace, other: LatentSpace) -> int | None:
+    """Rows, and columns, of the finer grid for one of the coarser; 1 for equal grids.
+
+    None: no adapter maps between the two. They have other frames per latent, or no whole number of rows.
+    """
+    coarser, finer = sorted((one.spatial_factor, other.spatial_factor), reverse=True)
+    if one.temporal_factor != other.temporal_factor or coarser % finer:
+        return None
+    return coarser // finer
+
+
+def grid_ratios(one: LatentSpace, other: LatentSpace) -> tuple[int, int]:
+    """Rows, and columns, of each space's grid for one of the coarser grid: (2, 1) if `one` is twice as fine.
+
+    Raises:
+        ValueError: no adapter maps between the two.
+    """
+    if spatial_ratio(one, other) is None:
+        raise ValueError(f"no adapter maps between {one.name} and {other.name}: {grid_of(one)}, {grid_of(other)}")
+    coarser = max(one.spatial_factor, other.spatial_factor)
+    return coarser // one.spatial_factor, coarser // other.spatial_factor
+
+
+def grid_of(space: LatentSpace) -> str:
+    """The grid of a space in words."""
+    side = space.spatial_factor
+    return f"{space.name} has one latent for {space.temporal_factor} frames of {side}x{side} pixels"
 
 
 def fitting_spaces(shape: Sequence[int]) -> list[LatentSpace]:

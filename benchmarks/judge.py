@@ -1,4 +1,4 @@
-"""How good adapters are, in latents and in pixels, on the validation pairs of the tiny VAEs.
+"""How good adapters are, in latents and in pixels, on the validation pairs of two VAEs.
 
 # B batch, c channels, t latent frames, h/w latent rows and columns; T frames, H/W pixels
 # z_Bcthw raw latents, y_3THW decoded pixels in 0..255
@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kvae_comfyui.adapters.files import LatentAdapter
 from kvae_comfyui.adapters.networks import Network
 from kvae_comfyui.serving.metrics import psnr, temporal_error
 from kvae_comfyui.training.data.dataset import Pairs, open_pairs, spread
@@ -31,15 +32,16 @@ ROUNDS = 5  # of every timing
 
 
 class Judge:
-    """Both tiny VAEs, the validation pairs in work/val, and the decodes that every adapter is compared with.
+    """Both VAEs, the validation pairs in work/val, and the decodes that every adapter is compared with.
 
     Args:
         videos_root: folder of the videos that the pairs were extracted from.
         clips: number of pairs to decode, evenly spread over all.
+        hunyuan_vae, kvae: the VAEs, as options name them.
     """
 
-    def __init__(self, work: Path, videos_root: str, clips: int):
-        hunyuan, self.kvae = load_hunyuan_vae("tiny", "cpu"), load_kvae_for_training("tiny", "cpu")
+    def __init__(self, work: Path, videos_root: str, clips: int, hunyuan_vae: str = "tiny", kvae: str = "tiny"):
+        hunyuan, self.kvae = load_hunyuan_vae(hunyuan_vae, "cpu"), load_kvae_for_training(kvae, "cpu")
         self.target: dict[str, VideoVAE] = {"h2k": self.kvae, "k2h": hunyuan}
         self.pairs = open_pairs(work / "val")
         self.clips = spread(len(self.pairs), clips)
@@ -87,7 +89,7 @@ class Judge:
         decodes = {i: self.decode(reverse, self.noisy(direction, i, noise)) for i in self.clips}
         return torch.tensor([psnr(y, self.direct[reverse, i]) for i, y in decodes.items()])
 
-    def pixels(self, direction: str, networks: list[Network], noise: float = 0.0) -> Tensor:
+    def pixels(self, direction: str, networks: Sequence[Network | LatentAdapter], noise: float = 0.0) -> Tensor:
         """[clips, 3] metrics of the adapters' decodes, means over the networks."""
         found = []
         for i in self.clips:
@@ -97,7 +99,7 @@ class Judge:
         return torch.stack(found)
 
 
-def nmse(direction: str, networks: list[Network], pairs: Pairs, latents: int = LATENTS) -> float:
+def nmse(direction: str, networks: Sequence[Network | LatentAdapter], pairs: Pairs, latents: int = LATENTS) -> float:
     """Squared error over the first latent frames of each pair divided by the targets' variance; mean over networks."""
     errors, targets = [], []
     for i in range(len(pairs)):

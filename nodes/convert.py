@@ -80,6 +80,7 @@ class KVAEConvertLatent(io.ComfyNode):
             raise ValueError(f"This adapter is a {type(adapter).__name__}; expected one from Load Latent Adapter.")
         z, *others = parts_of(samples)
         check_latent(z, adapter.source, space_of(samples))
+        adapter.check_shape(z.shape)
         device = comfy.model_management.get_torch_device()
         converted = adapter.to(device).convert(z.to(device)).to(comfy.model_management.intermediate_device())
         return io.NodeOutput({**samples, "samples": joined([converted, *others]), SPACE: adapter.target.name})

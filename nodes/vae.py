@@ -151,9 +151,11 @@ class ComfyVAE(comfy.sd.VAE):
         Raises:
             ValueError: they are smaller than one latent; the message states their sides before the crop.
         """
-        side, (H, W) = self.kvae_space.spatial_factor, pixels.shape[-3:-1]
+        side, (H, W) = self.first_stage_model.side, pixels.shape[-3:-1]
         if min(H, W) < side:
             raise ValueError(f"These pixels are {W} x {H}; expected at least {side} x {side}: make them larger.")
+        if side > self.kvae_space.spatial_factor:  # which is all that the parent knows of
+            pixels = _middle(_middle(pixels, -3, side), -2, side)
         return super().vae_encode_crop_pixels(pixels)
 
     def memory_used_decode(self, z_shape: Sequence[int], dtype: torch.dtype) -> float:
@@ -198,6 +200,12 @@ class ComfyVAE(comfy.sd.VAE):
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
         for frames in self.first_stage_model.decode_stream(z_Bcthw.to(self.device)):
             yield to_image(frames)[0].movedim(0, -1)
+
+
+def _middle(pixels: torch.Tensor, dim: int, multiple: int) -> torch.Tensor:
+    """The largest multiple of `multiple` along a dimension, cut from its middle, as the parent cuts."""
+    n = pixels.shape[dim]
+    return pixels.narrow(dim, n % multiple // 2, n - n % multiple)
 
 
 @contextmanager

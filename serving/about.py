@@ -72,13 +72,14 @@ def _way(host: HostVAE, plan: PlanFunction, shape: Sequence[int], free: int | No
     unlimited = copy(host)
     unlimited.planner = replace(host.planner, budget=None)
     used = unlimited.memory_used_decode if plan is plan_decode else unlimited.memory_used_encode
-    fastest, counted = used(shape, dtype), unlimited.planner.memory(plan, shape, dtype)
+    planned = host.kvae_shape(shape) if plan is plan_decode else shape
+    fastest, counted = used(shape, dtype), unlimited.planner.memory(plan, planned, dtype)
     held = fastest - counted
     room = free - held if budget is None and free is not None else budget
     if room is None or counted <= room:
         return f"{_gb(fastest)}, exact"
     try:
-        slower = replace(host.planner, budget=max(0, int(room))).memory(plan, shape, dtype)
+        slower = replace(host.planner, budget=max(0, int(room))).memory(plan, planned, dtype)
     except BudgetError as error:
         return f"exact from {_gb(error.least.peak + held)} on, below that only in approximate tiles"
     return f"{_gb(slower + held)}, exact and slower (fastest in {_gb(fastest)})"

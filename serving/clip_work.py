@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..adapters.hybrid import HybridVAE, from_kvae_pixels, to_kvae_pixels
+from ..adapters.hybrid import HybridVAE, from_kvae_pixels
 from ..kvae.engine.tiles import Part
 from .ladder import Ladder
 from .memory import with_less_memory
@@ -37,12 +37,12 @@ def encode_clip(vae: HybridVAE, x_13THW: Tensor, ladder: Ladder, report: Report)
         WeightsError: the adapter for encoding is missing.
         torch.OutOfMemoryError: not even the last rung of the ladder fits.
     """
-    (*_, T, H, W), config = x_13THW.shape, vae.kvae.config
-    side, t = config.spatial_factor, (T - 1) // config.temporal_compress_times + 1
+    config = vae.kvae.config
+    side, t = config.spatial_factor, (x_13THW.shape[2] - 1) // config.temporal_compress_times + 1
 
     def work() -> Iterator[Tensor]:
-        x = to_kvae_pixels(_placed(vae, x_13THW))
-        z = x.new_zeros(1, config.z_channels, t, -(-H // side), -(-W // side))
+        x = vae.kvae_pixels(_placed(vae, x_13THW))
+        z = x.new_zeros(1, config.z_channels, t, *(-(-n // side) for n in x.shape[3:]))
         done, tiles = 0, prod(ladder.plan.execution.tiles)
         for part in ladder.watch(vae.kvae.encode_parts(x, ladder.execution)):
             part.put(z)
@@ -64,7 +64,7 @@ def encode_clip_stream(vae: HybridVAE, chunks: Chunks, ladder: Ladder, report: R
 
     def work() -> Iterator[Tensor]:
         latents: list[Tensor] = []
-        pixels = (to_kvae_pixels(_placed(vae, x)) for x in chunks())
+        pixels = (vae.kvae_pixels(_placed(vae, x)) for x in chunks())
         for posterior in ladder.watch(vae.kvae.encode_stream(pixels, ladder.execution)):
             latents.append(posterior.mean.clone())  # which is half of a tensor that is not needed
             report(sum(z.shape[2] for z in latents))

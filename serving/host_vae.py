@@ -81,6 +81,11 @@ class HostVAE(nn.Module):
     def space(self) -> LatentSpace:
         return self.vae.space
 
+    @property
+    def side(self) -> int:
+        """Rows, and columns, of pixels that every clip is a multiple of; see `HybridVAE`."""
+        return self.vae.side
+
     def with_kvae(self, kvae: KVAE) -> HostVAE:
         """A copy with another KVAE of the same weights, for example on another device. The adapters are shared.
 
@@ -134,8 +139,8 @@ class HostVAE(nn.Module):
         Raises:
             ValueError, WeightsError, BudgetError: as `encode`; or the overlap is as large as a tile.
         """
-        x, side = self._checked_pixels(x_B3THW), self.space.spatial_factor
-        x = x[..., : x.shape[3] // side * side, : x.shape[4] // side * side]
+        x, side = self._checked_pixels(x_B3THW), self.kvae.config.spatial_factor
+        x = x[..., : x.shape[3] // self.side * self.side, : x.shape[4] // self.side * self.side]
         tile = tile_y // side, tile_x // side
         self._bring_weights(x.device)
         return self._encode(x, self.planner.tiles(plan_encode, x.shape, tile, overlap // side, side))
@@ -153,9 +158,8 @@ class HostVAE(nn.Module):
         x = self._empty_frames(z_Bcthw.shape) if output_buffer is None else output_buffer
         self._check_latent(z_Bcthw)
         self._bring_weights(z_Bcthw.device)
-        return self._decode(
-            x, z_Bcthw, self.planner.ladder(plan_decode, z_Bcthw.shape, held=self._frame_bytes(z_Bcthw.shape))
-        )
+        held = self._frame_bytes(z_Bcthw.shape)
+        return self._decode(x, z_Bcthw, self.planner.ladder(plan_decode, self.kvae_shape(z_Bcthw.shape), held=held))
 
     def decode_tiled(self, z_Bcthw: Tensor, tile_x: int = 32, tile_y: int = 32, overlap: int = 8, **_: int) -> Tensor:
         """Decode by tiles of at most tile_x x tile_y latents, blended over at least `overlap` latents: not exact.
@@ -168,8 +172,9 @@ class HostVAE(nn.Module):
         x = self._empty_frames(z_Bcthw.shape)
         self._check_latent(z_Bcthw)
         self._bring_weights(z_Bcthw.device)
-        held = self._frame_bytes((*z_Bcthw.shape[:3], tile_y, tile_x))
-        ladder = self.planner.tiles(plan_decode, z_Bcthw.shape, (tile_y, tile_x), overlap, side=1, held=held)
+        held, shape = self._frame_bytes((*z_Bcthw.shape[:3], tile_y, tile_x)), self.kvae_shape(z_Bcthw.shape)
+        tile = self._kvae_rows(tile_y), self._kvae_rows(tile_x)
+        ladder = self.planner.tiles(plan_decode, shape, tile, self._kvae_rows(overlap), side=1, held=held)
         return self._decode(x, z_Bcthw, ladder)
 
     def decode_stream(self, z_Bcthw: Tensor) -> Iterator[Tensor]:
@@ -181,7 +186,8 @@ class HostVAE(nn.Module):
         self.check_room(z_Bcthw.shape, stream=True)
         self._check_latent(z_Bcthw)
         self._bring_weights(z_Bcthw.device)
-        ladder = self.planner.ladder(plan_decode, z_Bcthw.shape, stream=True, held=self._frame_bytes(z_Bcthw.shape))
+        held, shape = self._frame_bytes(z_Bcthw.shape), self.kvae_shape(z_Bcthw.shape)
+        ladder = self.planner.ladder(plan_decode, shape, stream=True, held=held)
         reports = self._reports(len(z_Bcthw), z_Bcthw.shape[2])
         for z, report in zip(z_Bcthw.split(1), reports, strict=True):
             for frames in decode_clip_stream(self.vae, z, ladder, report, self.on_frames, self._pins(z.device)):
@@ -192,10 +198,16 @@ class HostVAE(nn.Module):
         """Latents of shape [B, c, t, h, w] → the shape [B, 3, T, H, W] of the frames they decode to.
 
         Raises:
-            ValueError: not the shape of latents of `space`.
+            ValueError: not the shape of latents of `space`, or sides that do not make whole latents of the KVAE.
         """
         check_shape(z_shape, self.space)
+        if self.vae.decode_adapter:
+            self.vae.decode_adapter.check_shape(z_shape)
         return self.space.decoded_shape(z_shape)
+
+    def kvae_shape(self, z_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape that latents of this shape have for the planner: rows and columns are those of KVAE's latents."""
+        return *z_shape[:-2], *map(self._kvae_rows, z_shape[-2:])
 
     def check_room(self, z_shape: Sequence[int], stream: bool) -> None:
         """Raise unless there is room for all frames of latents of this shape, or for one segment of a stream.
@@ -218,7 +230,7 @@ class HostVAE(nn.Module):
             BudgetError: nothing fits the budget.
         """
         held = self._frame_bytes(z_shape) + self._adapter_bytes()
-        return self.planner.memory(plan_decode, z_shape, dtype, stream, held)
+        return self.planner.memory(plan_decode, self.kvae_shape(z_shape), dtype, stream, held)
 
     def memory_used_encode(self, x_shape: Sequence[int], dtype: torch.dtype) -> float:
         """Bytes that encoding pixels of this shape needs in addition to KVAE's weights.
@@ -231,11 +243,12 @@ class HostVAE(nn.Module):
 
     def preferred_decode_tile(self, free_memory: float, dtype: torch.dtype) -> int:
         """The side, in latents, of the largest square tile that decodes in half of `free_memory` bytes."""
-        return self.planner.preferred_decode_tile(free_memory, dtype)
+        side = self.planner.preferred_decode_tile(free_memory, dtype)
+        return side * self.kvae.config.spatial_factor // self.space.spatial_factor
 
     def _check_latent(self, z_Bcthw: Tensor) -> None:
         check_tensor(z_Bcthw, "latent")
-        check_shape(z_Bcthw.shape, self.space)
+        self.decode_output_shape(z_Bcthw.shape)
         if not self.latents_checked:
             check_finite(z_Bcthw, "latent")
         self.vae.check_decodes()
@@ -243,7 +256,7 @@ class HostVAE(nn.Module):
 
     def _checked_pixels(self, x_B3THW: Tensor) -> Tensor:
         """The first 4n + 1 frames, checked."""
-        side, temporal_factor = self.space.spatial_factor, self.space.temporal_factor
+        side, temporal_factor = self.side, self.space.temporal_factor
         check_tensor(x_B3THW, "pixels")
         if x_B3THW.ndim != 5 or x_B3THW.shape[2] == 0 or min(x_B3THW.shape[3:]) < side:
             raise ValueError(
@@ -274,6 +287,10 @@ class HostVAE(nn.Module):
     def _pins(self, device: torch.device) -> bool:
         """Whether frames are copied from this device to the host while the next segment is computed."""
         return self.pin_memory and device.type == "cuda" and self.output_device.type == "cpu"
+
+    def _kvae_rows(self, rows: int) -> int:
+        """Rows, or columns, of KVAE's latents for some of `space`, rounded up."""
+        return -(-rows * self.space.spatial_factor // self.kvae.config.spatial_factor)
 
     @staticmethod
     def _clip_bytes(x_shape: Sequence[int], dtype: torch.dtype) -> int:

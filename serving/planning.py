@@ -27,8 +27,9 @@ MOST_TILE = 512  # latents: 4096 pixels
 class Planner:
     """Plans for one KVAE, which computes the clips of a batch one after the other.
 
-    In all methods `plan` is `plan_decode` or `plan_encode`, `shape` is that of the latents or pixels, `stream` excludes
-    tiles, and `held` is how many bytes the caller holds on the device beside the activations. A budget excludes them.
+    In all methods `plan` is `plan_decode` or `plan_encode`, `shape` is that of KVAE's latents or pixels, `stream`
+    excludes tiles, and `held` is how many bytes the caller holds on the device beside the activations. A budget
+    excludes them.
 
     Args:
         free_memory: returns the bytes that are free for activations, or None if there is no limit. The fastest
@@ -149,10 +150,13 @@ class Planner:
         if plan not in self.adapters:
             return Conversion()
         *_, t, h, w = _one_clip(shape)
+        adapter, side = self.adapters[plan], self.kvae.config.spatial_factor
         if plan is plan_encode:
-            rate, side = self.kvae.config.temporal_compress_times, self.kvae.config.spatial_factor
+            rate = self.kvae.config.temporal_compress_times
             t, h, w = (t - 1) // rate + 1, -(-h // side), -(-w // side)
-        return self.adapters[plan].conversion(t, h, w, next(self.kvae.parameters()).dtype)
+        else:
+            h, w = (n * side // adapter.source.spatial_factor for n in (h, w))
+        return adapter.conversion(t, h, w, next(self.kvae.parameters()).dtype)
 
     def _case(self, plan: PlanFunction) -> Case:
         weight = next(self.kvae.parameters())

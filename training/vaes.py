@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..adapters.spaces import SPACES, LatentSpace, latent_space, native_space
+from ..adapters.spaces import SPACES, LatentSpace, grid_of, latent_space, native_space, spatial_ratio
 from ..kvae import KVAE, WeightsError, load_kvae, pad_frames
 from ..kvae.find import find_weights
 from ..kvae.paths import sha256_of
@@ -151,26 +151,18 @@ def made_with(vae: VideoVAE) -> dict:
 
 
 def check_grids(hunyuan: LatentSpace, kvae: LatentSpace) -> None:
-    """Refuse two spaces of different grids: an adapter maps latents position by position.
+    """Refuse two spaces whose grids no adapter can join.
 
     Raises:
-        UserError: the grids differ; the message says which VAEs go together.
+        UserError: their frames per latent differ, or their sides by no whole factor; the message says which VAEs go
+            together.
     """
-
-    def grid(each: LatentSpace) -> tuple[int, int]:
-        return each.temporal_factor, each.spatial_factor
-
-    if grid(hunyuan) == grid(kvae):
+    if spatial_ratio(hunyuan, kvae):
         return
     fitting = [
         f"{one.name} with {other.name}"
         for one in SPACES.values()
         for other in SPACES.values()
-        if one.name.startswith("hunyuan") and other.name.startswith("kvae") and grid(one) == grid(other)
+        if one.name.startswith("hunyuan") and other.name.startswith("kvae") and spatial_ratio(one, other)
     ]
-    (frames_h, side_h), (frames_k, side_k) = grid(hunyuan), grid(kvae)
-    raise UserError(
-        f"{hunyuan.name} has one latent for {frames_h} frames of {side_h}x{side_h} pixels, "
-        f"{kvae.name} one for {frames_k} of {side_k}x{side_k}; an adapter maps latent to latent, so it needs "
-        f"two VAEs of one grid: {', '.join(fitting)}"
-    )
+    raise UserError(f"{grid_of(hunyuan)}, {grid_of(kvae)}; an adapter needs two VAEs such as {', '.join(fitting)}")

@@ -160,7 +160,7 @@ NETWORK = {"name": "residual", "width": 8, "blocks": 1} | CHANNELS
         ({"weights": '{"kvae_3d_1.0": {"signature": ["a"]}}'}, "signature is ['a']"),
         ({"source_space": None}, "'source_space'"),
         ({"source_space": "sdxl"}, "no latent space is called 'sdxl'"),
-        ({"format": "kvae-latent-adapter/2"}, "of the format kvae-latent-adapter/2; expected kvae-latent-adapter/1"),
+        ({"format": "kvae-latent-adapter/3"}, "of the format kvae-latent-adapter/3; expected kvae-latent-adapter/1 or"),
         ({"format": None}, "this latent adapter has no metadata of the format"),
     ],
     ids=lambda each: "" if isinstance(each, str) else "-".join(f"{k} {str(v)[:40]}" for k, v in each.items()),

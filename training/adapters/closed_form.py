@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from tqdm import tqdm
 
+from ...adapters.files import LatentAdapter
+from ...adapters.shuffle import on_one_grid
+from ...adapters.spaces import LatentSpace
 from ..data.dataset import Pairs
+from ..directions import DIRECTIONS
 from ..errors import UserError
 from ..runtime.processes import Processes
 from .ridge import Ridge
@@ -13,7 +17,7 @@ FIT_PAIRS = 4096  # 44 million positions at 240x320, for maps of 433 unknowns pe
 
 
 def fit_both_ways(pairs: Pairs, device: str, kernel: int = 3, processes: Processes | None = None) -> dict[str, Ridge]:
-    """Fit both directions, "h2k" and "k2h", to at most FIT_PAIRS of the pairs, evenly spread.
+    """Fit both directions, "h2k" and "k2h", to at most FIT_PAIRS of the pairs, evenly spread, each on one grid.
 
     Args:
         device: where products within a clip are computed.
@@ -28,17 +32,31 @@ def fit_both_ways(pairs: Pairs, device: str, kernel: int = 3, processes: Process
     """
     rank, count = (processes.rank, processes.count) if processes else (0, 1)
     some = pairs.spread(FIT_PAIRS)
-    h, k = some.shape(0)[:2]
+    h, k = some.shape(0).channels
     fits = {"h2k": Ridge(h, k, kernel), "k2h": Ridge(k, h, kernel)}
     hidden = True if rank else None
     for i in tqdm(range(rank, len(some), count), desc="closed form", leave=False, disable=hidden):
         pair = some[i]
-        if (len(pair.z_h), len(pair.z_k)) != (h, k):
-            raise UserError(f"{some.name(i)}: {len(pair.z_h)} and {len(pair.z_k)} channels; the first has {h} and {k}")
-        z_h, z_k = pair.z_h[None].to(device), pair.z_k[None].to(device)
+        z_h, z_k = on_one_grid(pair.z_h[None].to(device), pair.z_k[None].to(device))
+        if (z_h.shape[1], z_k.shape[1]) != (h, k):
+            raise UserError(
+                f"{some.name(i)}: {z_h.shape[1]} and {z_k.shape[1]} channels on one grid; the first has {h} and {k}"
+            )
         fits["h2k"].add(z_h, z_k)
         fits["k2h"].add(z_k, z_h)
     if processes and count > 1:
         for fit in fits.values():
             fit.merge(processes.add)
     return fits
+
+
+def affine_adapters(fits: dict[str, Ridge], spaces: tuple[LatentSpace, LatentSpace]) -> dict[str, LatentAdapter]:
+    """The closed-form maps of both directions as adapters.
+
+    Args:
+        spaces: of z_h and of z_k.
+
+    Raises:
+        ValueError: there are too few positions for the closed form.
+    """
+    return {name: LatentAdapter(fits[name].solve(), *each.ordered(*spaces)) for name, each in DIRECTIONS.items()}

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...adapters.files import LatentAdapter, save_adapter
+from ...adapters.shuffle import on_one_grid
 from ...kvae.paths import write_bytes
 from ..data.dataset import batches
 from ..data.manifests import read_manifest, weights_of, without_signature
@@ -38,6 +39,7 @@ from ..runtime.interrupts import BetweenSteps
 from ..runtime.log import add_to_log, keep_rows, read_log
 from ..runtime.places import shareable
 from ..runtime.trainer import copied, state_errors
+from .closed_form import affine_adapters
 from .config import TrainConfig
 from .recipe import Recipe, recipe_of
 from .setup import Progress, Training, set_up
@@ -187,7 +189,7 @@ def validate(training: Training) -> None:
         for name, network in trainer.models.items():
             errors = [torch.zeros((), device=processes.device)]  # they stay there until the last one is computed
             for i in range(processes.rank, len(val), processes.count):
-                source, target = DIRECTIONS[name].ordered(*val.batch([i], processes.device))
+                source, target = DIRECTIONS[name].ordered(*on_one_grid(*val.batch([i], processes.device)))
                 errors.append(F.mse_loss(network(source), target))
             error = torch.stack(errors).cpu().double().sum()
             mse = row[f"val_{name}"] = processes.add(error).item() / len(val)
@@ -246,7 +248,8 @@ def report(training: Training, adapters: dict[str, LatentAdapter]) -> None:
     """Write the report: latent errors on the validation pairs, next to the closed form. `evaluate` adds pixels."""
     files = training.files
     try:
-        maps = {name: fit.solve().to(training.config.device) for name, fit in training.fits.items()}
+        found = affine_adapters(training.fits, training.pairs.spaces)
+        maps = {name: each.to(training.config.device) for name, each in found.items()}
     except ValueError:  # too few positions for the closed form; other networks need none
         maps = {}
     affine = (lambda i, name: maps[name]) if maps else None

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...adapters.spaces import LatentSpace
+from ...adapters.spaces import LatentSpace, grid_ratios
 from ..data.dataset import Pairs, open_pairs
 from ..data.manifests import read_manifest, read_spaces
 from ..directions import DIRECTIONS
@@ -42,8 +42,8 @@ def open_training_pairs(config: TrainConfig) -> TrainingPairs:
     """
     train, val = split(config)
     spaces = read_spaces(config.latent_root)
-    _check_channels(train, config.latent_root, spaces)
-    _check_channels(val, config.val_latent_root or config.latent_root, spaces)
+    _check_shapes(train, config.latent_root, spaces)
+    _check_shapes(val, config.val_latent_root or config.latent_root, spaces)
     identity = {
         "training pairs": {"pairs": len(train), "sha256": train.fingerprint()},
         "validation pairs": {"pairs": len(val), "sha256": val.fingerprint()},
@@ -76,13 +76,22 @@ def split(config: TrainConfig) -> tuple[Pairs, Pairs]:
     return pairs.take(~held_out), pairs.take(held_out).spread(VAL_PAIRS)
 
 
-def _check_channels(pairs: Pairs, root: str, spaces: tuple[LatentSpace, LatentSpace]) -> None:
+def _check_shapes(pairs: Pairs, root: str, spaces: tuple[LatentSpace, LatentSpace]) -> None:
     h, k = spaces
+    try:
+        ratios = grid_ratios(h, k)
+    except ValueError as error:
+        raise UserError(f"{root}: {error}") from None
     for shape in pairs.groups(None):
-        if shape[:2] != (h.channels, k.channels):
+        if (shape.channels_h, shape.channels_k) != (h.channels, k.channels):
             raise UserError(
                 f"{root}: holds pairs of {shape.channels_h} and {shape.channels_k} channels; expected {h.channels} "
                 f"({h.name}) and {k.channels} ({k.name})"
+            )
+        if shape.ratios != ratios:
+            found, expected = (f"{of_h} to {of_k}" for of_h, of_k in (shape.ratios, ratios))
+            raise UserError(
+                f"{root}: the rows of z_h and z_k are as {found}; expected {expected}, for {h.name} and {k.name}"
             )
 
 

@@ -46,6 +46,12 @@ def random_crop(grid: tuple[int, int, int], radius: int, rng: np.random.Generato
     return Crop((read[0], read[1], read[2]), (counted[0], counted[1], counted[2]))
 
 
+def finer(where: Slices, ratio: int) -> Slices:
+    """The same part of a grid with `ratio` rows, and columns, for one."""
+    t, h, w = where
+    return t, slice(h.start * ratio, h.stop * ratio), slice(w.start * ratio, w.stop * ratio)
+
+
 def whole_clip(grid: tuple[int, int, int]) -> Crop:
     """The whole clip as a crop, for networks that must see it at once."""
     t, h, w = (slice(0, n) for n in grid)

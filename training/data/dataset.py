@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...adapters.shuffle import on_one_grid
 from ..errors import UserError
-from .crops import Slices, crop_shape, crop_weights, random_crop, whole_clip
+from .crops import Slices, crop_shape, crop_weights, finer, random_crop, whole_clip
 from .manifests import extractions
 from .pairs import Pair, Shape, clip_name, find_pairs, holds_pairs, read_header, read_pair
 from .shards import INDEX, Shards
@@ -54,7 +55,7 @@ class Store(Protocol):
 
     def read(self, i: int) -> Pair: ...
 
-    def crop(self, i: int, where: Slices) -> tuple[Tensor, Tensor]: ...
+    def crop(self, i: int, of_h: Slices, of_k: Slices) -> tuple[Tensor, Tensor]: ...
 
 
 class PairFiles:
@@ -102,9 +103,9 @@ class PairFiles:
             self._free -= size
         return pair
 
-    def crop(self, i: int, where: Slices) -> tuple[Tensor, Tensor]:
-        pair, part = self.read(i), (slice(None), *where)
-        return pair.z_h[part], pair.z_k[part]
+    def crop(self, i: int, of_h: Slices, of_k: Slices) -> tuple[Tensor, Tensor]:
+        pair = self.read(i)
+        return pair.z_h[(slice(None), *of_h)], pair.z_k[(slice(None), *of_k)]
 
 
 def open_pairs(root: str | Path) -> Pairs:
@@ -197,7 +198,8 @@ class Pairs:
         kinds, kind = self.store.shapes
         members: dict[Shape, list[np.ndarray]] = defaultdict(list)
         for number, shape in enumerate(kinds):
-            read = shape if radius is None else Shape(*shape[:2], *crop_shape(shape[2:], radius))
+            grid = shape.grid if radius is None else crop_shape(shape.grid, radius)
+            read = Shape(shape.channels_h, shape.channels_k, *grid, shape.ratios)
             members[read].append(np.flatnonzero(kind[self.numbers] == number))
         return {shape: np.sort(np.concatenate(parts)) for shape, parts in members.items() if sum(map(len, parts))}
 
@@ -207,16 +209,17 @@ class Pairs:
         """A random crop of each of these pairs of one group. It depends on the seed, the epoch and the pair only.
 
         Returns:
-            z_h, z_k: float32 [B, c, t, h, w], with halos.
+            z_h, z_k: float32 [B, c, t, h, w], with halos, on one grid (see `adapters.shuffle`).
             weight: of each position in the loss, float32 [B, 1, t, h, w]; its sum over a crop is 1.
         """
         chosen, latents = [], []
         for i in indices:
-            grid = self.shape(i)[2:]
-            chosen.append(whole_clip(grid) if radius is None else random_crop(grid, radius, _rng(seed, epoch, i)))
-            latents.append(self.store.crop(int(self.numbers[i]), chosen[-1].read))
+            shape = self.shape(i)
+            crop = whole_clip(shape.grid) if radius is None else random_crop(shape.grid, radius, _rng(seed, epoch, i))
+            latents.append(self.store.crop(int(self.numbers[i]), *(finer(crop.read, ratio) for ratio in shape.ratios)))
+            chosen.append(crop)
         z_h, z_k = (torch.stack(parts).to(device).float() for parts in zip(*latents, strict=True))
-        return z_h, z_k, crop_weights(chosen).to(device)
+        return *on_one_grid(z_h, z_k), crop_weights(chosen).to(device)
 
     def batch(self, indices: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """z_h and z_k of whole pairs of one shape, as float32 [B, c, t, h, w] and [B, c', t, h, w] on the device."""

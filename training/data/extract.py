@@ -91,7 +91,7 @@ def run(config: ExtractConfig) -> int:
     """Extract; return 0, or 1 if clips were skipped.
 
     Raises:
-        UserError: an option is out of range, the VAEs have different grids, or no video gave a pair.
+        UserError: an option is out of range, no adapter can join the grids of the VAEs, or no video gave a pair.
         WeightsError: a VAE cannot be read, or a pair cannot be written.
     """
     processes = Processes(config.device)
@@ -132,14 +132,14 @@ def _load_vaes(config: ExtractConfig, device: torch.device) -> tuple[VideoVAE, V
     """Both VAEs, checked; in float32 if the precision is not chosen yet.
 
     Raises:
-        UserError: the VAEs have different grids, or --height or --width does not fit them.
+        UserError: no adapter can join the grids of the VAEs, or --height or --width does not fit them.
         WeightsError: a VAE cannot be read.
     """
     dtype = DTYPES.get(config.dtype, torch.float32)
     hunyuan = load_hunyuan_vae(config.hunyuan_vae, str(device), dtype)
     kvae = load_kvae_for_training(config.kvae, str(device), dtype)
     check_grids(hunyuan.space, kvae.space)
-    _check_size(config, kvae.space.spatial_factor)
+    _check_size(config, max(hunyuan.space.spatial_factor, kvae.space.spatial_factor))
     return hunyuan, kvae
 
 

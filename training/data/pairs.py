@@ -62,13 +62,31 @@ class Source:
 
 
 class Shape(NamedTuple):
-    """The shape of a pair: channels of z_h and of z_k, and the grid of both."""
+    """The shape of a pair: channels of z_h and of z_k, and the grid of both; the coarser, if they have two."""
 
     channels_h: int
     channels_k: int
     t: int
     h: int
     w: int
+    ratios: tuple[int, int] = (1, 1)  # rows, and columns, of z_h and of z_k for one of the grid
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.t, self.h, self.w
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Channels of z_h and of z_k on the grid, see `adapters.shuffle`."""
+        of_h, of_k = self.ratios
+        return self.channels_h * of_h**2, self.channels_k * of_k**2
+
+    def __repr__(self) -> str:
+        """The text in fingerprints of pairs. For one grid it is that of versions which knew only one."""
+        fields = self._asdict()
+        if self.ratios == (1, 1):
+            del fields["ratios"]
+        return f"Shape({', '.join(f'{key}={value}' for key, value in fields.items())})"
 
 
 @dataclass(frozen=True)
@@ -154,16 +172,21 @@ def pair_shape(path: Path, shapes: dict[str, list[int]]) -> Shape:
     """The shape of a pair whose tensors have these shapes.
 
     Raises:
-        UserError: a tensor is missing, or the two have different grids.
+        UserError: a tensor is missing, or the grid of one does not divide that of the other in space.
     """
     missing = [name for name in ("z_h", "z_k") if name not in shapes]
     if missing:
         found = ", ".join(shapes)[:200] or "nothing"
         raise UserError(f"{path}: has no {missing[0]}; expected z_h and z_k, found {found}")
     z_h, z_k = shapes["z_h"], shapes["z_k"]
-    if len(z_h) != 4 or len(z_k) != 4 or z_h[1:] != z_k[1:] or 0 in z_h + z_k:
-        raise UserError(f"{path}: z_h is {z_h}, z_k is {z_k}; expected two [c, t, h, w] of one grid")
-    return Shape(z_h[0], *z_k)
+    if len(z_h) == len(z_k) == 4 and z_h[1] == z_k[1] and 0 not in z_h + z_k:
+        h, w = min(z_h[2:], z_k[2:])
+        of_h, of_k = (z[2] // h for z in (z_h, z_k))
+        if z_h[2:] == [of_h * h, of_h * w] and z_k[2:] == [of_k * h, of_k * w]:
+            return Shape(z_h[0], z_k[0], z_h[1], h, w, (of_h, of_k))
+    raise UserError(
+        f"{path}: z_h is {z_h}, z_k is {z_k}; expected two [c, t, h, w] of one grid, or one finer by a whole factor"
+    )
 
 
 def _unpacked(path: Path) -> bytes:

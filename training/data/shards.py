@@ -26,7 +26,7 @@ from ...kvae.finite import all_finite
 from ...kvae.foreign import parse_json, parse_object
 from ...kvae.paths import check_regular, read_text
 from ..errors import UserError
-from .crops import Slices
+from .crops import Slices, finer, whole_clip
 from .pairs import Pair, Shape, Source, lies_inside, pair_shape, source_of, tensor_shape
 
 FORMAT = "kvae-latent-shards/1"
@@ -209,18 +209,19 @@ class Shards:
 
     def read(self, i: int) -> Pair:
         """The whole pair i. Errors are those of `crop`."""
-        z_h, z_k = self.crop(i, (slice(None), slice(None), slice(None)))
+        shape = self.shape(i)
+        z_h, z_k = self.crop(i, *(finer(whole_clip(shape.grid).read, ratio) for ratio in shape.ratios))
         return Pair(z_h, z_k, self.source(i))
 
-    def crop(self, i: int, where: Slices) -> tuple[Tensor, Tensor]:
-        """A part of pair i: float16 [c, t, h, w] and [c', t, h, w].
+    def crop(self, i: int, of_h: Slices, of_k: Slices) -> tuple[Tensor, Tensor]:
+        """A part of each latent of pair i: float16 [c, t, h, w] and [c', t, h', w'].
 
         Raises:
             UserError: a value is not a finite number, or the shard is damaged.
         """
         number, row = self._place(i)
-        part = (slice(row, row + 1), slice(None), *where)
-        z_h, z_k = (self._open(number).get_slice(name)[part][0] for name in ("z_h", "z_k"))
+        shard, whole = self._open(number), (slice(row, row + 1), slice(None))
+        z_h, z_k = (shard.get_slice(name)[(*whole, *part)][0] for name, part in (("z_h", of_h), ("z_k", of_k)))
         if not (all_finite(z_h) and all_finite(z_k)):
             raise UserError(f"{self.root / self.files[number]}: holds values that are not finite numbers; {ADVICE}")
         return z_h, z_k
@@ -263,9 +264,8 @@ class Shards:
             raise UserError(f"{path}: missing or damaged ({error}); {ADVICE}") from None
         found = {name: part.get_shape() for name, part in parts.items()}
         kinds = {part.get_dtype() for part in parts.values()}
-        expected, pairs = self.shard_shapes[number], self._pairs(number)
-        h, k = [expected.channels_h, *expected[2:]], [expected.channels_k, *expected[2:]]
-        if found != {"z_h": [pairs, *h], "z_k": [pairs, *k]} or kinds != {"F16"}:
+        counts, inner = {each[0] for each in found.values()}, {name: each[1:] for name, each in found.items()}
+        if counts != {self._pairs(number)} or pair_shape(path, inner) != self.shard_shapes[number] or kinds != {"F16"}:
             raise UserError(
                 f"{path}: its latents are {found}, {', '.join(sorted(kinds))}, not as {INDEX} says; "
                 "pack again into an empty folder"

@@ -26,10 +26,11 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 from tqdm import tqdm
 
 from ...adapters.files import LatentAdapter, load_adapter
+from ...adapters.spaces import LatentSpace
 from ...kvae.foreign import json_text
 from ...kvae.paths import write_text
 from ...serving.metrics import psnr, temporal_error
-from ..adapters.closed_form import fit_both_ways
+from ..adapters.closed_form import affine_adapters, fit_both_ways
 from ..data.dataset import Pairs, open_pairs, spread
 from ..data.manifests import read_manifest, read_spaces, same_vae
 from ..directions import DIRECTIONS
@@ -104,25 +105,26 @@ class AffineBaseline:
     """
 
     def __init__(self, pairs: Pairs, config: EvaluateConfig):
+        spaces = read_spaces(config.latent_root)
         if config.train_latent_root:
             self.second = np.zeros(len(pairs), dtype=bool)
-            self.maps = [_maps(open_pairs(config.train_latent_root), config.device)] * 2
+            self.maps = [_maps(open_pairs(config.train_latent_root), spaces, config.device)] * 2
         else:
             try:
                 self.second = pairs.halves()
             except UserError as error:
                 raise UserError(f"{config.latent_root}: {error}: give --train-latent-root") from None
-            self.maps = [_maps(pairs.take(half), config.device) for half in (self.second, ~self.second)]
+            self.maps = [_maps(pairs.take(half), spaces, config.device) for half in (self.second, ~self.second)]
 
     def __call__(self, i: int, direction: str) -> Map:
         """The map of a direction ("h2k" or "k2h") for pair i."""
         return self.maps[int(self.second[i])][direction]
 
 
-def _maps(pairs: Pairs, device: str) -> dict[str, Map]:
+def _maps(pairs: Pairs, spaces: tuple[LatentSpace, LatentSpace], device: str) -> dict[str, Map]:
     fits = fit_both_ways(pairs, device)
     try:
-        return {name: fit.solve().to(device).eval() for name, fit in fits.items()}
+        return {name: each.to(device).eval() for name, each in affine_adapters(fits, spaces).items()}
     except ValueError as error:
         raise UserError(f"no affine baseline: {error}, or give --train-latent-root") from None
 

@@ -39,7 +39,7 @@ def latent_metrics(
         channels: mean and standard deviation of every channel of z_h and z_k, and each adapter's relative MSE in them.
 
     Raises:
-        UserError: the channels of a pair are not those of the adapters.
+        UserError: the channels or grids of a pair are not those of the adapters.
     """
     device = next(h2k.parameters()).device
     errors: dict[str, list[float]] = {}
@@ -78,17 +78,20 @@ def _mapped(
 
 
 def check_channels(name: str, pair: Pair, h2k: LatentAdapter) -> None:
-    """Refuse a pair whose channels are not those of the adapter's spaces.
+    """Refuse a pair whose channels or grids are not those of the adapter's spaces.
 
     Raises:
-        UserError: the channels differ; the message names the pair.
+        UserError: they differ; the message names the pair.
     """
-    h, k = h2k.source, h2k.target
+    h, k, (of_h, of_k) = h2k.source, h2k.target, h2k.ratios
     if (len(pair.z_h), len(pair.z_k)) != (h.channels, k.channels):
         raise UserError(
             f"{name}: {len(pair.z_h)} and {len(pair.z_k)} channels; expected {h.channels} ({h.name}) and {k.channels} "
             f"({k.name})"
         )
+    rows_h, rows_k = pair.z_h.shape[2], pair.z_k.shape[2]
+    if rows_h * of_k != rows_k * of_h:
+        raise UserError(f"{name}: {rows_h} and {rows_k} rows; expected {of_h} of {h.name} for {of_k} of {k.name}")
 
 
 class Moments:

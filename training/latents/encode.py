@@ -73,6 +73,7 @@ def run(config: EncodeConfig) -> int:
     _check(config, SPACES[config.space])
     sources = find_sources(config.videos, (*EXTENSIONS, *IMAGES))
     vae, bulk, tasks = load_served(config, config.space, ("encode",)), Bulk("encoded", len(sources)), []
+    _check_size(config, vae.side)
     for source in sources:
         with bulk.file(source.path):
             task = _task(source, vae, config)
@@ -93,11 +94,15 @@ def _check(config: EncodeConfig, space: LatentSpace) -> None:
         check_format(config.format, space)
     except ValueError as error:
         raise UserError(f"--format is {config.format}, --space is {config.space}: {error}") from None
-    sides, side = (config.height, config.width), space.spatial_factor
+    _check_size(config, space.spatial_factor)
+
+
+def _check_size(config: EncodeConfig, side: int) -> None:
+    sides = config.height, config.width
     if any(sides) and (not all(sides) or any(each % side for each in sides)):
         raise UserError(
             f"--height is {config.height}, --width is {config.width}; expected both, in multiples of {side}, for "
-            f"{space.name}; without them, a video keeps its own size"
+            f"{config.space}; without them, a video keeps its own size"
         )
 
 
@@ -107,7 +112,7 @@ def _task(source: Source, vae: HostVAE, config: EncodeConfig) -> Task:
     Raises:
         UserError, WeightsError: it cannot be read, is cut short, or is smaller than a latent.
     """
-    index, side = index_video(source.path), vae.space.spatial_factor
+    index, side = index_video(source.path), vae.side
     if index.lost:
         raise UserError(f"{source.path}: {index.lost}")
     height, width = config.height, config.width
@@ -131,7 +136,7 @@ def _encode(task: Task, vae: HostVAE, form: str) -> None:
         read, pictures = 0, read_pictures(task.source.path, range(task.count))
         while some := list(islice(pictures, SEGMENT_FRAMES)):
             read += len(some)
-            frames = [_fitted(picture, task.height, task.width, vae.space.spatial_factor) for picture in some]
+            frames = [_fitted(picture, task.height, task.width, vae.side) for picture in some]
             del some  # before they are encoded
             yield to_unit(torch.stack(frames, dim=1)[None], HUNYUAN_HALF_RANGE)
 

@@ -1,7 +1,8 @@
-"""Every pair of latent spaces of one grid can be extracted, trained and evaluated; different grids are refused."""
+"""Every pair of latent spaces can be extracted, trained and evaluated, if an adapter can join their grids."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15
 
 from conftest import make_videos
 from kvae_comfyui.adapters.files import load_adapter
+from kvae_comfyui.adapters.spaces import latent_space
 from kvae_comfyui.kvae import KVAE, save_kvae
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
-from kvae_comfyui.training.vaes import load_hunyuan_vae, load_kvae_for_training
+from kvae_comfyui.training.errors import UserError
+from kvae_comfyui.training.vaes import check_grids, load_hunyuan_vae
 from small_models import SMALL
 
 
@@ -38,23 +41,23 @@ def kvae(folder, name):
         ("hunyuan_video", "kvae_3d_1.0"),
         ("hunyuan_video", "kvae_3d_2.0_t4s8"),
         ("hunyuan_video_1.5", "kvae_3d_2.0_t4s16"),
+        ("hunyuan_video", "kvae_3d_2.0_t4s16"),
     ],
 )
-def test_every_pair_of_spaces_of_one_grid_is_extracted_trained_and_evaluated(tmp_path, h, k):
+def test_every_pair_of_spaces_is_extracted_trained_and_evaluated(tmp_path, h, k):
     make_videos(tmp_path / "videos", 2, frames=9, height=64, width=96)
     vaes = ["--hunyuan-vae", hunyuan(tmp_path, h), "--kvae", kvae(tmp_path, k)]
     latents, out = tmp_path / "latents", tmp_path / "out"
     videos, cpu = ["--videos-root", str(tmp_path / "videos")], ["--device", "cpu"]
     size = ["--num-frames", "9", "--height", "64", "--width", "96"]
     assert main(["extract", *videos, "--output-root", str(latents), *size, *vaes, *cpu, "--batch-size", "2"]) == 0
-    channels, side = {"hunyuan_video": (16, 8), "hunyuan_video_1.5": (32, 16)}[h]
-    pair = read_pair(find_pairs(latents)[0])
-    assert pair.z_h.shape == (channels, 3, 64 // side, 96 // side)
-    assert pair.z_k.shape == (load_kvae_for_training(vaes[3], "cpu").space.channels, *pair.z_h.shape[1:])
+    pair, spaces = read_pair(find_pairs(latents)[0]), (latent_space(h), latent_space(k))
+    for z, space in zip((pair.z_h, pair.z_k), spaces, strict=True):
+        assert z.shape == space.latent_shape(9, 64, 96)
 
     more = tmp_path / "more"  # random latents: two small clips are too few to fit maps of up to 1,729 weights
     for i in range(2):
-        z_h, z_k = (torch.randn(len(z), 5, 14, 14) for z in (pair.z_h, pair.z_k))
+        z_h, z_k = (torch.randn(space.latent_shape(17, 224, 224)) for space in spaces)
         write_pair(more / f"{i}.safetensors.zst", Pair(z_h, z_k, None))
     shutil.copyfile(latents / "manifest.json", more / "manifest.json")
     adapters = [str(out / "h2k.safetensors"), str(out / "k2h.safetensors")]
@@ -67,6 +70,9 @@ def test_every_pair_of_spaces_of_one_grid_is_extracted_trained_and_evaluated(tmp
     assert main([*argv, "--output-root", str(out)]) == 0
     result = json.loads((out / "evaluation.json").read_text())
     assert result["pixel"]["figures"]["KVAE(H→K)"]["psnr"] > 0
+    shares = result["latent"]["channels"]
+    assert [len(shares[f"{arrow} share"]) for arrow in ("K→H", "H→K")] == [space.channels for space in spaces]
+    assert f"{h} → {k}" in (out / "report.html").read_text()
 
 
 def test_hunyuan_15_decodes_a_batch_as_its_clips(tmp_path):
@@ -80,11 +86,7 @@ def test_hunyuan_15_decodes_a_batch_as_its_clips(tmp_path):
     torch.testing.assert_close(y[:1], vae.decode(z[:1]))
 
 
-@pytest.mark.parametrize(("h", "k"), [("hunyuan_video", "kvae_3d_2.0_t4s16"), ("hunyuan_video_1.5", "kvae_3d_1.0")])
-def test_spaces_of_different_grids_are_refused(tmp_path, capsys, h, k):
-    make_videos(tmp_path / "videos", 1, frames=9)
-    argv = ["extract", "--videos-root", str(tmp_path / "videos"), "--output-root", str(tmp_path / "latents")]
-    assert main([*argv, "--hunyuan-vae", hunyuan(tmp_path, h), "--kvae", kvae(tmp_path, k), "--device", "cpu"]) == 2
-    err = capsys.readouterr().err
-    assert f"{h} has one latent for 4 frames of" in err and "hunyuan_video_1.5 with kvae_3d_2.0_t4s16" in err
-    assert "hunyuan_video with kvae_3d_1.0" in err and not (tmp_path / "latents").exists()
+def test_spaces_whose_grids_no_adapter_joins_are_refused():
+    h, k = latent_space("hunyuan_video"), replace(latent_space("kvae_3d_1.0"), spatial_factor=12)
+    with pytest.raises(UserError, match="4 frames of 8x8 pixels, .* 12x12 pixels; .* hunyuan_video with kvae_3d_2.0"):
+        check_grids(h, k)

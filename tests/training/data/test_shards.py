@@ -78,7 +78,7 @@ def test_packed_pairs_equal_the_files(tmp_path):
         assert torch.equal(a.z_h, b.z_h) and torch.equal(a.z_k, b.z_k) and a.source == b.source
         assert packed.shape(i) == files.shape(j) == Shape(16, *b.z_k.shape)
         where = slice(1, 3), slice(0, 2), slice(2, 5)
-        z_h, z_k = packed.store.crop(i, where)
+        z_h, z_k = packed.store.crop(i, where, where)
         assert torch.equal(z_h, b.z_h[:, 1:3, 0:2, 2:5]) and torch.equal(z_k, b.z_k[:, 1:3, 0:2, 2:5])
 
 
