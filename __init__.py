@@ -3,7 +3,7 @@
 Importing it costs nothing and needs no ComfyUI: the nodes are imported when ComfyUI asks for them.
 """
 
-WEB_DIRECTORY = "./web"  # help pages, docs/<node id>.md, and what one node needs in the page
+WEB_DIRECTORY = "./web"  # help pages, docs/<node id>.md, and what two nodes need in the page
 
 
 async def comfy_entrypoint():

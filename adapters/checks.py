@@ -120,7 +120,10 @@ def latent_kind(shape: Sequence[int]) -> str:
 
 def _advice(shape: Sequence[int]) -> str:
     if len(shape) == 5 and shape[1] == 32:
-        return "HunyuanVideo 1.5 has its own VAE: decode the latent with that VAE, using Load VAE and VAE Decode."
+        return (
+            "HunyuanVideo 1.5 has its own VAE: load that with Load VAE, or KVAE 2.0-t4s16 with adapters for "
+            "HunyuanVideo 1.5 with Load KVAE."
+        )
     if len(shape) == 5 and shape[1] == 64:
         return "KVAE 2.0-t4s16 decodes it without adapters: load that file."
     if len(shape) == 4:

@@ -43,14 +43,8 @@ def load_kvae(name: str | os.PathLike, dtype: torch.dtype = torch.float32, devic
     """
     path = find_weights(name)
     weights = Weights(path)
-    names = {official_key(key): key for key in weights.shapes if key != CONFIG}
-    kind = what_is(names)
-    if not kind.startswith("a KVAE-3D"):
-        raise WeightsError(f"{path}: this is {kind}; expected {_EXPECTED}")
+    names, config = _described(path, weights)
     shapes = {key: weights.shapes[found] for key, found in names.items()}
-    if len(names) < len(weights.shapes) - (CONFIG in weights.shapes):
-        raise WeightsError(f"{path}: holds the same tensors twice, with official and with diffusers keys")
-    config = _config(path, weights, shapes)
     with torch.device("meta"):
         kvae = KVAE(config)
     _check_shapes(path, {key: tuple(p.shape) for key, p in kvae.state_dict().items()}, shapes)
@@ -59,6 +53,15 @@ def load_kvae(name: str | os.PathLike, dtype: torch.dtype = torch.float32, devic
         tensor = _sound(path, found, weights[found]).to(device=device, dtype=dtype)
         setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
     return kvae.eval().fold()
+
+
+def read_config(path: str | os.PathLike) -> KVAEConfig:
+    """The config of a KVAE file. Only its header is read, and config.json beside it.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or not a KVAE-3D; the message says what it is.
+    """
+    return _described(Path(path), Weights(path))[1]
 
 
 def save_kvae(path: str | os.PathLike, kvae: KVAE, dtype: torch.dtype, metadata: dict[str, str]) -> None:
@@ -135,6 +138,21 @@ def _fields_from_shapes(shapes: Shapes) -> dict:
         "norm": "rms" if "encoder.norm_out.gamma" in shapes else "group",
         "downsample_version": 2 if doubled else 1,
     }
+
+
+def _described(path: Path, weights: Weights) -> tuple[dict[str, str], KVAEConfig]:
+    """The file's keys, by their official names, and the config.
+
+    Raises:
+        WeightsError: not a KVAE-3D, or its config is damaged or does not match the tensors.
+    """
+    names = {official_key(key): key for key in weights.shapes if key != CONFIG}
+    kind = what_is(names)
+    if not kind.startswith("a KVAE-3D"):
+        raise WeightsError(f"{path}: this is {kind}; expected {_EXPECTED}")
+    if len(names) < len(weights.shapes) - (CONFIG in weights.shapes):
+        raise WeightsError(f"{path}: holds the same tensors twice, with official and with diffusers keys")
+    return names, _config(path, weights, {key: weights.shapes[found] for key, found in names.items()})
 
 
 def _config(path: Path, weights: Weights, shapes: Shapes) -> KVAEConfig:

@@ -5,17 +5,21 @@ models/latent_adapters, and all of them in ComfyUI's extra paths.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from functools import cache
 from pathlib import Path, PurePath
 
 import folder_paths
 
 from ..adapters.files import direction_of, weights_of
 from ..adapters.published import PUBLISHED_FILES, published_address
+from ..adapters.spaces import LatentSpace, native_space
 from ..kvae import KVAE as KVAEModel
 from ..kvae import WeightsError
 from ..kvae.files import Weights, what_is
 from ..kvae.find import VAE, says_kvae
 from ..kvae.hub import HUB_IDS, WEIGHTS_FILES, hub_address
+from ..kvae.load import read_config
 from ..kvae.signature import same_weights, signature
 
 KVAE, ADAPTERS, PIPELINES = "kvae", "latent_adapters", "diffusion_models"
@@ -64,6 +68,33 @@ def kvae_path(name: str) -> str:
     return path
 
 
+def spaces() -> dict[str, LatentSpace]:
+    """The spaces of the KVAEs that Load KVAE offers, by their names. Files that are no KVAE are left out."""
+    found = {}
+    for name in kvae_names():
+        with suppress(WeightsError, OSError):  # a broken link has a name, too
+            found[name] = _space(*stamp(kvae_path(name)))
+    return {name: space for name, space in found.items() if space}
+
+
+def space_of(name: str) -> LatentSpace:
+    """The space of a KVAE's own latents, by the header of its file.
+
+    Raises:
+        WeightsError: there is no file with that name, or it is not a KVAE.
+        ValueError: the KVAE's grid is not that of a published one.
+    """
+    return native_space(read_config(kvae_path(name)))
+
+
+@cache  # pages ask for the schema often, and the file may be on a slow disk
+def _space(stamp: tuple[str, float, int]) -> LatentSpace | None:
+    try:
+        return native_space(read_config(stamp[0]))
+    except ValueError:
+        return None  # said when it is chosen
+
+
 def adapter_names() -> list[str]:
     """The names of all adapter files."""
     return _names(ADAPTERS)
@@ -100,15 +131,19 @@ def find_adapter(source: str, target: str, kvae_name: str, kvae: KVAEModel) -> s
     return found[0] if found else None
 
 
-def no_adapters(source: str, target: str) -> str:
-    """The message if there is an adapter for neither direction."""
+def no_adapters(source: str, target: str, instead: str) -> str:
+    """The message if there is an adapter for neither direction.
+
+    Args:
+        instead: the other latents that this KVAE can serve, in words.
+    """
     ways = (source, target), (target, source)
     published = [f"{published_address(name)} ({way[0]} → {way[1]})" for name, way in PUBLISHED_FILES.items()]
     known = f"Download {' and '.join(published)}, save them there, press R: they are for trying, not for pictures. "
     return (
         f"No adapter in {_shown(ADAPTERS)} maps {source} → {target} or back for this KVAE. {_passed_over(ways)}"
-        f"{known if ways[0] in PUBLISHED_FILES.values() else ''}"
-        'Train your own (docs/adapters.md in this pack), or choose latents "KVAE (native)".'
+        f"{known if ways[0] in PUBLISHED_FILES.values() else 'None is published. '}"
+        f"Train your own (docs/adapters.md in this pack), or choose latents {instead}."
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..adapters import load_adapter
-from ..adapters.spaces import native_space
+from ..adapters.spaces import LatentSpace, native_space
 from ..kvae import KVAE, WeightsError
 from ..serving.about import about
 from ..serving.host_vae import HostVAE
@@ -16,9 +16,9 @@ from . import folders
 from .coding import memory_input, with_budget
 from .patchers import hold, load_patcher
 from .schema import LOADERS, advanced, schema
+from .served import CHOICES, NATIVE, SPACES, cannot_serve, quoted, served_by
 from .vae import ComfyVAE, free_once_unloaded, working_dtype
 
-HUNYUAN, NATIVE = "HunyuanVideo / Kandinsky 5", "KVAE (native)"
 AUTO, NONE = "auto", "none"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -33,7 +33,7 @@ class KVAELoad(io.ComfyNode):
             category=LOADERS,
             search_aliases=["load vae", "vae loader", "video vae", "hunyuan vae", "kandinsky vae"],
             description="Loads KVAE-3D as a VAE for every node that uses one. With latent adapters it replaces the VAE "
-            "of HunyuanVideo and Kandinsky 5: use it instead of Load VAE.",
+            "of HunyuanVideo, HunyuanVideo 1.5 and Kandinsky 5: use it instead of Load VAE.",
             inputs=[
                 io.Combo.Input(
                     "kvae_name",
@@ -44,25 +44,26 @@ class KVAELoad(io.ComfyNode):
                 advanced(
                     io.Combo.Input,
                     "latents",
-                    options=[HUNYUAN, NATIVE],
-                    tooltip="Which model's latents this VAE reads and writes. HunyuanVideo / Kandinsky 5: through "
-                    "latent adapters. KVAE (native): for models trained on KVAE latents, or to encode and decode with "
-                    "KVAE alone.",
+                    options=CHOICES,
+                    extra_dict={"served": {name: served_by(space) for name, space in folders.spaces().items()}},
+                    tooltip="Which model's latents this VAE reads and writes. HunyuanVideo / Kandinsky 5 and "
+                    "HunyuanVideo 1.5 (KVAE 2.0-t4s16 only): through latent adapters. KVAE (native): for models "
+                    "trained on KVAE latents, or to encode and decode with KVAE alone.",
                 ),
                 advanced(
                     io.Combo.Input,
                     "decode_adapter",
                     options=adapters,
-                    tooltip="HunyuanVideo → KVAE, from models/latent_adapters. auto: the only file that fits, by its "
-                    "metadata or its published name. none: the VAE only encodes. Not used for native latents.",
+                    tooltip="The model's latents → KVAE's, from models/latent_adapters. auto: the only file that fits, "
+                    "by its metadata or its published name. none: the VAE only encodes. Not used for native latents.",
                 ),
                 advanced(
                     io.Combo.Input,
                     "encode_adapter",
                     options=adapters,
-                    tooltip="KVAE → HunyuanVideo, from models/latent_adapters; needed for image-to-video. auto: the "
-                    "only file that fits, by its metadata or its published name. none: the VAE only decodes. Not used "
-                    "for native latents.",
+                    tooltip="KVAE's latents → the model's, from models/latent_adapters; needed for image-to-video. "
+                    "auto: the only file that fits, by its metadata or its published name. none: the VAE only decodes. "
+                    "Not used for native latents.",
                 ),
                 advanced(
                     io.Combo.Input,
@@ -102,41 +103,45 @@ class KVAELoad(io.ComfyNode):
     def execute(
         cls, kvae_name: str, latents: str, decode_adapter: str, encode_adapter: str, dtype: str, memory_gb: float
     ) -> io.NodeOutput:
-        for name, value, known in (("latents", latents, (HUNYUAN, NATIVE)), ("dtype", dtype, (AUTO, *DTYPES))):
+        for name, value, known in (("latents", latents, CHOICES), ("dtype", dtype, (AUTO, *DTYPES))):
             if value not in known:  # ComfyUI does not check linked text against the list
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+        native = folders.space_of(kvae_name)
+        if latents not in served_by(native):
+            raise WeightsError(cannot_serve(kvae_name, native, latents))
         (stamp,) = folders.stamp(folders.kvae_path(kvae_name))
         patcher = load_patcher(stamp, DTYPES.get(dtype) or working_dtype())
-        kvae, paths = patcher.model, ["", ""]
+        ways, paths = adapter_ways(latents, native), ["", ""]
         if latents != NATIVE:
-            paths = hunyuan_adapters(kvae, kvae_name, decode_adapter, encode_adapter)
-        ways = adapter_ways(kvae)
+            paths = find_adapters(patcher.model, kvae_name, latents, decode_adapter, encode_adapter)
         adapters = [load_adapter(path, way) if path else None for path, way in zip(paths, ways, strict=True)]
-        vae = with_budget(ComfyVAE(HostVAE(kvae, *adapters), patcher), memory_gb)
+        vae = with_budget(ComfyVAE(HostVAE(patcher.model, *adapters), patcher), memory_gb)
         names = [kvae_name, *map(os.path.basename, paths)]
         return io.NodeOutput(vae, about(vae.first_stage_model, names, free_once_unloaded(patcher)))
 
 
-def hunyuan_adapters(kvae: KVAE, kvae_name: str, decode: str, encode: str) -> list[str]:
-    """The paths of the adapters (to decode, to encode) between HunyuanVideo's latents and this KVAE's, chosen by name
-    or found; empty for none.
+def find_adapters(kvae: KVAE, kvae_name: str, latents: str, decode: str, encode: str) -> list[str]:
+    """The paths of the adapters (to decode, to encode) between these latents and the KVAE's, chosen by name or found;
+    empty for none.
 
     Raises:
         WeightsError: both are missing, or several fit.
     """
     if decode == encode == NONE:
         raise WeightsError(f'Both adapters are none: choose one of them, or choose latents "{NATIVE}".')
-    ways = adapter_ways(kvae)
+    native = native_space(kvae.config)
+    ways = adapter_ways(latents, native)
     paths = [_adapter(*each, kvae_name, kvae) for each in zip((decode, encode), ways, strict=True)]
     if not any(paths):
-        raise WeightsError(folders.no_adapters(*ways[0]))
+        others = [choice for choice in served_by(native) if choice != latents]
+        raise WeightsError(folders.no_adapters(*ways[0], instead=quoted(others)))
     return paths
 
 
-def adapter_ways(kvae: KVAE) -> tuple[tuple[str, str], tuple[str, str]]:
+def adapter_ways(latents: str, native: LatentSpace) -> tuple[tuple[str, str], tuple[str, str]]:
     """The spaces (source, target) of the adapters to decode and to encode."""
-    native = native_space(kvae.config).name
-    return ("hunyuan_video", native), (native, "hunyuan_video")
+    foreign = SPACES.get(latents, native).name
+    return (foreign, native.name), (native.name, foreign)
 
 
 def _adapter(choice: str, way: tuple[str, str], kvae_name: str, kvae: KVAE) -> str:

@@ -20,10 +20,13 @@ import needs
 from kvae_comfyui.adapters import LatentAdapter, latent_space, save_adapter
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.benchmarks.comfy_server import Server
-from kvae_comfyui.kvae import load_kvae
+from kvae_comfyui.kvae import load_kvae, save_kvae
+from small_models import small
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = "KVAE (native)"  # what latents is called for KVAE's own
+HUNYUAN_15 = "HunyuanVideo 1.5"
+T4S16 = "KVAE-3D-2.0-t4s16.safetensors"  # a small random one
 TINY = ROOT / "training" / "tiny" / "assets" / "tiny_kvae.safetensors"
 
 
@@ -38,7 +41,9 @@ def comfyui_path() -> Path:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
-    """A ComfyUI base directory with this pack in custom_nodes, and adapters between HunyuanVideo and the tiny KVAE."""
+    """A ComfyUI base directory with this pack in custom_nodes, the tiny KVAE, a small 2.0-t4s16, and adapters that map
+    HunyuanVideo's latents to and from the first (h2k, k2h), HunyuanVideo 1.5's to and from the second (h15, k15).
+    """
     base = tmp_path_factory.mktemp("comfyui")
     for folder in ("custom_nodes", "input", "output", "user", "models/vae", "models/kvae", "models/latent_adapters"):
         (base / folder).mkdir(parents=True)
@@ -46,9 +51,16 @@ def base(tmp_path_factory) -> Path:
     (base / "models" / "vae" / "KVAE.safetensors").symlink_to(TINY)
     (base / "models" / "vae" / "hunyuan.safetensors").symlink_to(TINY.with_name("tiny_hunyuan.safetensors"))
     torch.manual_seed(0)
-    for name, source, target in (("h2k", "hunyuan_video", "kvae_3d_1.0"), ("k2h", "kvae_3d_1.0", "hunyuan_video")):
-        adapter = LatentAdapter(Affine(16, 16), latent_space(source), latent_space(target), metrics={"psnr": 12.5})
+    for name, source, target in (
+        ("h2k", "hunyuan_video", "kvae_3d_1.0"),
+        ("k2h", "kvae_3d_1.0", "hunyuan_video"),
+        ("h15", "hunyuan_video_1.5", "kvae_3d_2.0_t4s16"),
+        ("k15", "kvae_3d_2.0_t4s16", "hunyuan_video_1.5"),
+    ):
+        spaces = latent_space(source), latent_space(target)
+        adapter = LatentAdapter(Affine(*(space.channels for space in spaces)), *spaces, metrics={"psnr": 12.5})
         save_adapter(base / "models" / "latent_adapters" / f"{name}.safetensors", adapter)
+    save_kvae(base / "models" / "vae" / T4S16, small("2.0-t4s16"), torch.float32, {})
     return base
 
 
@@ -92,7 +104,7 @@ def run(comfy):
 
 @pytest.fixture
 def load(run):
-    """Load the tiny KVAE: load() with the adapters, load(latents=NATIVE) without."""
+    """Load the tiny KVAE: load() with the adapters, load(latents=NATIVE) without; or load(kvae_name=T4S16, …)."""
 
     def load(**inputs):
         defaults = {

@@ -12,8 +12,10 @@ from kvae_comfyui.adapters.published import PUBLISHED_FILES, published_address
 from kvae_comfyui.kvae import load_kvae
 from small_models import clip, small
 
-from .conftest import NATIVE
+from .conftest import HUNYUAN_15, NATIVE, T4S16
 from .test_server import LOAD
+
+HUNYUAN = "HunyuanVideo / Kandinsky 5"
 
 DECODE = {
     "2": {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 64, "height": 64, "length": 1, "batch_size": 1}},
@@ -124,3 +126,37 @@ def test_about_names_what_was_loaded(run, load):
     assert report.startswith("KVAE.safetensors: fp32, 0.0 GB of weights\n")
     for part in ("through h2k.safetensors", "through k2h.safetensors", "psnr: 12.5", "1280x720: decode"):
         assert part in report
+
+
+def test_what_a_kvae_cannot_serve_is_refused_with_what_it_can(run, load, comfy):
+    with pytest.raises(ValueError, match="^KVAE.safetensors is kvae_3d_1.0, which cannot serve") as caught:
+        load(latents=HUNYUAN_15)
+    assert str(caught.value).endswith(f': set latents to "{HUNYUAN}" or "{NATIVE}".')
+    with pytest.raises(
+        ValueError, match="maps hunyuan_video → kvae_3d_2.0_t4s16 or back .* None is published"
+    ) as caught:
+        load(kvae_name=T4S16)  # it can, but there are no adapters
+    assert str(caught.value).endswith(f'or choose latents "{HUNYUAN_15}" or "{NATIVE}".')
+    with pytest.raises(ValueError, match="hunyuan.safetensors: this is a HunyuanVideo VAE"):
+        load(kvae_name="hunyuan.safetensors", latents=HUNYUAN_15)
+
+
+def test_the_page_is_told_what_each_kvae_can_serve(ours):
+    """Of a file that is no KVAE it is told nothing."""
+    _, settings = ours["KVAELoad"]["input"]["required"]["latents"]
+    assert settings["options"] == [HUNYUAN, HUNYUAN_15, NATIVE]
+    served = settings["served"]
+    assert served["KVAE.safetensors"] == served["tiny KVAE (included)"] == [HUNYUAN, NATIVE]
+    assert served[T4S16] == settings["options"]
+    assert "hunyuan.safetensors" not in served
+
+
+def test_a_broken_link_among_the_files_hides_no_node(comfy, base):
+    link = base / "models" / "vae" / "broken.safetensors"
+    link.symlink_to(base / "absent")
+    try:
+        (latents,) = (each for each in comfy.classes["KVAELoad"].define_schema().inputs if each.id == "latents")
+    finally:
+        link.unlink()
+    assert "KVAE.safetensors" in latents.as_dict()["served"]
+    assert "broken.safetensors" not in latents.as_dict()["served"]

@@ -90,10 +90,11 @@ def test_every_node_has_a_help_page(server, ours):
             assert server.content(f"/extensions/kvae/docs/{name}/{language}.md").decode().startswith("# ")
 
 
-def test_the_page_gets_the_script_that_shows_the_finished_video(server):
-    """The page keeps the last picture of a running node, in place of the video that the node shows in the end."""
-    (script,) = (path for path in server.get("/extensions") if path.startswith("/extensions/kvae/"))
-    assert "KVAEDecodeToVideo" in server.content(script).decode()
+@pytest.mark.parametrize(("file", "node"), [("decode_to_video", "KVAEDecodeToVideo"), ("load_kvae", "KVAELoad")])
+def test_the_page_gets_the_scripts_that_two_nodes_need(server, file, node):
+    scripts = [path for path in server.get("/extensions") if path.startswith("/extensions/kvae/")]
+    assert len(scripts) == 2
+    assert f'"{node}"' in server.content(f"/extensions/kvae/{file}.js").decode()
 
 
 def test_a_change_of_adapter_does_not_reload_the_file_of_the_kvae(server, base):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from kvae_comfyui.kvae import FAMILY, KVAE, KVAEConfig, WeightsError, load_kvae, save_kvae
 from kvae_comfyui.kvae.files import save_weights
-from kvae_comfyui.kvae.load import config_from_shapes, described_state, official_key
+from kvae_comfyui.kvae.load import config_from_shapes, described_state, official_key, read_config
 from kvae_comfyui.kvae.signature import same_weights, signature
 
 TINY_CONFIG = KVAEConfig((16, 32), (16, 32), num_res_blocks=1, temporal_compress_times=2, norm_groups=4)
@@ -33,6 +33,21 @@ def test_published_configs_follow_from_the_shapes(config):
     with torch.device("meta"):
         shapes = {key: tuple(tensor.shape) for key, tensor in KVAE(config).state_dict().items()}
     assert config_from_shapes(shapes) == config
+
+
+def test_a_config_is_read_without_the_weights(tmp_path, monkeypatch):
+    kvae = KVAE(TINY_CONFIG)
+    save_kvae(tmp_path / "tiny.safetensors", kvae, torch.float16, {})
+    theirs = AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
+    save_file(theirs.state_dict(), tmp_path / "other.safetensors")
+
+    def read(weights, key):
+        raise AssertionError(f"{key} was read")
+
+    monkeypatch.setattr("kvae_comfyui.kvae.load.Weights.__getitem__", read)
+    assert read_config(tmp_path / "tiny.safetensors") == kvae.config
+    with pytest.raises(WeightsError, match="this is a HunyuanVideo VAE; expected a KVAE-3D"):
+        read_config(tmp_path / "other.safetensors")
 
 
 def test_a_diffusers_folder_loads(tmp_path, small_kvae):
