@@ -80,6 +80,17 @@ def latent_space(name: str) -> LatentSpace:
     return SPACES[name]
 
 
+def spatial_ratio(one: LatentSpace, other: LatentSpace) -> int | None:
+    """Rows, and columns, of the finer grid for one of the coarser; 1 for equal grids.
+
+    None: no adapter maps between the two. They have other frames per latent, or no whole number of rows.
+    """
+    coarser, finer = sorted((one.spatial_factor, other.spatial_factor), reverse=True)
+    if one.temporal_factor != other.temporal_factor or coarser % finer:
+        return None
+    return coarser // finer
+
+
 def fitting_spaces(shape: Sequence[int]) -> list[LatentSpace]:
     """The spaces whose latents can have this shape, most common first; none for an image latent."""
     if len(shape) != 5:
