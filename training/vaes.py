@@ -80,7 +80,7 @@ class HunyuanVAE:
         return from_unit(x, HUNYUAN_HALF_RANGE)
 
     def cast(self, dtype: torch.dtype) -> None:
-        self.vae.to(dtype)
+        torch.nn.Module.to(self.vae, dtype)  # diffusers' own method warns, and does the same
 
 
 class KVAE3D:
