@@ -139,7 +139,7 @@ def _load_vaes(config: ExtractConfig, device: torch.device) -> tuple[VideoVAE, V
     hunyuan = load_hunyuan_vae(config.hunyuan_vae, str(device), dtype)
     kvae = load_kvae_for_training(config.kvae, str(device), dtype)
     check_grids(hunyuan.space, kvae.space)
-    _check_size(config, kvae.space.spatial_factor)
+    _check_size(config, max(hunyuan.space.spatial_factor, kvae.space.spatial_factor))
     return hunyuan, kvae
 
 
