@@ -9,17 +9,25 @@ The image then decides the size, and the pipeline takes no --height and --width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
 
 from kvae_comfyui.examples.common import DiffusersOptions, inputs, load_vae, parse, write
+from kvae_comfyui.training.options import KVAE_HELP, option
 
 FROM_TEXT = HunyuanVideo15Pipeline, "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v"
 FROM_IMAGE = HunyuanVideo15ImageToVideoPipeline, "hunyuanvideo-community/HunyuanVideo-1.5-480p_i2v"
 
 
+@dataclass(kw_only=True)
+class Options(DiffusersOptions):
+    kvae: str = option("tiny-t4s16", KVAE_HELP, metavar="VAE")
+
+
 def main(argv: list[str] | None = None) -> None:
-    options = parse(DiffusersOptions, __doc__, argv)
+    options = parse(Options, __doc__, argv)
     vae = load_vae(options, "hunyuan_video_1.5", encodes=bool(options.image))
     pipeline, usual = FROM_IMAGE if options.image else FROM_TEXT
     pipe = pipeline.from_pretrained(options.model or usual, torch_dtype=torch.bfloat16)  # fails with vae=None

@@ -101,6 +101,8 @@ def _write_values(file: BinaryIO, tensor: Tensor) -> None:
 
 # one key of each kind of file that people may confuse with a KVAE, the most specific first
 _SIGNATURES = (
+    ("encoder.mid_block.attentions.0.norm.gamma", "a HunyuanVideo 1.5 VAE"),
+    ("encoder.mid.attn_1.norm.gamma", "a HunyuanVideo 1.5 VAE"),  # a KVAE-3D has no attention
     ("encoder.mid.block_1.norm1.gamma", "a KVAE-3D 2.0"),
     ("decoder.mid.block_1.norm1.conv_y.weight", "a KVAE-3D"),
     ("decoder.up_blocks.0.resnets.0.conv1.conv.weight", "a HunyuanVideo VAE"),

@@ -8,9 +8,9 @@ import torch
 from comfy_api.latest import io
 
 from ..adapters.checks import check_finite, check_shape, check_tensor
-from ..serving.clips import frames_to_keep, pad_clip
+from ..serving.clips import check_replaceable, frames_to_keep, pad_clip
 from ..serving.memory import room_for
-from .latent_dict import FRAMES, SPACE, samples_of, space_of
+from .latent_dict import FRAMES, SPACE, joined, parts_of, samples_of, space_of
 from .schema import LATENT, advanced, schema
 from .vae import ComfyVAE
 
@@ -60,24 +60,38 @@ class KVAEEncode(io.ComfyNode):
             category=LATENT,
             search_aliases=["vae encode", "video to latent", "image to latent", "image to video"],
             description="Encodes a clip with a VAE from Load KVAE. In addition to what VAE Encode does, it keeps every "
-            "frame, by repeating the last one up to the next 4n + 1, and writes the name of its space into the latent.",
+            "frame, by repeating the last one up to the next 4n + 1, and writes the name of its space into the latent. "
+            "It can also put the clip into a latent with audio.",
             inputs=[
                 io.Image.Input(
                     "pixels",
                     tooltip="The frames of one clip. Sides are cropped to a multiple of 8 (of 16 for KVAE 2.0-t4s16).",
                 ),
                 io.Vae.Input("vae", tooltip="From Load KVAE."),
+                io.Latent.Input(
+                    "samples",
+                    optional=True,
+                    tooltip="A latent whose video is replaced by the clip's, of the same length and size. Its audio, "
+                    "noise mask and batch numbers stay.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The latent of the clip: raw, as ComfyUI's samplers expect it.")],
         )
 
     @classmethod
-    def execute(cls, pixels: torch.Tensor, vae: ComfyVAE) -> io.NodeOutput:
+    def execute(cls, pixels: torch.Tensor, vae: ComfyVAE, samples: dict | None = None) -> io.NodeOutput:
         check_vae(vae)
         check_tensor(pixels, "pixels")
         room_for(pixels.shape, "cpu", f"pixels, {list(pixels.shape)}: encode fewer or smaller frames")
-        clip = pad_clip(pixels, vae.kvae_space.temporal_factor)
-        return io.NodeOutput({"samples": vae.encode(clip), SPACE: vae.kvae_space.name, FRAMES: len(pixels)})
+        clip, space = pad_clip(pixels, vae.kvae_space.temporal_factor), vae.kvae_space
+        latent: dict = samples or {}
+        others: list[torch.Tensor] = []
+        if samples is not None:
+            old, *others = parts_of(samples)
+            check_shape(old.shape, space, space_of(samples))
+            check_replaceable(old.shape, clip.shape, space)
+        parts = [vae.encode(clip), *others]
+        return io.NodeOutput({**latent, "samples": joined(parts), SPACE: space.name, FRAMES: len(pixels)})
 
 
 def latent_inputs() -> list[io.Input]:

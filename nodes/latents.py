@@ -15,6 +15,7 @@ from ..serving.latent_writers import save_latent
 from . import folders
 from .input_output import has_latent, latent_path, output_path
 from .latent_dict import FRAMES, SPACE, joined, parts_of, space_of
+from .latent_extras import entries_of, extras_of
 from .metadata import workflow_of
 from .schema import LATENT, schema
 
@@ -41,7 +42,7 @@ class KVAEInspectLatent(io.ComfyNode):
     @classmethod
     def execute(cls, samples: dict) -> io.NodeOutput:
         z, *others = parts_of(samples)
-        report = describe(z, space_of(samples), others)
+        report = "\n".join([describe(z, space_of(samples), others), *extras_of(samples).about()])
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
 
@@ -75,7 +76,7 @@ class KVAESaveLatent(io.ComfyNode):
     def execute(cls, samples: dict, filename_prefix: str) -> io.NodeOutput:
         path, file, subfolder = output_path(filename_prefix, ".latent")
         z, *others = parts_of(samples)
-        save_latent(path, z, space_of(samples), samples.get(FRAMES), workflow_of(cls), others)
+        save_latent(path, z, space_of(samples), samples.get(FRAMES), workflow_of(cls), others, extras_of(samples))
         return io.NodeOutput(samples, ui={"latents": [ui.SavedResult(file, subfolder, io.FolderType.output)]})
 
 
@@ -138,7 +139,7 @@ class KVAELoadLatent(io.ComfyNode):
         found = load_latent(path, SCALINGS[scaling], None if model == AUTO else model)
         samples = joined([found.z, *found.others])
         latent = {"samples": samples, SPACE: found.space, FRAMES: found.frames}
-        latent = {key: value for key, value in latent.items() if value is not None}
+        latent = {key: value for key, value in latent.items() if value is not None} | entries_of(found.extras)
         report = describe_file(found)
         if samples is found.z and found.others:
             report += "\nThis ComfyUI has no latents with audio: the output is the video part. Update ComfyUI for both."

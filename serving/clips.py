@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..adapters.checks import check_tensor
+from ..adapters.spaces import LatentSpace
 from ..kvae import padded_frames
 
 
@@ -22,6 +23,22 @@ def pad_clip(x_THWC: Tensor, temporal_factor: int) -> Tensor:
         raise ValueError(f"the clip has shape {list(x_THWC.shape)}; expected [T, H, W, C] with at least one frame")
     missing = padded_frames(len(x_THWC), temporal_factor) - len(x_THWC)
     return torch.cat([x_THWC, x_THWC[-1:].expand(missing, -1, -1, -1)]) if missing else x_THWC
+
+
+def check_replaceable(z_shape: Sequence[int], x_shape: Sequence[int], space: LatentSpace) -> None:
+    """Raise unless latents of shape [B, c, t, h, w] are of one clip as long and as large as the clip [T, H, W, C].
+
+    Raises:
+        ValueError: says what the latents decode to.
+    """
+    T, H, W, _ = x_shape
+    encoded = 1, *space.latent_shape(T, H, W)
+    if tuple(z_shape) != encoded:
+        clips, _, frames, height, width = space.decoded_shape(z_shape)
+        raise ValueError(
+            f"This clip gives a latent {list(encoded)}; samples is {list(z_shape)}, {clips} x {frames} frames of "
+            f"{width} x {height}. Make one as long and as large as the other, in one clip."
+        )
 
 
 def frames_to_keep(decoded: int, original: int | None, temporal_factor: int = 4) -> int:

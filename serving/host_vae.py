@@ -98,7 +98,7 @@ class HostVAE(nn.Module):
         return host
 
     def encode(self, x_B3THW: Tensor, device: torch.device | None = None) -> Tensor:
-        """[B, 3, T, H, W] → raw latents [B, c, (T − 1) // 4 + 1, H/8, W/8], in the dtype of the weights.
+        """[B, 3, T, H, W] → raw latents [B, c, (T − 1) // 4 + 1, h, w], in the dtype of the weights.
 
         If T is not 4n + 1, the last one to three frames are dropped, since hosts count latents that way.
 

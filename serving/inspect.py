@@ -20,7 +20,8 @@ def describe_file(found: LatentFile) -> str:
         ValueError: as `describe`.
     """
     frames = f" The clip had {_count(found.frames, 'frame')}." if found.frames else ""
-    return f"Read as a {found.kind}.{frames}\n{describe(found.z, found.space, found.others)}"
+    lines = [f"Read as a {found.kind}.{frames}", describe(found.z, found.space, found.others), *found.extras.about()]
+    return "\n".join(lines)
 
 
 def describe(z: Tensor, known: str | None = None, others: Sequence[Tensor] = ()) -> str:

@@ -28,6 +28,7 @@ from ..adapters.spaces import SPACES, LatentSpace, fitting_spaces
 from ..kvae.errors import WeightsError
 from ..kvae.files import Weights
 from .architectures import KANDINSKY, MODELS
+from .latent_extras import NONE, Extras, extras_of_file
 from .latent_kinds import COUNT, Kind, kind_of
 
 MAX_PARTS = 9  # of one latent; those of video with audio have two
@@ -49,6 +50,7 @@ class LatentFile:
         frames: the frames of the clip, if the file says. A number that does not fit the latent is of no use: see
             `clips.frames_to_keep`.
         others: the parts after the first, such as audio, exactly as they were saved.
+        extras: what comes with the samples of a ComfyUI latent, such as a noise mask.
     """
 
     z: Tensor
@@ -56,6 +58,7 @@ class LatentFile:
     space: str | None = None
     frames: int | None = None
     others: tuple[Tensor, ...] = ()
+    extras: Extras = NONE
 
 
 def load_latent(path: str | os.PathLike, scaled: bool | None = None, model: str | None = None) -> LatentFile:
@@ -75,7 +78,8 @@ def load_latent(path: str | os.PathLike, scaled: bool | None = None, model: str 
         raise WeightsError(f"{path}: no model is called {model!r}; the known ones are {', '.join(MODELS)}")
     weights = Weights(path)
     kind = kind_of(weights, model)
-    others = _others(weights) if kind.key == "latent_tensor" else ()
+    comfyui = kind.key == "latent_tensor"
+    others, extras = (_others(weights), extras_of_file(weights)) if comfyui else ((), NONE)
     z = _values(weights, kind)
     if not kind.batched:
         z = _batched(weights, kind, z, model)
@@ -86,7 +90,7 @@ def load_latent(path: str | os.PathLike, scaled: bool | None = None, model: str 
     if scaled and fitting_spaces(z.shape):
         space = SPACES[found] if found else _scaling_space(z)
         z, found = space.unscale(z.float()), space.name
-    return LatentFile(z, kind.name, found, _frames(weights), others)
+    return LatentFile(z, kind.name, found, _frames(weights), others, extras)
 
 
 def _values(weights: Weights, kind: Kind) -> Tensor:

@@ -11,7 +11,7 @@ All of them say in their metadata what they are, so that `latent_files.load_late
 
 A latent of several parts, such as video and audio, is a ComfyUI .latent file too: the first part is `latent_tensor`,
 which is all that ComfyUI reads, the others are `latent_part_2`, `latent_part_3` …, and the metadata `kvae_parts` count
-them.
+them. `latent_extras` says where the noise mask is.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..adapters.spaces import LatentSpace
 from ..kvae.files import save_weights
 from .architectures import CACHED, KANDINSKY
 from .clips import check_frame_count
+from .latent_extras import NONE, Extras
 from .latent_files import MAX_PARTS, part_keys
 
 ENDINGS = {"comfyui": ".latent", "musubi": ".safetensors", "diffusers": ".safetensors", "kandinsky": ".safetensors"}
@@ -39,6 +40,7 @@ def save_latent(
     frames: int | None,
     metadata: dict[str, str],
     others: Sequence[Tensor] = (),
+    extras: Extras = NONE,
 ) -> None:
     """Write raw latents as a ComfyUI .latent file that also names their space. A failure leaves no partial file.
 
@@ -47,6 +49,7 @@ def save_latent(
         frames: the frames of the encoded clip, if known.
         metadata: texts for the file's header.
         others: the parts after z, such as audio. They may hold NaN: the video is worth saving all the same.
+        extras: what comes with them, such as a noise mask; see `latent_extras`.
 
     Raises:
         ValueError: a part is not a dense float tensor with values, z is not finite, there are more than MAX_PARTS
@@ -62,7 +65,9 @@ def save_latent(
     ours = {"kvae_space": space or "", "kvae_frames": str(frames or ""), "kvae_parts": str(1 + len(others))}
     # without the second tensor, ComfyUI reads the values in an older scale
     tensors = {"latent_tensor": z, "latent_format_version_0": torch.empty(0)}
-    save_weights(path, tensors | dict(zip(part_keys(1 + len(others)), others, strict=True)), metadata | ours)
+    tensors |= dict(zip(part_keys(1 + len(others)), others, strict=True))
+    more, texts = extras.to_file()
+    save_weights(path, tensors | more, metadata | ours | texts)
 
 
 def check_format(form: str, space: LatentSpace) -> None:

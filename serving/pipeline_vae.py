@@ -97,7 +97,7 @@ class PipelineVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, x_B3THW: Tensor, return_dict: bool = True, opt_tiling: object = None) -> Encoded:
-        """[B, 3, T, H, W] → raw latents [B, c, (T − 1) // 4 + 1, H/8, W/8], with the dtype and device of x.
+        """[B, 3, T, H, W] → raw latents [B, c, (T − 1) // 4 + 1, h, w], with the dtype and device of x.
 
         If T is not 4n + 1, the last one to three frames are dropped, since pipelines count latents that way.
 

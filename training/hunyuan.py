@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +17,40 @@ from ..kvae.finite import all_finite
 from ..kvae.foreign import parse_object
 from ..kvae.paths import read_text
 
+NEWER = "a HunyuanVideo 1.5 VAE"  # see kvae.files.what_is
+# Tencent's names in the config of 1.5; of its other entries, diffusers' class has those that matter
+RATIOS = {"ffactor_spatial": "spatial_compression_ratio", "ffactor_temporal": "temporal_compression_ratio"}
+
 
 def read_hunyuan_vae(path: Path, dtype: torch.dtype) -> Any:
     """Read AutoencoderKLHunyuanVideo or AutoencoderKLHunyuanVideo15, frozen, on the CPU.
 
-    The keys are diffusers'; those of AutoencoderKLHunyuanVideo may also be Tencent's or ComfyUI's.
+    The keys are diffusers', Tencent's or ComfyUI's.
 
     Raises:
         WeightsError: the file holds something else; the message says what.
     """
     weights = Weights(path)
     kind = what_is(weights.shapes)
-    if not kind.startswith("a HunyuanVideo VAE"):
+    if not kind.startswith("a HunyuanVideo"):
         raise WeightsError(f"{path}: this is {kind}; expected a HunyuanVideo VAE (--hunyuan-vae)")
-    vae = _empty_model(path, weights)
-    state = _diffusers_state(weights)
+    newer = kind == NEWER
+    vae = _empty_model(path, weights, newer)
+    state = _diffusers_state(weights, newer)
     _check_tensors(path, state, vae.state_dict())
     vae.load_state_dict({key: tensor.to(dtype) for key, tensor in state.items()}, assign=True)
     return vae.eval().requires_grad_(False)
 
 
-def _empty_model(path: Path, weights: Weights) -> Any:
+def _empty_model(path: Path, weights: Weights, newer: bool) -> Any:
     """Build the model that the file's config describes, on the meta device."""
     from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15
 
-    config = _config(path, weights)
-    newer = "encoder.mid_block.attentions.0.norm.gamma" in weights.shapes  # 1.5; HunyuanVideo's has a group_norm
+    kind: Any = AutoencoderKLHunyuanVideo15 if newer else AutoencoderKLHunyuanVideo
+    config = {RATIOS.get(key, key): value for key, value in _config(path, weights).items()}
     try:
         with torch.device("meta"):
-            vae = (AutoencoderKLHunyuanVideo15 if newer else AutoencoderKLHunyuanVideo).from_config(config)
+            vae = kind(**{key: config[key] for key in signature(kind).parameters if key in config})
             replace_convolutions(vae)
     except Exception as error:  # diffusers checks little, so a config can fail anywhere within it
         line = (str(error) or type(error).__name__).splitlines()[0]
@@ -61,12 +67,14 @@ def replace_convolutions(vae: nn.Module) -> None:
                 setattr(parent, name, ours)
 
 
-def _diffusers_state(weights: Weights) -> dict[str, Tensor]:
+def _diffusers_state(weights: Weights, newer: bool) -> dict[str, Tensor]:
     """All tensors of a file under diffusers' keys."""
     state = {key: weights[key] for key in weights.shapes}
     if "decoder.mid.attn_1.q.weight" not in state:
         return state
-    state = {diffusers_key(key): tensor for key, tensor in state.items()}
+    state = {diffusers_key(key, newer): tensor for key, tensor in state.items()}
+    if newer:
+        return state
     # ComfyUI's attention is made of 1x1x1 convolutions, diffusers' of matrices
     return {key: v.flatten(1) if ".to_" in key and v.ndim == 5 else v for key, v in state.items()}
 
@@ -83,23 +91,29 @@ def _check_tensors(path: Path, state: dict[str, Tensor], model: dict[str, Tensor
             raise WeightsError(f"{path}: {key} holds values that are not finite numbers; download it or make it again")
 
 
-def diffusers_key(key: str) -> str:
-    """A key of ComfyUI's file of the HunyuanVideo VAE → diffusers' key, which is Tencent's too.
+def diffusers_key(key: str, newer: bool = False) -> str:
+    """A key of ComfyUI's file → diffusers' key. Tencent's keys are diffusers' for HunyuanVideo, ComfyUI's for 1.5.
 
-    The two count the decoder's levels from opposite ends.
+    For HunyuanVideo, the two count the decoder's levels from opposite ends.
     """
+
+    def up(level: str) -> str:
+        return level if newer else str(3 - int(level))
+
     key = re.sub(r"down\.(\d)\.block\.(\d)", r"down_blocks.\1.resnets.\2", key)
     key = re.sub(r"down\.(\d)\.downsample", r"down_blocks.\1.downsamplers.0", key)
-    key = re.sub(r"up\.(\d)\.block\.(\d)", lambda m: f"up_blocks.{3 - int(m[1])}.resnets.{m[2]}", key)
-    key = re.sub(r"up\.(\d)\.upsample", lambda m: f"up_blocks.{3 - int(m[1])}.upsamplers.0", key)
+    key = re.sub(r"up\.(\d)\.block\.(\d)", lambda m: f"up_blocks.{up(m[1])}.resnets.{m[2]}", key)
+    key = re.sub(r"up\.(\d)\.upsample", lambda m: f"up_blocks.{up(m[1])}.upsamplers.0", key)
     key = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", key)
     key = re.sub(r"mid\.attn_1\.([qkv])\b", r"mid_block.attentions.0.to_\1", key)
-    for theirs, ours in (
-        ("mid.attn_1.norm", "mid_block.attentions.0.group_norm"),
-        ("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0"),
-        ("nin_shortcut", "conv_shortcut"),
-        ("coder.norm_out", "coder.conv_norm_out"),
-    ):
+    names = {"mid.attn_1.": "mid_block.attentions.0.", "nin_shortcut": "conv_shortcut"}
+    if not newer:
+        names |= {
+            "attentions.0.norm": "attentions.0.group_norm",
+            "attentions.0.proj_out": "attentions.0.to_out.0",
+            "coder.norm_out": "coder.conv_norm_out",
+        }
+    for theirs, ours in names.items():
         key = key.replace(theirs, ours)
     return key
 

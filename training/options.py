@@ -17,8 +17,8 @@ from .runtime.places import check_folder, check_target, shareable
 
 # shared by several commands
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HUNYUAN_HELP = "VAE of HunyuanVideo or HunyuanVideo 1.5: folder, .safetensors file, hub id, or tiny"
-KVAE_HELP = "KVAE-3D of any kind: folder, .safetensors file, hub id, or tiny"
+HUNYUAN_HELP = "VAE of HunyuanVideo or HunyuanVideo 1.5: folder, .safetensors file, hub id, or tiny, tiny-1.5"
+KVAE_HELP = "KVAE-3D of any kind: folder, .safetensors file, hub id, or tiny, tiny-t4s16"
 MOST_SEED = 2**32 - 1
 MOST_SIDE = 8192  # pixels; H.264 allows 16384, and two pictures stand side by side
 MOST_FRAMES = 10_000  # of a clip, which is held in memory

@@ -12,13 +12,14 @@ from functools import partial
 import torch
 
 from ..adapters.files import load_adapter
+from ..adapters.published import PUBLISHED_FILES
 from ..adapters.spaces import native_space
 from ..kvae import KVAE, load_kvae
 from ..serving.host_vae import HostVAE
 from ..serving.memory import free_memory
 from .errors import UserError
 from .options import DEVICE, KVAE_HELP, option
-from .vaes import TINY_ADAPTERS, weights_file
+from .vaes import INCLUDED_ADAPTERS, weights_file
 
 AUTO = "auto"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -30,8 +31,8 @@ class ServedOptions:
     """The options of every command that decodes or encodes with KVAE in the place of another VAE."""
 
     kvae: str = option("tiny", KVAE_HELP, metavar="VAE")
-    adapter_h2k: str = option("", "adapter of the model's latents → KVAE's, for decoding; tiny has one of its own")
-    adapter_k2h: str = option("", "adapter of KVAE's latents → the model's, for encoding; tiny has one of its own")
+    adapter_h2k: str = option("", "adapter of the model's latents → KVAE's, for decoding; tiny ones have their own")
+    adapter_k2h: str = option("", "adapter of KVAE's latents → the model's, for encoding; tiny ones have their own")
     memory_gb: float = option(
         0.0,
         "GB that may be used in addition to the weights; 0 takes what is free on a GPU, and sets no limit on a CPU. A "
@@ -61,14 +62,14 @@ def load_served(
     """
     kvae = kvae or load_kvae_of(options)
     native = native_space(kvae.config).name
-    decode, encode = ("", "") if space == native else adapter_paths(options, ways)
+    decode, encode = ("", "") if space == native else adapter_paths(options, space, ways)
     paths = {"decode": (decode, (space, native)), "encode": (encode, (native, space))}
-    for way, (path, (source, target)) in paths.items():
+    for way, (path, spaces) in paths.items():
         if space != native and way in ways and not path:
             flag = "--adapter-h2k" if way == "decode" else "--adapter-k2h"
             raise UserError(
-                f"{flag} is missing: to {way} {space} latents, {native} needs an adapter {source} → {target}. Train "
-                "one, or try the published ones: python -m training fetch --model adapters"
+                f"{flag} is missing: to {way} {space} latents, {native} needs an adapter {' → '.join(spaces)}. "
+                f"{_advice(space, spaces)}"
             )
     adapters = [load_adapter(path, way, options.device) if path else None for path, way in paths.values()]
     return with_memory(HostVAE(kvae, *adapters), options.memory_gb)
@@ -98,8 +99,23 @@ def dtype_of(options: ServedOptions) -> torch.dtype:
     return torch.bfloat16 if on_gpu else torch.float32
 
 
-def adapter_paths(options: ServedOptions, ways: Sequence[str]) -> tuple[str, str]:
-    """The paths of both adapters (to decode, to encode); empty for one that is not needed or not given."""
-    tiny = {way: str(path) if options.kvae == "tiny" else "" for way, path in TINY_ADAPTERS.items()}
-    decode, encode = options.adapter_h2k or tiny["h2k"], options.adapter_k2h or tiny["k2h"]
+def adapter_paths(options: ServedOptions, space: str, ways: Sequence[str]) -> tuple[str, str]:
+    """The paths of both adapters (to decode, to encode); empty for one that is not needed or not given.
+
+    Args:
+        space: the name of the space of the model's latents.
+    """
+    included = {way: str(path) for way, path in INCLUDED_ADAPTERS.get((options.kvae, space), {}).items()}
+    decode = options.adapter_h2k or included.get("h2k", "")
+    encode = options.adapter_k2h or included.get("k2h", "")
     return decode if "decode" in ways else "", encode if "encode" in ways else ""
+
+
+def _advice(space: str, spaces: tuple[str, str]) -> str:
+    """What to do without an adapter between these spaces, for latents of `space`."""
+    if spaces in PUBLISHED_FILES.values():
+        return "Train one, or try the published ones: python -m training fetch --model adapters"
+    tiny = [kvae for kvae, served in INCLUDED_ADAPTERS if served == space]
+    if tiny:
+        return f"Train one, or try this command with --kvae {' or '.join(tiny)}, which brings its own"
+    return f"Give the KVAE that the latents are of: --kvae, a {space}"

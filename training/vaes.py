@@ -22,10 +22,25 @@ from .errors import UserError
 from .hunyuan import read_hunyuan_vae
 
 ASSETS = Path(__file__).parent / "tiny" / "assets"
-TINY = {"hunyuan": ASSETS / "tiny_hunyuan.safetensors", "kvae": ASSETS / "tiny_kvae.safetensors"}
+# Options name them by "tiny" in the place of the first word here: --hunyuan-vae tiny-1.5 --kvae tiny-t4s16
+TINY = {
+    "hunyuan": ASSETS / "tiny_hunyuan.safetensors",
+    "kvae": ASSETS / "tiny_kvae.safetensors",
+    "hunyuan-1.5": ASSETS / "tiny_hunyuan15.safetensors",
+    "kvae-t4s16": ASSETS / "tiny_kvae_t4s16.safetensors",
+}
 TINY_ADAPTERS = {
     "h2k": ASSETS / "tiny_hunyuan_to_kvae.safetensors",
     "k2h": ASSETS / "tiny_kvae_to_hunyuan.safetensors",
+}
+TINY_15_ADAPTERS = {
+    "h2k": ASSETS / "tiny_hunyuan15_to_kvae.safetensors",
+    "k2h": ASSETS / "tiny_kvae_to_hunyuan15.safetensors",
+}
+# by the KVAE, as options name it, and the space of a model's latents
+INCLUDED_ADAPTERS = {
+    ("tiny", "hunyuan_video"): TINY_ADAPTERS,
+    ("tiny-t4s16", "hunyuan_video_1.5"): TINY_15_ADAPTERS,
 }
 
 
@@ -33,7 +48,7 @@ class VideoVAE(Protocol):
     """A VAE as extraction and evaluation need it: it casts, scales and clips pixels itself."""
 
     space: LatentSpace
-    source: str  # as given by the user: "tiny", a folder, a file or a hub id
+    source: str  # as given by the user: a tiny VAE's name, a folder, a file or a hub id
     digest: str  # sha256 of the weights file
     signature: tuple[float, ...]  # of the weights in the file, see kvae.signature
 
@@ -80,7 +95,7 @@ class HunyuanVAE:
         return from_unit(x, HUNYUAN_HALF_RANGE)
 
     def cast(self, dtype: torch.dtype) -> None:
-        self.vae.to(dtype)
+        torch.nn.Module.to(self.vae, dtype)  # diffusers' own method warns, and does the same
 
 
 class KVAE3D:
@@ -109,7 +124,7 @@ def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32)
     """Load the VAE of HunyuanVideo or HunyuanVideo 1.5, frozen.
 
     Args:
-        name: "tiny", a folder, a .safetensors file or a hub id.
+        name: a tiny VAE's ("tiny", "tiny-1.5"), a folder, a .safetensors file or a hub id.
 
     Raises:
         WeightsError: there are no weights, or they are of another model; the message says which.
@@ -128,21 +143,27 @@ def weights_file(name: str, which: str) -> Path:
     """The weights file of a VAE.
 
     Args:
-        name: "tiny", a folder, a .safetensors file or a hub id.
-        which: "hunyuan" or "kvae": the tiny VAE that "tiny" stands for.
+        name: a tiny VAE's ("tiny", "tiny-1.5", "tiny-t4s16"), a folder, a .safetensors file or a hub id.
+        which: "hunyuan" or "kvae": the kind of VAE.
 
     Raises:
         WeightsError: there is no such file.
     """
-    if name != "tiny":
+    path = tiny_file(name, which)
+    if path is None:
         return find_weights(name)
-    path = TINY[which]
-    if which == "hunyuan" and not path.exists():  # .comfyignore leaves it out, as the nodes do not need it
+    if not path.exists():  # .comfyignore leaves out those that no node needs
         raise WeightsError(
             f"{path.name} is not part of the ComfyUI package. It is in this project's repository, in "
-            f"training/tiny/assets; copy it to {path.parent}. All commands but demo accept other weights: --hunyuan-vae"
+            f"training/tiny/assets; copy it to {path.parent}. All commands but demo accept other weights: "
+            f"--{'hunyuan-vae' if which == 'hunyuan' else which}"
         )
     return path
+
+
+def tiny_file(name: str, which: str) -> Path | None:
+    """The file of the tiny VAE that an option names, or None. The arguments are those of `weights_file`."""
+    return TINY.get(which + name.removeprefix("tiny")) if name.startswith("tiny") else None
 
 
 def made_with(vae: VideoVAE) -> dict:

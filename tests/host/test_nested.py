@@ -59,6 +59,55 @@ def test_convert_keeps_audio_masks_and_all_that_others_wrote(run, nested):
     assert converted == {**rest, "kvae_space": "kvae_3d_1.0"}
 
 
+def test_a_clip_is_encoded_into_a_latent_with_audio(run, load, nested):
+    vae, clip = load(), torch.rand(10, 33, 32, 3)  # padded to 13 frames, cropped to 32 x 32
+    (alone,) = run("KVAEEncode", pixels=clip, vae=vae)
+    mask = nested(torch.ones(1, 1, 4, 4, 4), torch.zeros_like(AUDIO))
+    rest = {"noise_mask": mask, "batch_index": [3], "sample_rate": 44100, "kvae_frames": 13}
+    both = {"samples": nested(torch.zeros(1, 16, 4, 4, 4), AUDIO), **rest}
+    before = dict(both)
+    (latent,) = run("KVAEEncode", pixels=clip, vae=vae, samples=both)
+    video, audio = latent.pop("samples").unbind()
+    assert torch.equal(video, alone.pop("samples"))
+    assert audio is AUDIO
+    assert latent == {**rest, **alone}
+    assert alone["kvae_frames"] == 10
+    assert both == before  # other nodes have it, too
+
+
+def test_a_clip_takes_the_place_of_a_latent_without_audio_and_keeps_its_mask(run, load):
+    mask = torch.ones(1, 1, 3, 4, 4)
+    latent = {"samples": torch.zeros_like(Z), "noise_mask": mask}
+    (latent,) = run("KVAEEncode", pixels=torch.rand(9, 32, 32, 3), vae=load(), samples=latent)
+    assert latent["noise_mask"] is mask
+    assert latent["samples"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("old", "message"),
+    [
+        (torch.zeros(1, 16, 3, 4, 6), r"samples is \[1, 16, 3, 4, 6\], 1 x 9 frames of 48 x 32"),
+        (torch.zeros(1, 16, 5, 4, 4), r"gives a latent \[1, 16, 3, 4, 4\]; .* 1 x 17 frames of 32 x 32"),
+        (torch.zeros(2, 16, 3, 4, 4), r"2 x 9 frames of 32 x 32\. Make one as long and as large as the other"),
+        (torch.zeros(1, 32, 3, 2, 2), r"This is a latent of hunyuan_video_1.5.*; expected a hunyuan_video latent"),
+    ],
+)
+def test_a_latent_of_another_size_is_refused_before_the_clip_is_encoded(run, load, nested, old, message):
+    vae = load()
+    vae.encode = lambda _: pytest.fail("encoded")
+    with pytest.raises(ValueError, match=message):
+        run("KVAEEncode", pixels=torch.rand(9, 32, 32, 3), vae=vae, samples={"samples": nested(old, AUDIO)})
+
+
+def test_vae_decode_tiled_decodes_the_video_part_where_it_knows_nested_latents(run, load, nested, comfyui_path):
+    source = (comfyui_path / "nodes.py").read_text(encoding="utf-8").split("class VAEDecodeTiled:")[1].split("class ")
+    if "is_nested" not in source[0]:
+        pytest.skip("needs a ComfyUI whose VAE Decode (Tiled) reads nested latents")
+    tiles = {"tile_size": 64, "overlap": 16, "temporal_size": 16, "temporal_overlap": 8}
+    (image,) = run("VAEDecodeTiled", samples={"samples": Z}, vae=load(), **tiles)
+    assert torch.equal(run("VAEDecodeTiled", samples={"samples": nested(Z, AUDIO)}, vae=load(), **tiles)[0], image)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_latent_with_audio_is_saved_whole_and_loaded_bit_for_bit(run, save, nested, dtype):
     latent = {"samples": nested(Z.to(dtype), AUDIO.to(dtype)), "kvae_space": "hunyuan_video", "kvae_frames": 7}
@@ -73,6 +122,26 @@ def test_a_latent_with_audio_is_saved_whole_and_loaded_bit_for_bit(run, save, ne
     assert "With it comes audio, [1, 8, 26, 16]" in report
     (stock,) = run("LoadLatent", latent=name)  # ComfyUI's own loader reads the video part
     assert torch.equal(stock["samples"], Z.to(dtype).float())
+
+
+def test_what_a_sampler_needs_is_saved_with_a_latent(run, save, nested):
+    mask = nested(torch.rand(1, 1, 3, 4, 4), torch.zeros_like(AUDIO))
+    rest = {"noise_mask": mask, "batch_index": [3], "sample_rate": 44100}
+    _, name = save({"samples": nested(Z, AUDIO), **rest}, "nested_mask")
+    again, report = run("KVAELoadLatent", file=name, scaling="auto")
+    assert type(again["noise_mask"]) is type(mask)
+    for part, saved in zip(again.pop("noise_mask").unbind(), mask.unbind(), strict=True):
+        assert torch.equal(part, saved)
+    again.pop("samples")
+    assert again == {"batch_index": [3], "sample_rate": 44100}
+    assert "It has a noise mask of part 1, [1, 1, 3, 4, 4]" in report
+    assert "It has a noise mask of part 1" in run("KVAEInspectLatent", samples={"samples": Z, **rest})[0]
+
+
+def test_the_mask_of_a_latent_without_audio_is_saved_too(run, save):
+    mask = torch.rand(1, 1, 32, 32)
+    _, name = save({"samples": Z, "noise_mask": mask}, "mask")
+    assert torch.equal(run("KVAELoadLatent", file=name, scaling="auto")[0]["noise_mask"], mask)
 
 
 def test_the_audio_of_a_loaded_latent_is_split_off_by_comfyui(run, comfy, save, nested):

@@ -81,8 +81,11 @@ def test_missing_and_wrong_tensors_are_named(tmp_path, small_kvae):
 
 def test_files_of_other_models_are_recognised(tmp_path, small_kvae):
     hunyuan = AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
+    newer = "a HunyuanVideo 1.5 VAE; expected a KVAE-3D VAE"
     for name, keys, message in (
         ("hunyuan", hunyuan.state_dict(), "a HunyuanVideo VAE; expected a KVAE-3D VAE"),
+        # ComfyUI's file shares most names with a KVAE-3D 2.0
+        ("hunyuan15", {f"encoder.mid.{each}.gamma": torch.ones(1) for each in ("block_1.norm1", "attn_1.norm")}, newer),
         ("wan", {"decoder.middle.0.residual.0.gamma": torch.ones(1)}, "a Wan VAE"),
         ("model", {"model.diffusion_model.x": torch.ones(1)}, "a checkpoint with a diffusion model"),
         ("other", {"x": torch.ones(1)}, "not a file this project knows"),

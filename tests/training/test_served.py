@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from kvae_comfyui.adapters.spaces import SPACES
-from kvae_comfyui.kvae import BudgetError
+from kvae_comfyui.kvae import BudgetError, save_kvae
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.served import ServedOptions, load_served
 from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS
+from small_models import small
 
 
 def served(space="hunyuan_video", ways=("decode", "encode"), **options):
@@ -32,6 +33,20 @@ def test_an_adapter_that_is_needed_and_missing_is_named(way, flag, other):
     with pytest.raises(UserError, match=f"--adapter-{flag} is missing: to {way} hunyuan_video"):
         served(ways=(way,), kvae=kvae, **{f"adapter_{other}": "absent.safetensors"})
     served(ways=(way,), kvae=kvae, **{f"adapter_{flag}": str(TINY_ADAPTERS[flag])})  # the other one is not read
+
+
+def test_an_adapter_that_is_missing_can_be_tried_with_what_is_there(tmp_path):
+    """A published adapter, the tiny KVAE with adapters for the space, or the KVAE that the latents are of."""
+    newer = {"kvae": str(tmp_path / "t4s16.safetensors")}
+    save_kvae(newer["kvae"], small("2.0-t4s16"), torch.float32, {})
+    for space, options, advice in (
+        ("hunyuan_video", {"kvae": str(TINY["kvae"])}, "or try the published ones: python -m training fetch"),
+        ("hunyuan_video_1.5", newer, "or try this command with --kvae tiny-t4s16, which brings its own"),
+        ("hunyuan_video_1.5", {}, "or try this command with --kvae tiny-t4s16, which brings its own"),
+        ("kvae_3d_2.0_t4s8", {}, "Give the KVAE that the latents are of: --kvae, a kvae_3d_2.0_t4s8"),
+    ):
+        with pytest.raises(UserError, match=advice):
+            served(space, ("decode",), **options)
 
 
 def test_the_least_budget_gives_the_same_frames_and_less_is_refused():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderKLHunyuanVideo
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15
 from safetensors.torch import save_file
 
 from kvae_comfyui.kvae import WeightsError
@@ -14,6 +14,11 @@ from kvae_comfyui.training.vaes import TINY, load_hunyuan_vae, load_kvae_for_tra
 @pytest.fixture
 def small_hunyuan():
     return AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 16), layers_per_block=1, norm_num_groups=4).eval()
+
+
+@pytest.fixture
+def small_hunyuan15():
+    return AutoencoderKLHunyuanVideo15(block_out_channels=(16, 16, 16, 32, 64), layers_per_block=1).eval()
 
 
 def comfyui_keys(state):
@@ -43,6 +48,25 @@ def comfyui_keys(state):
     return out
 
 
+def newer_comfyui_keys(state):
+    """The same for HunyuanVideo 1.5, where Tencent, ComfyUI and diffusers count levels alike."""
+    out = {}
+    for key, tensor in state.items():
+        part, block, *rest = key.split(".")
+        if block in ("down_blocks", "up_blocks"):
+            side = block.removesuffix("_blocks")
+            kind = ["block", rest[2]] if rest[1] == "resnets" else [f"{side}sample"]
+            words = [side, rest[0], *kind, *rest[3:]]
+        elif block == "mid_block" and rest[0] == "resnets":
+            words = ["mid", f"block_{int(rest[1]) + 1}", *rest[2:]]
+        elif block == "mid_block":
+            words = ["mid", "attn_1", rest[2].removeprefix("to_"), *rest[3:]]
+        else:
+            words = [block, *rest]
+        out[".".join([part, *words])] = tensor.clone()
+    return out
+
+
 def same(vae, reference):
     state = reference.state_dict()
     return all(torch.equal(tensor, state[key]) for key, tensor in vae.vae.state_dict().items())
@@ -63,6 +87,22 @@ def test_a_file_with_comfyuis_keys_loads(tmp_path, small_hunyuan):
     assert "decoder.up.3.upsample.conv.conv.weight" in keys and "encoder.mid.attn_1.q.weight" in keys
     save_file(keys, path, {"config": json.dumps(config)})
     assert same(load_hunyuan_vae(str(path), "cpu"), small_hunyuan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_file_of_hunyuan_video_15_with_comfyuis_keys_loads(tmp_path, small_hunyuan15, dtype, caplog):
+    """Its config has Tencent's names, about which diffusers would warn."""
+    config = {key: value for key, value in small_hunyuan15.config.items() if not key.startswith("_")}
+    ratios = {name: config.pop(f"{name}_compression_ratio") for name in ("spatial", "temporal")}
+    config |= {f"ffactor_{name}": ratio for name, ratio in ratios.items()} | {"sample_size": 256, "shift_factor": None}
+    keys = newer_comfyui_keys({key: tensor.to(dtype) for key, tensor in small_hunyuan15.state_dict().items()})
+    assert "decoder.up.0.upsample.conv.conv.weight" in keys and "encoder.mid.attn_1.proj_out.weight" in keys
+    save_file(keys, tmp_path / "hunyuanvideo15_vae_fp16.safetensors", {"config": json.dumps(config)})
+    vae = load_hunyuan_vae(str(tmp_path / "hunyuanvideo15_vae_fp16.safetensors"), "cpu")
+    assert vae.space.name == "hunyuan_video_1.5" and vae.vae.dtype is torch.float32
+    assert not caplog.records
+    small_hunyuan15.load_state_dict({k: v.to(dtype).float() for k, v in small_hunyuan15.state_dict().items()})
+    assert same(vae, small_hunyuan15)
 
 
 def test_without_a_config_the_shapes_must_be_the_published_ones(tmp_path, small_hunyuan):

@@ -30,6 +30,7 @@ from ..data.clips import reason_of
 from ..data.extract import is_disk_error
 from ..errors import UserError, printable
 from ..options import option
+from ..vaes import tiny_file
 from .cache_files import FirstFrame, write_cache
 from .config import Dataset, read_config
 from .encoders import KVAE, Encoder, EncoderOptions, load_encoder, made_by
@@ -96,7 +97,7 @@ def load_caching(options: EncoderOptions, architecture: Architecture, nabla: boo
         UserError, WeightsError: as `load_encoder`; or the image encoder cannot be read.
     """
     posterior = "mode" if architecture.first_frame or options.encoder == KVAE else "sample"
-    texts = made_by(options) | {"kvae_posterior": posterior}
+    texts = made_by(options, architecture.space.name) | {"kvae_posterior": posterior}
     siglip = Siglip(image_encoder, options.device) if image_encoder else None
     wanted = Wanted(architecture, bool(siglip), nabla, texts)
     return Caching(wanted, load_encoder(options, architecture.space), siglip)
@@ -104,10 +105,12 @@ def load_caching(options: EncoderOptions, architecture: Architecture, nabla: boo
 
 def _described(config: CacheConfig) -> str:
     if config.encoder == KVAE:
-        name, text = config.kvae, f"KVAE {config.kvae}, with the adapter {config.adapter_k2h or config.kvae}"
+        tiny = tiny_file(config.kvae, "kvae")
+        text = f"KVAE {config.kvae}, with the adapter {config.adapter_k2h or config.kvae}"
     else:
-        name, text = config.hunyuan_vae, f"the VAE of {config.architecture}, {config.hunyuan_vae}"
-    return text + ("; it is for trying this command only: do not train on its latents" if name == "tiny" else "")
+        tiny = tiny_file(config.hunyuan_vae, "hunyuan")
+        text = f"the VAE of {config.architecture}, {config.hunyuan_vae}"
+    return text + ("; it is for trying this command only: do not train on its latents" if tiny else "")
 
 
 def _check_options(config: CacheConfig, datasets: list[Dataset]) -> None:

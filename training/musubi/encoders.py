@@ -117,15 +117,18 @@ def load_encoder(options: EncoderOptions, space: LatentSpace) -> Encoder:
     return WholeClips(vae)
 
 
-def made_by(options: EncoderOptions) -> dict[str, str]:
+def made_by(options: EncoderOptions, space: str) -> dict[str, str]:
     """What a cache's metadata say of its encoder: names and hashes of the weights.
+
+    Args:
+        space: the name of the space of the latents.
 
     Raises:
         WeightsError: there are no weights.
     """
     if options.encoder == KVAE:
         name, vae = options.kvae, weights_file(options.kvae, "kvae")
-        _, adapter = adapter_paths(options, ("encode",))
+        _, adapter = adapter_paths(options, space, ("encode",))
     else:
         name, vae, adapter = options.hunyuan_vae, weights_file(options.hunyuan_vae, "hunyuan"), ""
     return {

@@ -29,7 +29,7 @@ from ...serving.host_vae import HostVAE
 from ...serving.pipeline_vae import PipelineVAE
 from ..errors import UserError
 from ..options import argument, option
-from ..served import ServedOptions, load_served
+from ..served import ServedOptions, adapter_paths, load_served
 
 PACKAGE = "musubi_tuner"
 
@@ -152,7 +152,8 @@ def _ways(config: MusubiConfig, name: str) -> tuple[str, ...]:
     case: encoding then works if there is an adapter for it."""
     if name.endswith("cache_latents"):
         return ("encode",)
-    return ("decode", "encode") if config.adapter_k2h or config.kvae == "tiny" else ("decode",)
+    _, encode = adapter_paths(config, SCRIPTS[name].space, ("encode",))
+    return ("decode", "encode") if encode else ("decode",)
 
 
 def _with_progress(host: HostVAE) -> HostVAE:

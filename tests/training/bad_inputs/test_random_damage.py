@@ -65,8 +65,8 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 def test_a_damaged_file_is_read_or_refused(kind, job, saved, tmp_path):
     shutil.copytree(job, tmp_path, dirs_exist_ok=True, ignore=lambda folder, names: {"videos"} & set(names))
     shutil.copytree(saved / "a", tmp_path / "a")
-    for name, path in TINY.items():
-        shutil.copyfile(path, tmp_path / f"{name}.safetensors")
+    for name in ("hunyuan", "kvae"):
+        shutil.copyfile(TINY[name], tmp_path / f"{name}.safetensors")
     name, read = FOREIGN[kind]
     good = (tmp_path / name).read_bytes()
     read(tmp_path)
