@@ -8,9 +8,10 @@ import torch
 from comfy_api.latest import io
 
 from ..adapters.checks import check_finite, check_shape, check_tensor
+from ..adapters.weights import check_latent_weights
 from ..serving.clips import frames_to_keep, pad_clip
 from ..serving.memory import room_for
-from .latent_dict import FRAMES, SPACE, samples_of, space_of
+from .latent_dict import FRAMES, described, samples_of, space_of, weights_of
 from .schema import LATENT, advanced, schema
 from .vae import ComfyVAE
 
@@ -60,7 +61,8 @@ class KVAEEncode(io.ComfyNode):
             category=LATENT,
             search_aliases=["vae encode", "video to latent", "image to latent", "image to video"],
             description="Encodes a clip with a VAE from Load KVAE. In addition to what VAE Encode does, it keeps every "
-            "frame, by repeating the last one up to the next 4n + 1, and writes the name of its space into the latent.",
+            "frame, by repeating the last one up to the next 4n + 1, and writes into the latent which space and VAE it "
+            "is of.",
             inputs=[
                 io.Image.Input(
                     "pixels",
@@ -77,7 +79,8 @@ class KVAEEncode(io.ComfyNode):
         check_tensor(pixels, "pixels")
         room_for(pixels.shape, "cpu", f"pixels, {list(pixels.shape)}: encode fewer or smaller frames")
         clip = pad_clip(pixels, vae.kvae_space.temporal_factor)
-        return io.NodeOutput({"samples": vae.encode(clip), SPACE: vae.kvae_space.name, FRAMES: len(pixels)})
+        weights = vae.first_stage_model.vae.weights_written
+        return io.NodeOutput(described([vae.encode(clip)], vae.kvae_space.name, len(pixels), weights))
 
 
 def latent_inputs() -> list[io.Input]:
@@ -140,6 +143,7 @@ def decoder_and_latent(
         raise ValueError(f"scaling is {scaling!r}; expected {RAW} or {SCALED}")
     z, space = samples_of(latent), vae.kvae_space
     check_shape(z.shape, space, space_of(latent))
+    check_latent_weights(space.name, weights_of(latent), vae.first_stage_model.vae.weights_read)
     vae.first_stage_model.check_room(z.shape, stream)
     z = space.unscale(z.float()) if scaling == SCALED else z  # float16 would overflow
     check_finite(z, "latent")
