@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -32,20 +32,13 @@ from .networks import CausalNet, Network, PointwiseNet, build_network, network_n
 from .published import PUBLISHED_FILES
 from .shuffle import shuffled, unshuffled
 from .spaces import LatentSpace, grid_ratios, latent_space
+from .weights import VAEWeights, in_words
 
 FORMAT = "kvae-latent-adapter/1"
 FORMAT_OF_TWO_GRIDS = "kvae-latent-adapter/2"
 FORMATS = FORMAT, FORMAT_OF_TWO_GRIDS
 PIECE = 4  # latent frames that are converted at a time; at the start one more, as in KVAE's segments
 MOST_SHOWN = 600  # characters in a line of `about`
-
-
-@dataclass(frozen=True)
-class VAEWeights:
-    """The identity of a VAE's weights: the hash of their file, and a signature that conversions do not change."""
-
-    sha256: str = ""
-    signature: tuple[float, ...] = ()  # see kvae.signature
 
 
 class LatentAdapter(nn.Module):
@@ -104,7 +97,8 @@ class LatentAdapter(nn.Module):
         """
         if not self.fits(name, signature):
             raise WeightsError(
-                f"this {self.source.name} → {self.target.name} adapter was made for a {name} VAE with other weights: "
+                f"this {self.source.name} → {self.target.name} adapter was made for "
+                f"{in_words(name, self.weights[name])}; this is {in_words(name, VAEWeights('', tuple(signature)))}: "
                 "its latents would be misread; use the adapter that was made for this VAE, or train one"
             )
 

@@ -28,6 +28,7 @@ from .checks import check_finite, check_latent
 from .files import LatentAdapter
 from .published import PUBLISHED_FILES, published_address
 from .spaces import LatentSpace, native_space
+from .weights import VAEWeights, in_words
 
 
 class HybridVAE(nn.Module):
@@ -70,6 +71,20 @@ class HybridVAE(nn.Module):
     def side(self) -> int:
         """Rows, and columns, of pixels that make whole latents of `space` and of the KVAE."""
         return max(self.space.spatial_factor, self.kvae.config.spatial_factor)
+
+    @property
+    def weights_read(self) -> VAEWeights | None:
+        """The weights of the VAE of `space` whose latents `decode` reads; None if its adapter does not name them."""
+        return self._weights(self.decode_adapter)
+
+    @property
+    def weights_written(self) -> VAEWeights | None:
+        """The weights of the VAE of `space` whose latents `encode` makes; None if its adapter does not name them.
+
+        Through an adapter these are not KVAE's, but those of the foreign VAE that the adapter was made for: any decoder
+        of that VAE's latents reads them, also another KVAE with adapters for it.
+        """
+        return self._weights(self.encode_adapter)
 
     def encode(self, x_B3THW: Tensor, execution: Execution = DEFAULT) -> Tensor:
         """[B, 3, T, H, W] in −1..1, any T, H, W → raw latents [B, c, t, h, w]; see `KVAE.encode_stream`.
@@ -172,6 +187,12 @@ class HybridVAE(nn.Module):
         if self.decode_adapter and not self.encode_adapter:
             raise WeightsError(_missing("encode", native_space(self.kvae.config).name, self.space.name))
 
+    def _weights(self, adapter: LatentAdapter | None) -> VAEWeights | None:
+        if adapter:
+            return adapter.weights.get(self.space.name)
+        native = not (self.decode_adapter or self.encode_adapter)
+        return VAEWeights("", signature(self.kvae.state_dict())) if native else None
+
     def _streamed_to_kvae(self, z_Bcthw: Tensor) -> Tensor | Iterator[Tensor]:
         """What `KVAE.decode_stream` reads of latents of `space`: KVAE's latents, in pieces if there is an adapter."""
         self.check_decodes()
@@ -201,12 +222,12 @@ def _check_pair(decode_adapter: LatentAdapter, encode_adapter: LatentAdapter) ->
     foreign, other = decode_adapter.source.name, encode_adapter.target.name
     if foreign != other:
         raise WeightsError(f"the adapters are for two spaces, {foreign} and {other}; expected one")
-    known = [
-        adapter.weights[foreign].signature for adapter in (decode_adapter, encode_adapter) if foreign in adapter.weights
-    ]
-    if len(known) == 2 and not same_weights(*known):
+    adapters = decode_adapter, encode_adapter
+    known = [adapter.weights[foreign] for adapter in adapters if foreign in adapter.weights]
+    if len(known) == 2 and not same_weights(*(each.signature for each in known)):
+        one, two = (in_words(foreign, each) for each in known)
         raise WeightsError(
-            f"the two adapters were made for {foreign} VAEs with different weights; "
+            f"the adapters were made for two VAEs: to decode, for {one}; to encode, for {two}; "
             "use two adapters from the same training"
         )
 

@@ -8,9 +8,10 @@ import torch
 from comfy_api.latest import io
 
 from ..adapters.checks import check_finite, check_shape, check_tensor
+from ..adapters.weights import check_latent_weights
 from ..serving.clips import check_replaceable, frames_to_keep, pad_clip
 from ..serving.memory import room_for
-from .latent_dict import FRAMES, SPACE, joined, parts_of, samples_of, space_of
+from .latent_dict import FRAMES, described, parts_of, samples_of, space_of, weights_of
 from .schema import LATENT, advanced, schema
 from .vae import ComfyVAE
 
@@ -60,8 +61,8 @@ class KVAEEncode(io.ComfyNode):
             category=LATENT,
             search_aliases=["vae encode", "video to latent", "image to latent", "image to video"],
             description="Encodes a clip with a VAE from Load KVAE. In addition to what VAE Encode does, it keeps every "
-            "frame, by repeating the last one up to the next 4n + 1, and writes the name of its space into the latent. "
-            "It can also put the clip into a latent with audio.",
+            "frame, by repeating the last one up to the next 4n + 1, and writes into the latent which space and VAE it "
+            "is of. It can also put the clip into a latent with audio.",
             inputs=[
                 io.Image.Input(
                     "pixels",
@@ -90,8 +91,8 @@ class KVAEEncode(io.ComfyNode):
             old, *others = parts_of(samples)
             check_shape(old.shape, space, space_of(samples))
             check_replaceable(old.shape, clip.shape, space)
-        parts = [vae.encode(clip), *others]
-        return io.NodeOutput({**latent, "samples": joined(parts), SPACE: space.name, FRAMES: len(pixels)})
+        weights = vae.first_stage_model.vae.weights_written
+        return io.NodeOutput(latent | described([vae.encode(clip), *others], space.name, len(pixels), weights))
 
 
 def latent_inputs() -> list[io.Input]:
@@ -154,6 +155,7 @@ def decoder_and_latent(
         raise ValueError(f"scaling is {scaling!r}; expected {RAW} or {SCALED}")
     z, space = samples_of(latent), vae.kvae_space
     check_shape(z.shape, space, space_of(latent))
+    check_latent_weights(space.name, weights_of(latent), vae.first_stage_model.vae.weights_read)
     vae.first_stage_model.check_room(z.shape, stream)
     z = space.unscale(z.float()) if scaling == SCALED else z  # float16 would overflow
     check_finite(z, "latent")

@@ -7,9 +7,10 @@ from comfy_api.latest import io
 
 from ..adapters import LatentAdapter, load_adapter
 from ..adapters.checks import check_latent
+from ..adapters.weights import check_latent_weights
 from ..kvae import WeightsError
 from . import folders
-from .latent_dict import SPACE, joined, parts_of, space_of
+from .latent_dict import FRAMES, WEIGHTS, described, parts_of, space_of, weights_of
 from .schema import LATENT, LOADERS, schema
 
 Adapter = io.Custom("KVAE_LATENT_ADAPTER")
@@ -79,8 +80,12 @@ class KVAEConvertLatent(io.ComfyNode):
         if not isinstance(adapter, LatentAdapter):
             raise ValueError(f"This adapter is a {type(adapter).__name__}; expected one from Load Latent Adapter.")
         z, *others = parts_of(samples)
+        source, target = adapter.source.name, adapter.target.name
         check_latent(z, adapter.source, space_of(samples))
         adapter.check_shape(z.shape)
+        check_latent_weights(source, weights_of(samples), adapter.weights.get(source))
         device = comfy.model_management.get_torch_device()
         converted = adapter.to(device).convert(z.to(device)).to(comfy.model_management.intermediate_device())
-        return io.NodeOutput({**samples, "samples": joined([converted, *others]), SPACE: adapter.target.name})
+        rest = {key: value for key, value in samples.items() if key != WEIGHTS}
+        parts = [converted, *others]
+        return io.NodeOutput(rest | described(parts, target, samples.get(FRAMES), adapter.weights.get(target)))

@@ -14,7 +14,7 @@ from ..serving.latent_files import load_latent
 from ..serving.latent_writers import save_latent
 from . import folders
 from .input_output import has_latent, latent_path, output_path
-from .latent_dict import FRAMES, SPACE, joined, parts_of, space_of
+from .latent_dict import FRAMES, described, parts_of, space_of, weights_of
 from .latent_extras import entries_of, extras_of
 from .metadata import workflow_of
 from .schema import LATENT, schema
@@ -42,7 +42,8 @@ class KVAEInspectLatent(io.ComfyNode):
     @classmethod
     def execute(cls, samples: dict) -> io.NodeOutput:
         z, *others = parts_of(samples)
-        report = "\n".join([describe(z, space_of(samples), others), *extras_of(samples).about()])
+        report = describe(z, space_of(samples), others, weights_of(samples))
+        report = "\n".join([report, *extras_of(samples).about()])
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
 
@@ -55,7 +56,7 @@ class KVAESaveLatent(io.ComfyNode):
             category=LATENT,
             search_aliases=["latent save", "checkpoint latent", "export latent", "keep latent"],
             description="Saves a latent before it is decoded: if decoding fails after a long sampling, decode the "
-            "file. It is a ComfyUI .latent file that also names the latent's space.",
+            "file. It is a ComfyUI .latent file that also names the latent's space and VAE.",
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent to save, with the audio if it has any."),
                 io.String.Input(
@@ -76,7 +77,8 @@ class KVAESaveLatent(io.ComfyNode):
     def execute(cls, samples: dict, filename_prefix: str) -> io.NodeOutput:
         path, file, subfolder = output_path(filename_prefix, ".latent")
         z, *others = parts_of(samples)
-        save_latent(path, z, space_of(samples), samples.get(FRAMES), workflow_of(cls), others, extras_of(samples))
+        space, weights, extras = space_of(samples), weights_of(samples), extras_of(samples)
+        save_latent(path, z, space, samples.get(FRAMES), workflow_of(cls), others, extras, weights)
         return io.NodeOutput(samples, ui={"latents": [ui.SavedResult(file, subfolder, io.FolderType.output)]})
 
 
@@ -137,11 +139,10 @@ class KVAELoadLatent(io.ComfyNode):
             raise ValueError(f"scaling is {scaling!r}; expected one of {', '.join(SCALINGS)}")
         path = latent_path(file)  # checked again: since validate_inputs it may have become a link to elsewhere
         found = load_latent(path, SCALINGS[scaling], None if model == AUTO else model)
-        samples = joined([found.z, *found.others])
-        latent = {"samples": samples, SPACE: found.space, FRAMES: found.frames}
-        latent = {key: value for key, value in latent.items() if value is not None} | entries_of(found.extras)
+        latent = described([found.z, *found.others], found.space, found.frames, found.weights)
+        latent |= entries_of(found.extras)
         report = describe_file(found)
-        if samples is found.z and found.others:
+        if latent["samples"] is found.z and found.others:
             report += "\nThis ComfyUI has no latents with audio: the output is the video part. Update ComfyUI for both."
         return io.NodeOutput(latent, report)
 

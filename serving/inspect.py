@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..adapters.checks import check_values, latent_kind
 from ..adapters.spaces import LatentSpace, fitting_spaces
+from ..adapters.weights import VAEWeights, in_words
 from .latent_files import LatentFile
 from .latent_statistics import CERTAIN_CORRELATION, wan_correlation
 
@@ -20,16 +21,19 @@ def describe_file(found: LatentFile) -> str:
         ValueError: as `describe`.
     """
     frames = f" The clip had {_count(found.frames, 'frame')}." if found.frames else ""
-    lines = [f"Read as a {found.kind}.{frames}", describe(found.z, found.space, found.others), *found.extras.about()]
-    return "\n".join(lines)
+    latent = describe(found.z, found.space, found.others, found.weights)
+    return "\n".join([f"Read as a {found.kind}.{frames}", latent, *found.extras.about()])
 
 
-def describe(z: Tensor, known: str | None = None, others: Sequence[Tensor] = ()) -> str:
+def describe(
+    z: Tensor, known: str | None = None, others: Sequence[Tensor] = (), weights: VAEWeights | None = None
+) -> str:
     """Report shape, decoded size, statistics and likely space of a latent, one line each.
 
     Args:
         known: the name of the latent's space, if it is known.
         others: the parts that come with z in one latent, such as audio.
+        weights: of the VAE that the latent is of, if known.
 
     Raises:
         ValueError: a part is not a dense float tensor, or is on the meta device.
@@ -42,6 +46,8 @@ def describe(z: Tensor, known: str | None = None, others: Sequence[Tensor] = ())
     lines += statistics
     if std is not None:
         lines += _verdict(z, spaces, std, known)
+        if known and weights and std:
+            lines.append(f"It is of {in_words(known, weights)}.")
     for n, part in enumerate(others, 2):
         lines += _part(n, part, of_video=z.ndim == 5)
     return "\n".join(lines)

@@ -9,8 +9,8 @@
 | Kandinsky 5's own code | the only tensor | [t, h, w, c] | scaled |
 
 The metadata decide first, then the key, then the shape. If two readings remain, an error asks the user. Metadata that
-decide: `kvae_space` and `kvae_frames`, which this project writes into files of all kinds, and musubi-tuner's
-`architecture`, `frame_count` and `video_length`.
+decide: `kvae_space`, `kvae_weights` (JSON) and `kvae_frames`, which this project writes into files of all kinds, and
+musubi-tuner's `architecture`, `frame_count` and `video_length`.
 
 `latent_writers` describes the files that this project writes.
 """
@@ -25,8 +25,10 @@ from torch import Tensor
 
 from ..adapters.checks import DTYPES, check_finite, check_values
 from ..adapters.spaces import SPACES, LatentSpace, fitting_spaces
+from ..adapters.weights import VAEWeights
 from ..kvae.errors import WeightsError
 from ..kvae.files import Weights
+from ..kvae.foreign import build, parse_object
 from .architectures import KANDINSKY, MODELS
 from .latent_extras import NONE, Extras, extras_of_file
 from .latent_kinds import COUNT, Kind, kind_of
@@ -51,6 +53,7 @@ class LatentFile:
             `clips.frames_to_keep`.
         others: the parts after the first, such as audio, exactly as they were saved.
         extras: what comes with the samples of a ComfyUI latent, such as a noise mask.
+        weights: of the VAE of that space that the latent is of, if the file says.
     """
 
     z: Tensor
@@ -59,6 +62,7 @@ class LatentFile:
     frames: int | None = None
     others: tuple[Tensor, ...] = ()
     extras: Extras = NONE
+    weights: VAEWeights | None = None
 
 
 def load_latent(path: str | os.PathLike, scaled: bool | None = None, model: str | None = None) -> LatentFile:
@@ -90,7 +94,8 @@ def load_latent(path: str | os.PathLike, scaled: bool | None = None, model: str 
     if scaled and fitting_spaces(z.shape):
         space = SPACES[found] if found else _scaling_space(z)
         z, found = space.unscale(z.float()), space.name
-    return LatentFile(z, kind.name, found, _frames(weights), others, extras)
+    made_by = _made_by(weights) if found else None
+    return LatentFile(z, kind.name, found, _frames(weights), others, extras, made_by)
 
 
 def _values(weights: Weights, kind: Kind) -> Tensor:
@@ -215,6 +220,19 @@ def _space(weights: Weights, kind: Kind, z: Tensor, model: str | None) -> str | 
 def _scaling_space(z: Tensor) -> LatentSpace:
     """The space of this shape whose samplers scale; there is one for each number of channels."""
     return next(space for space in fitting_spaces(z.shape) if space.scaling_factor)
+
+
+def _made_by(weights: Weights) -> VAEWeights | None:
+    """The VAE weights that the metadata name.
+
+    Raises:
+        WeightsError: they are not described as in a latent file.
+    """
+    text = weights.metadata.get("kvae_weights")
+    try:
+        return build(VAEWeights, parse_object(text)) if text else None
+    except ValueError as error:
+        raise WeightsError(f"{weights.path}: kvae_weights do not describe the weights of a VAE ({error})") from None
 
 
 def _frames(weights: Weights) -> int | None:

@@ -16,14 +16,17 @@ them. `latent_extras` says where the noise mask is.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from ..adapters.checks import check_finite, check_latent, check_values
 from ..adapters.spaces import LatentSpace
+from ..adapters.weights import VAEWeights
 from ..kvae.files import save_weights
 from .architectures import CACHED, KANDINSKY
 from .clips import check_frame_count
@@ -41,8 +44,11 @@ def save_latent(
     metadata: dict[str, str],
     others: Sequence[Tensor] = (),
     extras: Extras = NONE,
+    weights: VAEWeights | None = None,
 ) -> None:
-    """Write raw latents as a ComfyUI .latent file that also names their space. A failure leaves no partial file.
+    """Write raw latents as a ComfyUI .latent file that also names their space and the weights of its VAE.
+
+    A failure leaves no partial file.
 
     Args:
         space: the name of the latents' space, if known.
@@ -50,6 +56,7 @@ def save_latent(
         metadata: texts for the file's header.
         others: the parts after z, such as audio. They may hold NaN: the video is worth saving all the same.
         extras: what comes with them, such as a noise mask; see `latent_extras`.
+        weights: of the VAE that the latents are of, if known.
 
     Raises:
         ValueError: a part is not a dense float tensor with values, z is not finite, there are more than MAX_PARTS
@@ -62,12 +69,18 @@ def save_latent(
     check_frame_count(frames)
     if 1 + len(others) > MAX_PARTS:
         raise ValueError(f"This latent has {1 + len(others)} parts; expected at most {MAX_PARTS}. Check what made it.")
-    ours = {"kvae_space": space or "", "kvae_frames": str(frames or ""), "kvae_parts": str(1 + len(others))}
+    ours = _named(space, frames, weights) | {"kvae_parts": str(1 + len(others))}
     # without the second tensor, ComfyUI reads the values in an older scale
     tensors = {"latent_tensor": z, "latent_format_version_0": torch.empty(0)}
     tensors |= dict(zip(part_keys(1 + len(others)), others, strict=True))
     more, texts = extras.to_file()
     save_weights(path, tensors | more, metadata | ours | texts)
+
+
+def _named(space: str | None, frames: int | None, weights: VAEWeights | None) -> dict[str, str]:
+    """What the files of all formats say of their latents."""
+    described = json.dumps(asdict(weights)) if weights else ""
+    return {"kvae_space": space or "", "kvae_frames": str(frames or ""), "kvae_weights": described}
 
 
 def check_format(form: str, space: LatentSpace) -> None:
@@ -84,13 +97,20 @@ def check_format(form: str, space: LatentSpace) -> None:
 
 
 def save_clip(
-    path: str | os.PathLike, z_1cthw: Tensor, space: LatentSpace, frames: int, form: str, metadata: dict[str, str]
+    path: str | os.PathLike,
+    z_1cthw: Tensor,
+    space: LatentSpace,
+    frames: int,
+    form: str,
+    metadata: dict[str, str],
+    weights: VAEWeights | None = None,
 ) -> None:
     """Write the raw latent of one clip, [1, c, t, h, w], in a format, a key of ENDINGS.
 
     Args:
         frames: the frames of the encoded clip.
         metadata: texts for the file's header.
+        weights: of the VAE that the latent is of, if known.
 
     Raises:
         ValueError: the format does not hold latents of this space, or as `save_latent`.
@@ -100,10 +120,10 @@ def save_clip(
     check_latent(z_1cthw, space)
     check_frame_count(frames)
     if form == "comfyui":
-        save_latent(path, z_1cthw, space.name, frames, metadata)
+        save_latent(path, z_1cthw, space.name, frames, metadata, weights=weights)
         return
     _, _, decoded, height, width = space.decoded_shape(z_1cthw.shape)
-    z, ours = space.scale(z_1cthw.float()), {"kvae_space": space.name, "kvae_frames": str(frames)}
+    z, ours = space.scale(z_1cthw.float()), _named(space.name, frames, weights)
     if form == "musubi":
         tensors = {"latent": z[0]}
         ours |= {"height": str(height), "width": str(width), "video_length": str(decoded)}

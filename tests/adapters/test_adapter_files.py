@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from conftest import shared
-from kvae_comfyui.adapters.files import LatentAdapter, VAEWeights, direction_of, load_adapter, save_adapter, weights_of
+from kvae_comfyui.adapters.files import LatentAdapter, direction_of, load_adapter, save_adapter, weights_of
 from kvae_comfyui.adapters.hybrid import HybridVAE
 from kvae_comfyui.adapters.networks import Affine, PointwiseNet, Residual
 from kvae_comfyui.adapters.spaces import SPACES, latent_space
+from kvae_comfyui.adapters.weights import VAEWeights
 from kvae_comfyui.kvae import WeightsError
 from kvae_comfyui.training.vaes import TINY_ADAPTERS
 

@@ -5,6 +5,9 @@ import torch
 from safetensors import safe_open
 
 from kvae_comfyui.adapters.spaces import SPACES
+from kvae_comfyui.adapters.weights import VAEWeights
+from kvae_comfyui.kvae.errors import WeightsError
+from kvae_comfyui.kvae.files import save_weights
 from kvae_comfyui.serving.latent_files import load_latent
 from kvae_comfyui.serving.latent_writers import ENDINGS, save_clip
 
@@ -71,3 +74,23 @@ def test_what_a_format_cannot_hold_is_refused_and_leaves_no_file(tmp_path, form,
     with pytest.raises(ValueError, match=words):
         save_clip(tmp_path / "x.safetensors", z, space, 9, form, {})
     assert list(tmp_path.iterdir()) == []
+
+
+WEIGHTS = VAEWeights("ab", (0.25, -1.5, 3e-5))
+
+
+@pytest.mark.parametrize("form", ENDINGS)
+def test_the_weights_of_the_vae_are_named_and_read_back(tmp_path, form):
+    path = tmp_path / f"x{ENDINGS[form]}"
+    save_clip(path, clip(H), H, 9, form, {}, WEIGHTS)
+    assert load_latent(path).weights == WEIGHTS
+    save_clip(path, clip(H), H, 9, form, {})
+    assert load_latent(path).weights is None
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"sha256": 5}', '{"signature": ["a"]}'])
+def test_weights_that_are_not_described_are_refused(tmp_path, text):
+    save_weights(tmp_path / "x.safetensors", {"latents": clip(H)}, {"kvae_space": H.name, "kvae_weights": text})
+    with pytest.raises(WeightsError, match="kvae_weights do not describe the weights of a VAE") as caught:
+        load_latent(tmp_path / "x.safetensors")
+    assert "\n" not in str(caught.value)

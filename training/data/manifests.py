@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ...adapters.files import VAEWeights
 from ...adapters.spaces import LatentSpace, latent_space
+from ...adapters.weights import VAEWeights
 from ...kvae.foreign import build, parse_object
 from ...kvae.paths import read_text, write_text
 from ...kvae.signature import same_weights

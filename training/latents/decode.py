@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...adapters.checks import latent_kind
 from ...adapters.spaces import SPACES, fitting_spaces
+from ...adapters.weights import check_latent_weights
 from ...kvae import SEGMENT_FRAMES
 from ...serving.clip_files import ClipWriter, write_clips
 from ...serving.clips import frames_to_keep
@@ -132,6 +133,7 @@ def _task(source: Source, vaes: VAEs, config: DecodeConfig) -> Task:
     """
     found = read(source.path, config)
     vae = vaes.of(_space(source.path, found))
+    check_latent_weights(vae.space.name, found.weights, vae.vae.weights_read)
     clips, _, decoded, _, _ = vae.decode_output_shape(found.z.shape)
     form = PNG if decoded == 1 else config.format
     settings: dict[str, Any] = {"scaling": config.scaling, "model": config.model, "format": form}

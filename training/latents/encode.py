@@ -142,7 +142,7 @@ def _encode(task: Task, vae: HostVAE, form: str) -> None:
 
     shape = 1, 3, padded_frames(task.count, vae.space.temporal_factor), task.height, task.width
     z = vae.encode_stream(chunks, shape).float().cpu()
-    save_clip(task.path, z, vae.space, read, form, {KEY: task.made})
+    save_clip(task.path, z, vae.space, read, form, {KEY: task.made}, vae.vae.weights_written)
 
 
 def _fitted(picture: Picture, height: int, width: int, side: int) -> Tensor:

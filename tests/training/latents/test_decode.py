@@ -15,6 +15,7 @@ import needs
 from command import refusal, start
 from kvae_comfyui.adapters.spaces import SPACES
 from kvae_comfyui.benchmarks.storages import PeakMemory
+from kvae_comfyui.serving.latent_statistics import _say
 from kvae_comfyui.serving.latent_writers import save_clip, save_latent
 from kvae_comfyui.serving.video_index import index_video
 from kvae_comfyui.training.cli import main
@@ -201,6 +202,7 @@ def test_a_run_decodes_the_spaces_that_its_kvae_serves(tmp_path, capsys):
 
 
 def test_a_latent_that_looks_wrong_is_named(tmp_path, capsys):
+    _say.cache_clear()  # another test may have been told the same
     save(tmp_path, "a.latent", torch.randn(1, 16, 3, 4, 6))
     assert decode(tmp_path) == 0
     (line,) = capsys.readouterr().err.splitlines()

@@ -12,11 +12,14 @@ from safetensors.torch import save_file
 import needs
 from command import refusal, start
 from conftest import make_videos, moving_picture
-from kvae_comfyui.adapters.files import LatentAdapter, save_adapter
+from kvae_comfyui.adapters.files import LatentAdapter, load_adapter, save_adapter
 from kvae_comfyui.adapters.networks import Residual
 from kvae_comfyui.adapters.spaces import SPACES
+from kvae_comfyui.adapters.weights import VAEWeights
 from kvae_comfyui.benchmarks.storages import PeakMemory
-from kvae_comfyui.kvae.load import described_state
+from kvae_comfyui.kvae import KVAE, load_kvae
+from kvae_comfyui.kvae.load import described_state, save_kvae
+from kvae_comfyui.kvae.signature import signature
 from kvae_comfyui.serving.latent_files import load_latent
 from kvae_comfyui.serving.latent_writers import ENDINGS
 from kvae_comfyui.serving.video_index import index_video
@@ -24,6 +27,7 @@ from kvae_comfyui.serving.video_reader import read_pictures
 from kvae_comfyui.serving.video_writer import write_video
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.served import ServedOptions, load_served
+from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS
 from small_models import small
 
 NAME = "v_Wave_g01_c01"
@@ -171,3 +175,50 @@ def test_the_memory_grows_by_the_latents_only(tmp_path):
         peaks.append(memory.peak)
     pixels = 32 * 3 * 16 * 16 * 4  # bytes by which the frames grow
     assert peaks[1] - peaks[0] < pixels / 4
+
+
+def another_kvae(path):
+    """A KVAE of the tiny one's shape, with other weights."""
+    kvae = KVAE(load_kvae(TINY["kvae"]).config).eval()
+    save_kvae(path, kvae, torch.float16, {})
+    return kvae
+
+
+def decoded(folder, *options):
+    return main(["decode", str(folder / "out"), "--output", str(folder / "again"), "--device", "cpu", *options])
+
+
+def test_a_latent_names_its_vae_and_is_not_decoded_by_another(tmp_path, capsys):
+    make_videos(tmp_path / "videos", 1, frames=5)
+    other = tmp_path / "other.safetensors"
+    another_kvae(other)
+    assert encode(tmp_path, "--space", "kvae_3d_1.0") == 0
+    assert "It is of this project's tiny KVAE (kvae_3d_1.0)." in inspected(tmp_path / "out", capsys)
+    assert decoded(tmp_path, "--kvae", str(other)) == 2
+    error = capsys.readouterr().err
+    assert "a latent of this project's tiny KVAE (kvae_3d_1.0); expected one of the kvae_3d_1.0 VAE whose" in error
+    assert not (tmp_path / "again").exists()
+    assert decoded(tmp_path, "--dtype", "bf16") == 0
+
+
+def test_a_latent_of_the_foreign_space_is_decoded_by_every_kvae_with_an_adapter_for_it(tmp_path, capsys):
+    make_videos(tmp_path / "videos", 1, frames=5)
+    kvae, theirs = another_kvae(tmp_path / "kvae.safetensors"), load_adapter(TINY_ADAPTERS["h2k"])
+    weights = {"hunyuan_video": theirs.weights["hunyuan_video"]}
+    weights["kvae_3d_1.0"] = VAEWeights("", signature(kvae.state_dict()))
+    for name, each in (("fits", weights), ("other", weights | {"hunyuan_video": weights["kvae_3d_1.0"]})):
+        adapter = LatentAdapter(theirs.network, theirs.source, theirs.target, weights=each)
+        save_adapter(tmp_path / f"{name}.safetensors", adapter)
+    assert encode(tmp_path) == 0
+    assert "It is of this project's tiny HunyuanVideo VAE (hunyuan_video)." in inspected(tmp_path / "out", capsys)
+    options = "--kvae", str(tmp_path / "kvae.safetensors"), "--adapter-h2k"
+    assert decoded(tmp_path, *options, str(tmp_path / "fits.safetensors")) == 0
+    assert decoded(tmp_path, *options, str(tmp_path / "other.safetensors")) == 2
+    assert decoded(tmp_path, *options, str(TINY_ADAPTERS["h2k"])) == 2
+    assert "was made for this project's tiny KVAE (kvae_3d_1.0); this is the kvae_3d_1.0" in capsys.readouterr().err
+
+
+def inspected(folder, capsys):
+    capsys.readouterr()
+    assert main(["inspect", str(folder)]) == 0
+    return capsys.readouterr().out
