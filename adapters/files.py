@@ -324,7 +324,8 @@ def _published(weights: Weights, direction: tuple[str, str] | None) -> LatentAda
     """A published adapter, which has no metadata, on the meta device.
 
     Raises:
-        WeightsError: the tensors are others, or neither the file's name nor `direction` tells the direction.
+        WeightsError: the tensors are others, neither the file's name nor `direction` tells the direction, or its spaces
+            have other channels.
     """
     path, network = weights.path, PointwiseNet(16, 16)
     if weights.shapes != _shapes(network):
@@ -341,7 +342,13 @@ def _published(weights: Weights, direction: tuple[str, str] | None) -> LatentAda
             f"{path}: the metadata do not say which way this adapter maps; rename it to "
             f"{' or '.join(PUBLISHED_FILES)}, or pass the direction"
         )
-    return LatentAdapter(network, latent_space(known[0]), latent_space(known[1]))
+    source, target = (latent_space(name) for name in known)
+    if (source.channels, target.channels) != (16, 16):
+        raise WeightsError(
+            f"{path}: this is a published adapter, for 16 channels on both sides; {source.name} → {target.name} has "
+            f"{source.channels} and {target.channels}: train an adapter for it"
+        )
+    return LatentAdapter(network, source, target)
 
 
 def _shapes(network: Network) -> dict[str, tuple[int, ...]]:

@@ -50,6 +50,8 @@ def test_published_files(tmp_path):
     with pytest.raises(WeightsError, match="which way this adapter maps; rename it to adapter_hunyuan_to_kvae3d"):
         load_adapter(renamed)
     assert load_adapter(renamed, ("kvae_3d_1.0", "hunyuan_video")).source == K
+    with pytest.raises(WeightsError, match="for 16 channels on both sides; hunyuan_video_1.5 → .* has 32 and 64"):
+        load_adapter(renamed, ("hunyuan_video_1.5", "kvae_3d_2.0_t4s16"))
 
 
 def test_the_direction_is_read_from_the_header(tmp_path):
