@@ -11,7 +11,7 @@ from ..adapters.checks import check_finite, check_shape, check_tensor
 from ..adapters.weights import check_latent_weights
 from ..serving.clips import check_replaceable, frames_to_keep, pad_clip
 from ..serving.memory import room_for
-from .latent_dict import FRAMES, described, parts_of, samples_of, space_of, weights_of
+from .latent_dict import FRAMES, WEIGHTS, described, parts_of, samples_of, space_of, weights_of
 from .schema import LATENT, advanced, schema
 from .vae import ComfyVAE
 
@@ -85,14 +85,14 @@ class KVAEEncode(io.ComfyNode):
         check_tensor(pixels, "pixels")
         room_for(pixels.shape, "cpu", f"pixels, {list(pixels.shape)}: encode fewer or smaller frames")
         clip, space = pad_clip(pixels, vae.kvae_space.temporal_factor), vae.kvae_space
-        latent: dict = samples or {}
         others: list[torch.Tensor] = []
         if samples is not None:
             old, *others = parts_of(samples)
             check_shape(old.shape, space, space_of(samples))
             check_replaceable(old.shape, clip.shape, space)
-        weights = vae.first_stage_model.vae.weights_written
-        return io.NodeOutput(latent | described([vae.encode(clip), *others], space.name, len(pixels), weights))
+        rest = {key: value for key, value in (samples or {}).items() if key != WEIGHTS}
+        parts, weights = [vae.encode(clip), *others], vae.first_stage_model.vae.weights_written
+        return io.NodeOutput(rest | described(parts, space.name, len(pixels), weights))
 
 
 def latent_inputs() -> list[io.Input]:

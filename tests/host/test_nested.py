@@ -63,8 +63,9 @@ def test_a_clip_is_encoded_into_a_latent_with_audio(run, load, nested):
     vae, clip = load(), torch.rand(10, 33, 32, 3)  # padded to 13 frames, cropped to 32 x 32
     (alone,) = run("KVAEEncode", pixels=clip, vae=vae)
     mask = nested(torch.ones(1, 1, 4, 4, 4), torch.zeros_like(AUDIO))
-    rest = {"noise_mask": mask, "batch_index": [3], "sample_rate": 44100, "kvae_frames": 13}
-    both = {"samples": nested(torch.zeros(1, 16, 4, 4, 4), AUDIO), **rest}
+    rest = {"noise_mask": mask, "batch_index": [3], "sample_rate": 44100}
+    of_the_old_video = {"kvae_frames": 13, "kvae_weights": "of another VAE"}
+    both = {"samples": nested(torch.zeros(1, 16, 4, 4, 4), AUDIO), **rest, **of_the_old_video}
     before = dict(both)
     (latent,) = run("KVAEEncode", pixels=clip, vae=vae, samples=both)
     video, audio = latent.pop("samples").unbind()

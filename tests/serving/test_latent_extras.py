@@ -25,7 +25,7 @@ MASKS = torch.rand(1, 1, 3, 4, 4).half(), torch.zeros(1, 8, 26, 16)
     ],
 )
 def test_they_are_loaded_bit_for_bit(tmp_path, extras):
-    save_latent(tmp_path / "a.latent", Z, "hunyuan_video", 9, {}, [AUDIO], extras)
+    save_latent(tmp_path / "a.latent", Z, "hunyuan_video", 9, {}, [AUDIO], extras=extras)
     found = load_latent(tmp_path / "a.latent").extras
     assert (found.nested, found.batch_index, found.sample_rate) == (
         extras.nested,
@@ -38,7 +38,8 @@ def test_they_are_loaded_bit_for_bit(tmp_path, extras):
 
 
 def test_the_report_tells_what_the_masks_keep(tmp_path):
-    save_latent(tmp_path / "a.latent", Z, None, None, {}, [AUDIO], Extras((MASKS[1] + 0.25, MASKS[1]), nested=True))
+    extras = Extras((MASKS[1] + 0.25, MASKS[1]), nested=True)
+    save_latent(tmp_path / "a.latent", Z, None, None, {}, [AUDIO], extras=extras)
     first, second = describe_file(load_latent(tmp_path / "a.latent")).splitlines()[-2:]
     assert first == "It has a noise mask of part 1, [1, 8, 26, 16], from 0.250 (kept) to 0.250 (new)."
     assert second.startswith("It has a noise mask of part 2, [1, 8, 26, 16], from 0.000")
@@ -69,8 +70,8 @@ def test_what_no_sampler_reads_is_not_saved(values, message):
         ({"noise_mask": torch.ones(2, dtype=torch.int64)}, {}, "noise mask is of int64"),
         ({}, {"kvae_batch_index": "3"}, "kvae_batch_index is 3; expected a list"),
         ({}, {"kvae_batch_index": "[1000000000]"}, "batch_index holds 1000000000; expected whole numbers from 0 to"),
-        ({}, {"kvae_batch_index": "[" * 10**5}, ""),
-        ({}, {"kvae_sample_rate": "x"}, ""),
+        ({}, {"kvae_batch_index": "[" * 10**5}, "a.latent: "),
+        ({}, {"kvae_sample_rate": "x"}, "a.latent: Expecting value"),
     ],
 )
 def test_a_file_with_others_is_refused(tmp_path, tensors, metadata, message):
