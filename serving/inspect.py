@@ -11,7 +11,10 @@ from ..adapters.checks import check_values, latent_kind
 from ..adapters.spaces import LatentSpace, fitting_spaces
 from ..adapters.weights import VAEWeights, in_words
 from .latent_files import LatentFile
-from .latent_statistics import CERTAIN_CORRELATION, wan_correlation
+from .likely_space import Ranking, likely, state_within
+
+LIKELY = 0.8  # the odds from which on a guess is called likely; `benchmarks.which` measures how often those are wrong
+SHOWN = 0.05  # of the other guesses
 
 
 def describe_file(found: LatentFile) -> str:
@@ -45,9 +48,7 @@ def describe(
     statistics, std = _statistics(z)
     lines += statistics
     if std is not None:
-        lines += _verdict(z, spaces, std, known)
-        if known and weights and std:
-            lines.append(f"It is of {in_words(known, weights)}.")
+        lines += _verdict(z, spaces, std, known, weights)
     for n, part in enumerate(others, 2):
         lines += _part(n, part, of_video=z.ndim == 5)
     return "\n".join(lines)
@@ -98,29 +99,41 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def _verdict(z: Tensor, spaces: list[LatentSpace], std: float, known: str | None) -> list[str]:
+def _verdict(
+    z: Tensor, spaces: list[LatentSpace], std: float, known: str | None, weights: VAEWeights | None
+) -> list[str]:
     if std == 0:
         return ["All values are equal: this is an empty latent, not sampled yet."]
     if known:
-        return [f"Space: {known} (known, not guessed from the shape alone)."]
-    lines = []
-    for space in spaces:
-        if raw := space.raw_deviation:
-            state = "raw" if abs(std - raw) < abs(std - 1) else "scaled"
-            lines.append(
-                f"If it is {space.name}, it looks {state}: raw latents of that space have a standard deviation of "
-                f"about {raw:.2f}, scaled ones of about 1."
-            )
-    if len(spaces) > 1:
-        lines += [_compared_with_wan(z), "Only the node that made the latent knows which of these spaces it is of."]
+        named = [f"It is of {in_words(known, weights)}."] if weights else []
+        return [f"Space: {known} (known, not guessed from the shape alone).", *named]
+    ranked = likely(z) if z.ndim == 5 else []
+    lines = [_raw_or_scaled(space, ranked) for space in spaces if space.raw_deviation and ranked]
+    if ranked:
+        lines.append(_guess(ranked))
+        lines.append(
+            "Only the node that made the latent knows; to settle it, decode a few frames with the VAE of each."
+        )
     return lines
 
 
-def _compared_with_wan(z: Tensor) -> str:
-    """How the channels compare with the only published statistics of single channels."""
-    means, deviations = wan_correlation(z)
-    certain = min(means, deviations) > CERTAIN_CORRELATION
+def _raw_or_scaled(space: LatentSpace, ranked: Ranking) -> str:
+    state, odds = state_within(ranked, space)
     return (
-        f"The means and deviations of its channels are {'' if certain else 'not '}those of a raw Wan 2.1 latent "
-        f"(correlation {means:.2f} and {deviations:.2f})."
+        f"If it is {space.name}, it looks {state} ({_percent(odds)}): raw latents of that space have a standard "
+        f"deviation of about {space.raw_deviation:.2f}, scaled ones of about 1."
     )
+
+
+def _guess(ranked: Ranking) -> str:
+    """What the channels say. Less than LIKELY is no verdict."""
+    (best, odds), *_ = ranked
+    if odds >= LIKELY:
+        rest = f" {best.basis}." if not best.mean else ""
+        return f"By the means and deviations of its channels it is likely {best}, {_percent(odds)}.{rest}"
+    shown = [f"{each} {_percent(p)}" for each, p in ranked if p >= SHOWN]
+    return f"The means and deviations of its channels do not tell which: {'; '.join(shown)}."
+
+
+def _percent(odds: float) -> str:
+    return f"{min(max(round(100 * odds), 1), 99)} %"  # never certain

@@ -15,18 +15,10 @@ import torch
 from torch import Tensor
 
 from ..adapters.spaces import LatentSpace
+from .published_statistics import WAN_21
 
 logger = logging.getLogger(__name__)
 
-# Published with the VAE of Wan 2.1 as latents_mean and latents_std (diffusers' AutoencoderKLWan)
-WAN_MEAN = (
-    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
-    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-)
-WAN_STD = (
-    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
-    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
-)
 # Two unrelated lists of 16 numbers correlate by more than this in one of 10,000 cases; here both lists must.
 CERTAIN_CORRELATION = 0.8
 # A sampler's latents have mean 0 and deviation 1 by design. A raw latent of little contrast may have a small deviation
@@ -42,18 +34,14 @@ def channel_statistics(z_Bcthw: Tensor) -> tuple[Tensor, Tensor]:
     return mean.cpu(), var.sqrt().cpu()
 
 
-def wan_correlation(z_Bcthw: Tensor) -> tuple[float, float]:
+def _like_wan(mean: Tensor, std: Tensor) -> tuple[float, float]:
     """How much the channel means, and the logarithms of the deviations, are like Wan 2.1's: 1 is entirely.
 
     0, 0 for latents of other than 16 channels, and if a channel does not vary.
     """
-    return _like_wan(*channel_statistics(z_Bcthw))
-
-
-def _like_wan(mean: Tensor, std: Tensor) -> tuple[float, float]:
-    if len(mean) != len(WAN_MEAN) or not std.min() > 0:
+    if len(mean) != WAN_21.channels or not std.min() > 0:
         return 0.0, 0.0
-    return _correlation(mean, torch.tensor(WAN_MEAN)), _correlation(std.log(), torch.tensor(WAN_STD).log())
+    return _correlation(mean, torch.tensor(WAN_21.mean)), _correlation(std.log(), torch.tensor(WAN_21.std).log())
 
 
 def certain_fault(z_Bcthw: Tensor, space: LatentSpace) -> str | None:
