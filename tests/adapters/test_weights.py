@@ -11,7 +11,7 @@ from kvae_comfyui.adapters.weights import KNOWN, VAEWeights, check_latent_weight
 from kvae_comfyui.kvae import KVAE, load_kvae
 from kvae_comfyui.kvae.paths import sha256_of
 from kvae_comfyui.kvae.signature import UNRELATED, signature, unrelated_weights
-from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS
+from kvae_comfyui.training.vaes import INCLUDED_ADAPTERS, TINY, TINY_ADAPTERS
 
 H, K = SPACES["hunyuan_video"], SPACES["kvae_3d_1.0"]
 ONE, OTHER = (VAEWeights("", tuple(signature)) for signature in torch.randn(2, 64).tolist())
@@ -30,16 +30,14 @@ def trained_further(kvae: KVAE, part: str) -> KVAE:
     return other
 
 
-def test_the_known_weights_are_those_of_the_files_here():
-    signatures = {
-        "this project's tiny HunyuanVideo VAE": load_adapter(TINY_ADAPTERS["h2k"]).weights["hunyuan_video"].signature,
-        "this project's tiny KVAE": signature(load_kvae(TINY["kvae"], torch.bfloat16).state_dict()),
-    }
-    files = {sha256_of(path) for path in TINY.values()}
-    for known in KNOWN[:2]:
-        assert known.sha256 in files
-        for weights in (VAEWeights(known.sha256), VAEWeights("", signatures[known.name])):
-            assert known_name(weights) == known.name
+def test_the_vaes_of_the_adapters_here_have_names_by_their_hash_and_by_their_signature():
+    paths = [path for each in INCLUDED_ADAPTERS.values() for path in each.values() if path.exists()]
+    weights = {weights for path in paths for weights in load_adapter(path).weights.values()}
+    names = {known_name(VAEWeights(each.sha256)) for each in weights}
+    assert names == {known_name(VAEWeights("", each.signature)) for each in weights} == {each.name for each in KNOWN}
+    assert {each.sha256 for each in weights} == {sha256_of(path) for path in TINY.values() if path.exists()}
+    rounded = signature(load_kvae(TINY["kvae"], torch.bfloat16).state_dict())
+    assert known_name(VAEWeights("", rounded)) == "this project's tiny KVAE"
     assert known_name(ONE) == known_name(VAEWeights("ab")) == known_name(VAEWeights()) == ""
 
 
