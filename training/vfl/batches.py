@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TypeVar
 
 import numpy as np
 
 from ..errors import UserError
 from .draws import Draws
-from .index import Index, Sample
+from .index import Index, Read, Sample
 from .pictures import PictureError, read_picture
-
-T = TypeVar("T")
 
 
 class Batches:
@@ -41,7 +38,7 @@ class Batches:
                 f"expected {identities}: ask for fewer identities or pictures in a batch"
             )
 
-    def batch(self, seed: int, step: int, read: Callable[[bytes], T] = read_picture) -> list[Sample[T]]:
+    def batch(self, seed: int, step: int, read: Read = read_picture) -> list[Sample]:
         """The P·K samples of a step, identity after identity: a pure function of the seed and the step.
 
         Identities are drawn uniformly, and so are the pictures of each; none comes twice.
@@ -63,11 +60,11 @@ class Batches:
         taken = set(chosen)
         return [*chosen, *islice((i for i in order if i not in taken), self.identities - len(chosen))]
 
-    def sweep(self, read: Callable[[bytes], T] = read_picture) -> Iterator[list[Sample[T]]]:
+    def sweep(self, read: Read = read_picture) -> Iterator[list[Sample]]:
         """Yield batches for validation, always the same, that show each picture at most once.
 
         An identity is shown K pictures at a time, while it has K more, and without those K of which one cannot be read.
-        Batches at the end have fewer than P identities, but two at least.
+        Batches have P identities at most, and two at least.
 
         Raises:
             WeightsError: a shard cannot be read.
@@ -75,18 +72,14 @@ class Batches:
         skipped: list[str] = []
         for first in range(0, int(self.index.counts.max()), self.pictures):
             left = self.eligible[self.index.counts[self.eligible] >= first + self.pictures]
-            for start in range(0, len(left), self.identities):
-                groups = [
-                    group
-                    for i in left[start : start + self.identities].tolist()
-                    if (group := self._group(i, first, read, skipped))
-                ]
+            for part in np.array_split(left, max(1, -(-len(left) // self.identities))):
+                groups = [group for i in part.tolist() if (group := self._group(i, first, read, skipped))]
                 if len(groups) > 1:
                     groups[0][0] = replace(groups[0][0], skipped=tuple(skipped))
                     skipped.clear()
                     yield [sample for group in groups for sample in group]
 
-    def _group(self, identity: int, first: int, read: Callable[[bytes], T], skipped: list[str]) -> list[Sample[T]]:
+    def _group(self, identity: int, first: int, read: Read, skipped: list[str]) -> list[Sample]:
         """K pictures of an identity in the order in which they were packed; none if one of them cannot be read."""
         try:
             return [self.index.at(identity, first + i, read) for i in range(self.pictures)]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -24,25 +24,25 @@ from .scan import Table, open_table
 from .shards import IDENTITY_KEY, manifest_path, read_manifest
 from .tars import split_name, tar_errors
 
-T = TypeVar("T")
+Read = Callable[[bytes], Any]  # from a picture's file to what the caller needs; a PictureError leaves the picture out
 
 
 @dataclass(frozen=True)
-class Sample(Generic[T]):
+class Sample:
     """A picture of an identity.
 
     Attributes:
         id: its name in the shards; never a path.
         identity: number of the identity, by its row in the manifest.
-        picture: what the caller's `read` made of its bytes.
+        picture: what the caller's `read` made of its file.
         secondary: another picture of the identity, if one was asked for and there is one.
         skipped: the pictures that were left out on the way, as "id: reason".
     """
 
     id: str
     identity: int
-    picture: T
-    secondary: T | None = None
+    picture: Any
+    secondary: Any = None
     skipped: tuple[str, ...] = ()
 
 
@@ -79,14 +79,11 @@ class Index:
         self._rows = np.array([rows[name] for name in self.identities])
         self.counts = np.diff(self.table.starts)[self._rows]
 
-    def sample(
-        self, seed: int, k: int, p_secondary: float = 0.0, read: Callable[[bytes], T] = read_picture
-    ) -> Sample[T]:
+    def sample(self, seed: int, k: int, p_secondary: float = 0.0, read: Read = read_picture) -> Sample:
         """Sample k of a run.
 
         Args:
             p_secondary: the probability of a secondary picture.
-            read: from the bytes of a picture's file to whatever the caller needs; a PictureError leaves it out.
 
         Raises:
             UserError: no picture of the identity can be read.
@@ -105,16 +102,14 @@ class Index:
         first, *other = found
         return replace(first, secondary=other[0].picture if other else None, skipped=tuple(skipped))
 
-    def pictures(
-        self, identity: int, draws: Draws, count: int, read: Callable[[bytes], T] = read_picture
-    ) -> list[Sample[T]]:
+    def pictures(self, identity: int, draws: Draws, count: int, read: Read = read_picture) -> list[Sample]:
         """Different pictures of an identity, in random order.
 
         Raises:
             UserError: fewer can be read.
             WeightsError: a shard cannot be read.
         """
-        samples: list[Sample[T]] = []
+        samples: list[Sample] = []
         skipped: list[str] = []
         for sample in islice(self._readable(identity, draws, read, skipped), count):
             samples.append(replace(sample, skipped=tuple(skipped)))
@@ -126,7 +121,7 @@ class Index:
             )
         return samples
 
-    def at(self, identity: int, i: int, read: Callable[[bytes], T] = read_picture) -> Sample[T]:
+    def at(self, identity: int, i: int, read: Read = read_picture) -> Sample:
         """Picture `i` of an identity, in the order in which they were packed.
 
         Raises:
@@ -139,9 +134,7 @@ class Index:
         except PictureError as error:
             raise PictureError(f"{name}: {error}") from None
 
-    def _readable(
-        self, identity: int, draws: Draws, read: Callable[[bytes], T], skipped: list[str]
-    ) -> Iterator[Sample[T]]:
+    def _readable(self, identity: int, draws: Draws, read: Read, skipped: list[str]) -> Iterator[Sample]:
         """Yield the pictures of an identity in random order, and note those that cannot be read."""
         for i in draws.shuffled(int(self.counts[identity])):
             try:
@@ -161,5 +154,7 @@ class Index:
         with tar_errors(str(path)):
             if len(block) < lead + size:
                 raise ValueError("cut short since it was indexed; pack its pictures again")
-            first = tarfile.TarFile(fileobj=io.BytesIO(block[:lead])).firstmember
-            return split_name(first.name if first else "")[0], block[lead:]
+            first = tarfile.TarFile(fileobj=io.BytesIO(block[:lead])).next()
+            if not (name := split_name(first.name if first else "")[0]):
+                raise ValueError("changed since it was indexed; pack its pictures again")
+        return name, block[lead:]

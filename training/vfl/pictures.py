@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import UserError
@@ -63,7 +63,7 @@ def read_picture(data: bytes, background: tuple[int, int, int] = BLACK) -> Tenso
     except (PictureError, MemoryError):
         raise
     except Exception as error:  # each format's decoder fails in its own ways
-        what = "not a JPEG, PNG or WebP file" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        what = "not a JPEG, PNG or WebP file" if isinstance(error, UnidentifiedImageError) else str(error)
         raise PictureError(f"{what or type(error).__name__}; expected a picture that can be read") from None
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 

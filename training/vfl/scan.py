@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ...kvae.paths import file_errors
 from ..errors import UserError
 from .pictures import MOST_BYTES
 from .shards import identity_of, shard_files
-from .tars import entries, tar_errors
+from .tars import Entry, entries, tar_errors
 
 FORMAT = "kvae-picture-index/1"
 ARRAYS = {"shard": np.int32, "header": np.int64, "lead": np.int32, "size": np.int32}
@@ -96,15 +97,14 @@ def scan(files: list[Path], key: str) -> Table:
     columns = {name: array("q") for name in ("identity", *ARRAYS)}
     numbers: dict[str, int] = {}
     for i, path in enumerate(tqdm(files, desc="index", unit="shard", leave=False, disable=None)):
-        with tar_errors(str(path)):
-            for entry in entries(path):
-                try:
-                    name = identity_of(entry.about, key)
-                except ValueError as error:
-                    raise ValueError(f"{entry.id}.json: {error}") from None
-                row = (numbers.setdefault(name, len(numbers)), i, entry.header, entry.offset - entry.header, entry.size)
-                for column, value in zip(columns.values(), row, strict=True):
-                    column.append(value)
+        for name, entry in identified(path, key):
+            row = (numbers.setdefault(name, len(numbers)), i, entry.header, entry.offset - entry.header, entry.size)
+            for column, value in zip(columns.values(), row, strict=True):
+                column.append(value)
+    if not numbers:
+        raise UserError(
+            f"{files[0]}: no pictures in it, nor in the other shards; pack some by `python -m training vfl-pack`"
+        )
     identities = sorted(numbers)
     rank = np.empty(len(numbers), np.int64)
     rank[[numbers[name] for name in identities]] = np.arange(len(numbers))
@@ -113,6 +113,22 @@ def scan(files: list[Path], key: str) -> Table:
     starts = np.searchsorted(identity[order], np.arange(len(identities) + 1))
     arrays = {name: np.frombuffer(columns[name], np.int64)[order].astype(kind) for name, kind in ARRAYS.items()}
     return Table(files, identities, starts.astype(np.int64), **arrays)
+
+
+def identified(path: Path, key: str) -> Iterator[tuple[str, Entry]]:
+    """Yield the samples of a shard, each with its identity.
+
+    Raises:
+        UserError: the shard is damaged, or a sample in it is incomplete or has no identity.
+        WeightsError: the shard cannot be read.
+    """
+    with tar_errors(str(path)):
+        for entry in entries(path):
+            try:
+                name = identity_of(entry.about, key)
+            except ValueError as error:
+                raise ValueError(f"{entry.id}.json: {error}") from None
+            yield name, entry
 
 
 def _stamp(path: Path) -> list[Any]:

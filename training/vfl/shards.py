@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...kvae.paths import read_text, write_text
+from ...kvae.paths import read_text, write_text, written_whole
 from ..errors import UserError
 
 SPLITS = ("train", "val")
 IDENTITY_KEY = "identity"
 MOST_NAME = 1000  # characters of an identity
 COUNT = "count"
+SOURCE = "source"  # key of a picture's path in the folder it was packed from
 
 
 def shard_path(root: Path, split: str, number: int) -> Path:
@@ -40,6 +42,44 @@ def next_number(root: Path, split: str) -> int:
     """A number above those of all shards of a split."""
     found = (re.fullmatch(rf"{split}-(\d+)", path.stem) for path in shard_files(root, split))
     return max((int(match[1]) for match in found if match), default=-1) + 1
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to be written.
+
+    Attributes:
+        id: its name in the shards, without dots.
+        data: its file.
+        source: its path in the folder of all pictures.
+    """
+
+    id: str
+    suffix: str
+    data: bytes
+    identity: str
+    source: str
+
+
+def write_shard(path: Path, key: str, pictures: list[Picture]) -> None:
+    """Write a shard, completely or not at all. The same pictures give the same bytes.
+
+    Raises:
+        UserError: webdataset is not installed.
+        WeightsError: the file cannot be written.
+    """
+    try:
+        from webdataset import TarWriter
+    except ImportError:
+        raise UserError("webdataset is not installed: pip install -r requirements-vfl.txt") from None
+    with (
+        written_whole(path) as partial,
+        partial.open("wb") as file,
+        TarWriter(file, user="", group="", mode=0o644, encoder=False, mtime=0) as tar,
+    ):
+        for picture in pictures:
+            about = json.dumps({key: picture.identity, SOURCE: picture.source}).encode()
+            tar.write({"__key__": picture.id, picture.suffix: picture.data, "json": about})
 
 
 def identity_of(about: Mapping[str, Any], key: str) -> str:
@@ -112,7 +152,7 @@ def read_manifest(path: Path, key: str = IDENTITY_KEY) -> Manifest:
         if not names or len(counts) < len(names):
             raise ValueError("an identity has two rows" if names else "it lists no identity")
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{path}: not a manifest ({error}); write it anew by `python -m training vfl-pack`") from None
+        raise UserError(f"{path}: not a manifest ({error}); correct it, or delete it and run vfl-pack") from None
     return Manifest(key, counts, table)
 
 

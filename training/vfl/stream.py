@@ -10,10 +10,10 @@ from __future__ import annotations
 import random
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 from urllib.parse import urlparse
 
 import webdataset as wds
@@ -24,12 +24,11 @@ from webdataset.utils import pytorch_worker_info
 from ...kvae.errors import KVAEError
 from ..errors import UserError
 from .draws import Draws
-from .index import Sample
+from .index import Read, Sample
 from .pictures import PictureError, read_picture
 from .shards import Manifest, identity_of
 from .tars import Entry, samples
 
-T = TypeVar("T")
 SCHEMES = ("", "file", "http", "https", "hf", "gs", "ais")  # never pipe:, which runs a command
 MOST_EMPTY = 5  # shards, one after the other, that give nothing
 MOST_UNREADABLE = 100  # pictures, one after the other
@@ -59,7 +58,7 @@ class Failure:
     message: str
 
 
-class Stream(IterableDataset, Generic[T]):
+class Stream(IterableDataset):
     """Samples without end.
 
     Args:
@@ -68,7 +67,6 @@ class Stream(IterableDataset, Generic[T]):
         epoch: another number gives another sequence.
         p_secondary: the probability of a secondary picture: the one of the identity that the worker accepted last, if
             it holds one and it is not the same picture.
-        read: from the bytes of a picture's file to whatever the caller needs; a PictureError leaves the picture out.
     """
 
     def __init__(
@@ -78,7 +76,7 @@ class Stream(IterableDataset, Generic[T]):
         seed: int,
         epoch: int = 0,
         p_secondary: float = 0.0,
-        read: Callable[[bytes], T] = read_picture,
+        read: Read = read_picture,
         secondaries: int = SECONDARIES,
         shuffled: int = SHUFFLED,
     ):
@@ -87,13 +85,13 @@ class Stream(IterableDataset, Generic[T]):
         self.numbers = {name: i for i, name in enumerate(manifest.counts)}
         self.least = min(manifest.counts.values())
 
-    def __iter__(self) -> Iterator[Sample[T] | Failure]:
+    def __iter__(self) -> Iterator[Sample | Failure]:
         try:
             yield from self._samples()
         except KVAEError as error:
             yield Failure(str(error))
 
-    def _samples(self) -> Iterator[Sample[T]]:
+    def _samples(self) -> Iterator[Sample]:
         rank, _, worker, _ = pytorch_worker_info()
         draws = Draws(self.seed, "stream", self.epoch, rank, worker)
         skipped: list[str] = []
@@ -153,7 +151,7 @@ class Stream(IterableDataset, Generic[T]):
                 if len(latest) > self.secondaries:
                     latest.popitem(last=False)
 
-    def _sample(self, chosen: _Chosen, skipped: list[str]) -> Sample[T] | None:
+    def _sample(self, chosen: _Chosen, skipped: list[str]) -> Sample | None:
         try:
             picture = self.read(chosen.picture)
         except PictureError as error:
@@ -174,7 +172,7 @@ class _Chosen:
     secondary: bytes | None
 
 
-def streamed(stream: Stream[T], workers: int) -> Iterator[Sample[T]]:
+def streamed(stream: Stream, workers: int) -> Iterator[Sample]:
     """Run a stream in worker processes, or in this one if `workers` is 0, and yield what they give, turn by turn.
 
     Raises:
@@ -188,4 +186,6 @@ def streamed(stream: Stream[T], workers: int) -> Iterator[Sample[T]]:
 
 def _why(error: Exception) -> str:
     """Why a shard could not be read. The message of a failed transfer would show its command, and a token in it."""
-    return (error.strerror or "the transfer failed") if isinstance(error, OSError) else str(error)
+    if isinstance(error, OSError):
+        return error.strerror or "the transfer failed"
+    return f"damaged, cut short, or not a tar ({error})" if isinstance(error, tarfile.TarError) else str(error)

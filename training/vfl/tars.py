@@ -23,6 +23,7 @@ from .pictures import MOST_BYTES, SUFFIXES
 MOST_JSON_BYTES = 1 << 20
 MOST_HEADER_BYTES = 1 << 20  # of one read of a header; names and times need a few hundred
 CHUNK = 1 << 20
+META = re.compile(r"__[^/]*__($|/)")  # webdataset passes these over
 END = bytes(tarfile.BLOCKSIZE)  # after the last file
 
 
@@ -106,9 +107,9 @@ def members(file: BinaryIO) -> Iterator[Member]:
     source = _Forward(file)
     tar = tarfile.TarFile(fileobj=source)  # type: ignore[arg-type]
     while (info := tar.next()) is not None:
-        tar.members = []  # or all would be kept
+        tar.members = []  # type: ignore[attr-defined]  # or all would be kept
         key, suffix = split_name(info.name)
-        if not info.isreg() or suffix not in (*SUFFIXES, "json"):
+        if not info.isreg() or suffix not in (*SUFFIXES, "json") or META.match(info.name):
             continue
         if info.issparse():
             raise ValueError(f"{info.name} is stored with holes; pack it with another program")
