@@ -18,6 +18,9 @@ from kvae_comfyui.training.vfl.shards import Manifest, manifest_path, read_manif
 from vfl_pictures import make_folder, pack
 
 needs.package("webdataset", "requirements-vfl.txt")
+from webdataset.gopen import gopen  # noqa: E402
+
+from kvae_comfyui.training.vfl import stream as streams  # noqa: E402
 from kvae_comfyui.training.vfl.stream import Stream, shard_urls, streamed  # noqa: E402
 
 curl = pytest.mark.skipif(not shutil.which("curl"), reason="needs curl: webdataset reads from the web by it")
@@ -94,6 +97,35 @@ def test_only_so_many_secondaries_are_held(data):
         found += held is not None
         before = each
     assert found > 20
+
+
+def test_a_picture_that_is_accepted_again_refreshes_what_is_held(tmp_path):
+    """Room for two identities. After a, b, a, c it holds a and c: so a has a secondary, and b has none."""
+    abouts = {f"{who}{i}": b'{"identity": "%c"}' % ord(who) for i, who in enumerate("abacab")}
+    files = [each for key, about in abouts.items() for each in sample(key, about=about)]
+    reader = Stream(
+        [written(tmp_path / "a.tar", files).as_uri()], Manifest("identity", dict.fromkeys("abc", 2)), 0,
+        p_secondary=1.0, read=lambda data: "", secondaries=2, shuffled=1,
+    )  # fmt: skip
+    found = [(each.id, each.secondary is not None) for each in taken(reader, 6)]
+    assert found == [("a0", False), ("b1", False), ("a2", True), ("c3", False), ("a4", True), ("b5", False)]
+
+
+def test_processes_and_workers_share_out_one_sequence_of_shards(data, monkeypatch):
+    opened: list[str] = []
+    monkeypatch.setattr(streams, "gopen", lambda url: opened.append(url) or gopen(url))
+
+    def shards(**place: int) -> list[str]:
+        for name, value in place.items():  # as torchrun and webdataset name them
+            monkeypatch.setenv(name, str(value))
+        opened.clear()
+        taken(stream(data, shuffled=1), 60)
+        return opened[:16]
+
+    whole = shards(RANK=0, WORLD_SIZE=1, WORKER=0, NUM_WORKERS=1)
+    parts = [shards(RANK=r, WORLD_SIZE=2, WORKER=w, NUM_WORKERS=2) for r in range(2) for w in range(2)]
+    assert len(set(whole)) == len(shard_files(data, "train"))
+    assert [part[:4] for part in parts] == [whole[first::4] for first in (0, 2, 1, 3)]
 
 
 def test_a_shard_that_fails_is_named_and_the_others_are_read(data, tmp_path):

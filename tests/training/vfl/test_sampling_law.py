@@ -95,6 +95,15 @@ def test_a_secondary_comes_as_often_as_asked(rows):
     assert abs(share - 0.1) < 4 * (0.09 / DRAWS) ** 0.5 + (0.002 if kind == "stream" else 0)
 
 
+def test_workers_that_read_one_shard_accept_other_pictures_of_it(tmp_path):
+    """Each draws by its own numbers: with the same ones, all would accept the same pictures in the same order."""
+    make_folder(tmp_path / "in", named((2, 60)))
+    assert pack(tmp_path / "in", tmp_path / "set", "--val-share", "0") == 0
+    found = drawn("stream", tmp_path / "set", 160)
+    lists = [[key for w, key, *_ in process if w == worker] for process in found for worker in range(WORKERS)]
+    assert len({tuple(sorted(each)) for each in lists}) == PROCESSES * WORKERS
+
+
 def test_the_index_gives_any_number_of_processes_the_same_run(rows, balance):
     """Here one process without workers; and a run that is resumed in the middle goes on as it would have."""
     kind, found = rows

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -150,6 +151,16 @@ def test_a_header_that_lies_is_refused_at_once(tmp_path, data):
     refused(tmp_path / "a.tar")
 
 
+@needs.posix
+@pytest.mark.parametrize("kind", [b"x", b"L", b"K", b"g"])
+def test_a_header_of_gigabytes_is_not_read_into_memory(tmp_path, kind):
+    """A hole in a file costs its author nothing."""
+    path = tmp_path / "a.tar"
+    path.write_bytes(header(b"x", b"17777777777\0", kind))
+    os.truncate(path, 3 << 30)
+    assert "a header of 2,147,48" in refused(path)
+
+
 def test_links_and_devices_are_passed_over(tmp_path):
     path = written(tmp_path / "a.tar", sample("a"))
     with tarfile.open(path, "a") as tar:
@@ -166,8 +177,6 @@ def test_an_empty_tar_has_no_samples(tmp_path):
 
 @needs.posix
 def test_only_files_are_opened(tmp_path):
-    import os
-
     os.mkfifo(tmp_path / "a.tar")
     with pytest.raises(Exception, match="this is a pipe"):
         list(entries(tmp_path / "a.tar"))
