@@ -67,7 +67,7 @@ def load_encoders(name: str, device: str, dtype: torch.dtype) -> Any:
     try:
         config = HunyuanVideo15Transformer3DModel.load_config(name, subfolder="transformer")
         check_base(name, config)
-        pipe = load_pipeline(name, transformer=None, torch_dtype=dtype).to(device)
+        pipe = load_pipeline(name, transformer=None, dtype=dtype).to(device)
     except (OSError, ValueError) as error:  # diffusers and transformers say so in their own ways
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(

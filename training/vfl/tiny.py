@@ -60,7 +60,7 @@ def load_pipeline(name: str | Path, **options: Any) -> Any:
 
     Args:
         name: a folder, or a hub id.
-        options: of `from_pretrained`, such as torch_dtype, or transformer=None for a pipeline without it.
+        options: of `from_pretrained`, such as dtype, or transformer=None for a pipeline without it.
     """
     from diffusers import HunyuanVideo15ImageToVideoPipeline
 
