@@ -33,6 +33,7 @@ COMMANDS = {  # name → module, function in it, summary
     "tiny": ("tiny.train", "run", "train one of the two embedded small VAEs"),
     "musubi": ("musubi.script", "run", "run a script of musubi-tuner with KVAE in the place of its VAE"),
     "vfl-export": ("vfl.export", "run", "convert a LoRA of HunyuanVideo 1.5 for other programs"),
+    "vfl-pack": ("vfl.pack", "run", "pack pictures of characters into shards, for a Video-Free LoRA"),
     "fetch": ("fetch", "run", "download a KVAE or an adapter"),
 }
 
