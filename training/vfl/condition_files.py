@@ -1,6 +1,6 @@
 """The cache of texts and pictures, so that training loads neither text encoders nor SigLIP nor the VAE's encoder.
 
-    cache.json                          the base, its target_size, and the digest of its encoders
+    cache.json                          what it was made with: `CacheInfo`
     DIGEST/texts/ab/ab12….safetensors   one prompt
     DIGEST/pictures/cd/cd34….safetensors  one part of one picture, in one size
 
@@ -21,6 +21,8 @@ from ...kvae.paths import read_text, write_text
 from ...kvae.signature import signature
 from ..errors import UserError
 from .conditions import Picture, Text
+from .draws import Draws
+from .pictures import Box, bucket, jittered
 
 ABOUT = "cache.json"
 ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder", "vae")
@@ -34,11 +36,30 @@ class CacheInfo:
         base: the name of the pipeline, as given.
         digest: of its encoders; see `digest_of`.
         target_size: of the network: the side of a square picture in pixels.
+        crops: how many parts of each training picture there are; 1 is the whole picture.
+        crop_ratio, crop_jitter: of these parts; see `pictures.jittered`.
     """
 
     base: str
     digest: str
     target_size: int
+    crops: int = 1
+    crop_ratio: float = 1.0
+    crop_jitter: float = 0.0
+
+    def view(self, data: bytes, height: int, width: int, crop: int | None) -> tuple[Box | None, tuple[int, int]]:
+        """The part of a picture that is used, and the height and width that it is given.
+
+        Args:
+            data: of the picture's file, on which the part depends.
+            height, width: of the picture, in pixels.
+            crop: which part, 0 .. crops − 1; None is the whole picture.
+        """
+        if crop is None or self.crops == 1:
+            return None, bucket(height, width, self.target_size)
+        draws = Draws("crop", hashlib.sha256(data).hexdigest(), crop)
+        box = jittered(height, width, self.crop_ratio, self.crop_jitter, draws)
+        return box, bucket(box.bottom - box.top, box.right - box.left, self.target_size)
 
 
 def digest_of(pipe: Any) -> str:
