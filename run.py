@@ -40,7 +40,7 @@ DEMO_STEPS = [
     ["-r", "requirements-training.txt"],
     ["--no-deps", "-r", "requirements-demo.txt"],
 ]
-TEST_STEPS = [*DEMO_STEPS, ["-r", "requirements-dev.txt"]]
+TEST_STEPS = [*DEMO_STEPS, ["-r", "requirements-vfl.txt"], ["-r", "requirements-dev.txt"]]
 
 # Hints, by pip's message; the first match counts.
 PIP_HINTS = [

@@ -49,3 +49,13 @@ def test_the_parts_of_training_know_no_command():
     for path in (ROOT / "training" / "runtime").rglob("*.py"):
         inside = {name[1] for name in imports(path) if name[0] == "training" and len(name) > 1}
         assert inside <= {"runtime", "errors", "options"}, path
+
+
+def test_only_vfl_knows_its_own_requirements():
+    """Who trains adapters or runs nodes needs no requirements-vfl.txt, so nothing else may import what it installs."""
+    rooms = [path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py")]
+    others = [path for path in rooms if "vfl" not in path.parts]
+    assert len(others) < len(rooms)
+    for path in others:
+        for name in imports(path):
+            assert name[0] not in ("peft", "webdataset") and name[:2] != ("training", "vfl"), path

@@ -32,6 +32,8 @@ COMMANDS = {  # name → module, function in it, summary
     "demo": ("demo", "run", "extract, train and evaluate with small models on real clips"),
     "tiny": ("tiny.train", "run", "train one of the two embedded small VAEs"),
     "musubi": ("musubi.script", "run", "run a script of musubi-tuner with KVAE in the place of its VAE"),
+    "vfl-cache": ("vfl.cache", "run", "encode prompts and pictures once, for a Video-Free LoRA"),
+    "vfl-export": ("vfl.export", "run", "convert a LoRA of HunyuanVideo 1.5 for other programs"),
     "vfl-pack": ("vfl.pack", "run", "pack pictures of characters into shards, for a Video-Free LoRA"),
     "fetch": ("fetch", "run", "download a KVAE or an adapter"),
 }
