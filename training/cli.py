@@ -35,6 +35,7 @@ COMMANDS = {  # name → module, function in it, summary
     "vfl-cache": ("vfl.cache", "run", "encode prompts and pictures once, for a Video-Free LoRA"),
     "vfl-export": ("vfl.export", "run", "convert a LoRA of HunyuanVideo 1.5 for other programs"),
     "vfl-pack": ("vfl.pack", "run", "pack pictures of characters into shards, for a Video-Free LoRA"),
+    "vfl-import-head": ("vfl.import_head", "run", "turn a published identity head, a .pt file, into safetensors"),
     "fetch": ("fetch", "run", "download a KVAE or an adapter"),
 }
 
