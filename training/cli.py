@@ -32,9 +32,11 @@ COMMANDS = {  # name → module, function in it, summary
     "demo": ("demo", "run", "extract, train and evaluate with small models on real clips"),
     "tiny": ("tiny.train", "run", "train one of the two embedded small VAEs"),
     "musubi": ("musubi.script", "run", "run a script of musubi-tuner with KVAE in the place of its VAE"),
-    "vfl-cache": ("vfl.cache", "run", "encode prompts and pictures once, for a Video-Free LoRA"),
-    "vfl-export": ("vfl.export", "run", "convert a LoRA of HunyuanVideo 1.5 for other programs"),
     "vfl-pack": ("vfl.pack", "run", "pack pictures of characters into shards, for a Video-Free LoRA"),
+    "vfl-cache": ("vfl.cache", "run", "encode prompts and pictures once, for a Video-Free LoRA"),
+    "vfl-head": ("vfl.head", "run", "train the identity head of a Video-Free LoRA on pictures of characters"),
+    "vfl-import-head": ("vfl.import_head", "run", "turn a published identity head, a .pt file, into safetensors"),
+    "vfl-export": ("vfl.export", "run", "convert a LoRA of HunyuanVideo 1.5 for other programs"),
     "fetch": ("fetch", "run", "download a KVAE or an adapter"),
 }
 

@@ -19,21 +19,20 @@ def curves_png(rows: list[dict[str, Any]]) -> bytes:
     Args:
         rows: the training's log, see `read_log`.
     """
-    figure, axes = _subplots(1, 4)
+    figure, axes = subplots(1, 4)
     for name, direction in DIRECTIONS.items():
         for part, style in PARTS.items():
-            points = _points(rows, f"{part}_{name}")
-            if points:
+            if found := points(rows, f"{part}_{name}"):
                 label = f"{direction.arrow} {part}"
-                axes[0].plot(*zip(*points, strict=True), style, color=COLORS[name], label=label)
+                axes[0].plot(*zip(*found, strict=True), style, color=COLORS[name], label=label)
     axes[0].set(xlabel="step", ylabel="latent MSE", yscale="log")
     axes[0].legend()
-    return _png(figure)
+    return png(figure)
 
 
 def has_curves(rows: list[dict[str, Any]]) -> bool:
     """Whether the log has anything to draw."""
-    return any(_points(rows, f"{part}_{name}") for part in PARTS for name in DIRECTIONS)
+    return any(points(rows, f"{part}_{name}") for part in PARTS for name in DIRECTIONS)
 
 
 def channels_png(channels: dict[str, list[float]]) -> bytes:
@@ -42,7 +41,7 @@ def channels_png(channels: dict[str, list[float]]) -> bytes:
     Args:
         channels: from `latent_metrics`.
     """
-    figure, axes = _subplots(2, 5)
+    figure, axes = subplots(2, 5)
     for space, color in (("z_h", "tab:blue"), ("z_k", "tab:orange")):
         mean, std = channels[f"{space} mean"], channels[f"{space} std"]
         axes[0].errorbar(range(len(mean)), mean, std, fmt="o", ms=3, color=color, label=f"{space}: mean ± deviation")
@@ -52,10 +51,10 @@ def channels_png(channels: dict[str, list[float]]) -> bytes:
     axes[1].set(xlabel="channel", ylim=(0, None))
     for each in axes:
         each.legend()
-    return _png(figure)
+    return png(figure)
 
 
-def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+def points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """Steps and values of one curve."""
 
     def number(value: Any) -> bool:
@@ -64,7 +63,8 @@ def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(row["step"], row[key]) for row in rows if number(row.get("step")) and number(row.get(key))]
 
 
-def _subplots(rows: int, height: float) -> tuple[Any, list[Any]]:
+def subplots(rows: int, height: float) -> tuple[Any, list[Any]]:
+    """A figure of several plots, one below the other; the height is in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,7 +74,8 @@ def _subplots(rows: int, height: float) -> tuple[Any, list[Any]]:
     return figure, list(axes[:, 0])
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A figure as a PNG file, and nothing left of it in memory."""
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()

@@ -34,19 +34,24 @@ def html_page(report: dict[str, Any], facts: list[tuple[str, str]], sheets: dict
     body += ["<h2>What was trained</h2>"]
     for each in about.values():
         name = f"{each['source']} → {each['target']}, {each['network']}, {each['weights']:,} weights"
-        body.append(_html_facts([("adapter", name), ("file", each["file"]), ("sha256", each["sha256"])]))
-    body += ["<h2>On what, and how</h2>", _html_facts(facts)]
-    body += ["<h2>Evaluation</h2>", f"<p>{escape(_note(result))}</p>", _html_table(latent_table(result))]
+        body.append(facts_html([("adapter", name), ("file", each["file"]), ("sha256", each["sha256"])]))
+    body += ["<h2>On what, and how</h2>", facts_html(facts)]
+    body += ["<h2>Evaluation</h2>", f"<p>{escape(_note(result))}</p>", table_html(latent_table(result))]
     if "pixel" in result:
-        body += ["<p></p>", _html_table(pixel_table(result))]
+        body += ["<p></p>", table_html(pixel_table(result))]
     if has_curves(report["curves"]):
-        body += ["<h2>Curves</h2>", _image(curves_png(report["curves"]), "latent MSE over steps")]
+        body += ["<h2>Curves</h2>", image_html(curves_png(report["curves"]), "latent MSE over steps")]
     for name, data in sheets.items():
-        body += [f"<h2>{escape(name)}</h2>", _image(data, name)]
-    body += ["<h2>Worst clips</h2>", _html_table(worst_table(result))]
+        body += [f"<h2>{escape(name)}</h2>", image_html(data, name)]
+    body += ["<h2>Worst clips</h2>", table_html(worst_table(result))]
     if "pixel" in result:
-        body += ["<p></p>", _html_table(lost_table(result))]
-    body += ["<h2>Latent channels</h2>", _image(channels_png(result["latent"]["channels"]), "latent channels")]
+        body += ["<p></p>", table_html(lost_table(result))]
+    body += ["<h2>Latent channels</h2>", image_html(channels_png(result["latent"]["channels"]), "latent channels")]
+    return document(title, body)
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """A whole page, from the HTML of its parts."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
@@ -64,18 +69,21 @@ def _note(result: dict[str, Any]) -> str:
     )
 
 
-def _html_facts(facts: Iterable[tuple[str, str]]) -> str:
+def facts_html(facts: Iterable[tuple[str, str]]) -> str:
+    """Keys and values, escaped, one pair in a row."""
     rows = (f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in facts)
     return f'<table class="facts">{"".join(rows)}</table>'
 
 
-def _html_table(table: Table) -> str:
+def table_html(table: Table) -> str:
+    """A table of text, escaped."""
     head, *rows = table
     cells = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
     cells += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return f"<table>{''.join(cells)}</table>"
 
 
-def _image(png: bytes, alt: str) -> str:
+def image_html(png: bytes, alt: str) -> str:
+    """A PNG file, inside the page."""
     data = base64.b64encode(png).decode()
     return f'<figure><img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}"></figure>'

@@ -1,14 +1,19 @@
-"""Read ahead: run iterables in threads, a few items before they are needed."""
+"""Read ahead: run iterables or calls in threads, a few items before they are needed."""
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
-from collections.abc import Generator, Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+A = TypeVar("A")
 T = TypeVar("T")
 POLL_SECONDS = 0.1
+MOST_THREADS = 8  # each may hold a decoded picture of a few hundred MiB
 
 
 def ahead(streams: Iterable[Iterable[T]], threads: int, waiting: int) -> Generator[T, None, None]:
@@ -74,3 +79,22 @@ class _Reader(Generic[T]):
                 return self.ready.put(item, timeout=POLL_SECONDS)
             except queue.Full:
                 continue
+
+
+def in_order(work: Callable[[A], T], items: Iterable[A]) -> Generator[T, None, None]:
+    """Yield the results of a call for each item, in the order of the items; the calls run in one thread for each core.
+
+    An exception in a call is raised here, in place of its result. Close the generator to stop early.
+    """
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(threads)
+    begun: deque[Future[T]] = deque()
+    try:
+        for item in items:
+            begun.append(pool.submit(work, item))
+            if len(begun) > threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

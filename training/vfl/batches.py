@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 import numpy as np
@@ -38,18 +37,27 @@ class Batches:
                 f"expected {identities}: ask for fewer identities or pictures in a batch"
             )
 
-    def batch(self, seed: int, step: int, read: Read = read_picture) -> list[Sample]:
+    def batch(self, seed: int, step: int, read: Read = read_picture, share: slice = slice(None)) -> list[Sample]:
         """The P·K samples of a step, identity after identity: a pure function of the seed and the step.
 
         Identities are drawn uniformly, and so are the pictures of each; none comes twice.
+
+        Args:
+            share: of the identities, those whose pictures are read, and returned.
 
         Raises:
             UserError: fewer than K pictures of an identity can be read.
             WeightsError: a shard cannot be read.
         """
-        draws = Draws(seed, "batch", step)
-        chosen = self._chosen(draws)
-        return [sample for i in chosen for sample in self.index.pictures(i, draws, self.pictures, read)]
+        return [
+            sample
+            for i in self.chosen(seed, step)[share]
+            for sample in self.index.pictures(i, Draws(seed, "batch", step, i), self.pictures, read)
+        ]
+
+    def chosen(self, seed: int, step: int) -> list[int]:
+        """The P identities of a step."""
+        return self._chosen(Draws(seed, "batch", step))
 
     def _chosen(self, draws: Draws) -> list[int]:
         order = (int(self.eligible[i]) for i in draws.shuffled(len(self.eligible)))
@@ -60,24 +68,30 @@ class Batches:
         taken = set(chosen)
         return [*chosen, *islice((i for i in order if i not in taken), self.identities - len(chosen))]
 
-    def sweep(self, read: Read = read_picture) -> Iterator[list[Sample]]:
-        """Yield batches for validation, always the same, that show each picture at most once.
+    def sweeps(self) -> list[tuple[int, list[int]]]:
+        """The batches of a validation, always the same, which show each picture at most once.
 
-        An identity is shown K pictures at a time, while it has K more, and without those K of which one cannot be read.
-        Batches have P identities at most, and two at least.
+        Returns:
+            for each batch a number n, and identities, two to P: their pictures n to n + K − 1 are in it.
+        """
+        found = []
+        for first in range(0, int(self.index.counts.max()) - self.pictures + 1, self.pictures):
+            left = self.eligible[self.index.counts[self.eligible] >= first + self.pictures]
+            parts = np.array_split(left, max(1, -(-len(left) // self.identities)))
+            found += [(first, part.tolist()) for part in parts if len(part) > 1]
+        return found
+
+    def swept(self, batch: tuple[int, list[int]], read: Read = read_picture) -> tuple[list[Sample], list[str]]:
+        """The samples of one of `sweeps`, identity after identity, and the pictures that cannot be read.
+
+        An identity is left out if one of its K pictures cannot be read.
 
         Raises:
             WeightsError: a shard cannot be read.
         """
         skipped: list[str] = []
-        for first in range(0, int(self.index.counts.max()), self.pictures):
-            left = self.eligible[self.index.counts[self.eligible] >= first + self.pictures]
-            for part in np.array_split(left, max(1, -(-len(left) // self.identities))):
-                groups = [group for i in part.tolist() if (group := self._group(i, first, read, skipped))]
-                if len(groups) > 1:
-                    groups[0][0] = replace(groups[0][0], skipped=tuple(skipped))
-                    skipped.clear()
-                    yield [sample for group in groups for sample in group]
+        first, identities = batch
+        return [sample for i in identities for sample in self._group(i, first, read, skipped)], skipped
 
     def _group(self, identity: int, first: int, read: Read, skipped: list[str]) -> list[Sample]:
         """K pictures of an identity in the order in which they were packed; none if one of them cannot be read."""

@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -29,6 +26,7 @@ from ...kvae.errors import KVAEError
 from ...kvae.paths import file_errors, is_held, read_bytes
 from ..errors import UserError, printable
 from ..options import option
+from ..runtime.ahead import in_order
 from ..runtime.interrupts import BetweenSteps
 from .folder import Found, find_pictures
 from .packed import Packed, short_hash
@@ -48,10 +46,7 @@ from .shards import (
     write_shard,
 )
 
-A = TypeVar("A")
-B = TypeVar("B")
 SHARD_BYTES = 256 << 20  # of pictures, held in memory for each split while packing
-MOST_THREADS = 8  # each may hold a decoded picture of a few hundred MiB
 
 
 @dataclass
@@ -109,7 +104,7 @@ class _Job:
 
     def pack(self, todo: list[Found]) -> None:
         """Pack pictures, one after the other. Several are read and checked at a time."""
-        read = _in_order(self._read, todo, min(MOST_THREADS, os.cpu_count() or 1))
+        read = in_order(self._read, todo)
         with BetweenSteps() as interrupts, closing(read):
             for each, data in zip(todo, tqdm(read, "pack", len(todo), unit="picture", disable=None), strict=True):
                 if isinstance(data, str):
@@ -195,15 +190,3 @@ def _alone(out: Path) -> Iterator[None]:
         if new:
             with suppress(OSError):
                 out.rmdir()
-
-
-def _in_order(work: Callable[[A], B], items: Iterable[A], threads: int) -> Generator[B, None, None]:
-    """The results of work on items, in their order, from several threads."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[B]] = deque()
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

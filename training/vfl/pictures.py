@@ -68,6 +68,19 @@ def read_picture(data: bytes, background: tuple[int, int, int] = BLACK) -> Tenso
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
+def parse_colour(text: str) -> tuple[int, int, int]:
+    """The colour that --background names, as R,G,B from 0 to 255.
+
+    Raises:
+        UserError: it names none.
+    """
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.isdecimal() and len(part) < 4 and int(part) < 256 for part in parts):
+        raise UserError(f"--background is {text}; expected a colour as R,G,B, each from 0 to 255")
+    red, green, blue = map(int, parts)
+    return red, green, blue
+
+
 def jittered(height: int, width: int, ratio: float, jitter: float, draws: Draws) -> Box:
     """A part that is `ratio` of a picture's long side; the short side stays.
 

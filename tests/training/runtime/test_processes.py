@@ -1,10 +1,6 @@
 """Several processes train and extract as one does, and a killed run loses only the steps since its last save."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,27 +9,15 @@ import pytest
 import torch
 
 import needs
-from conftest import ROOT, make_videos
+from command import launch
+from conftest import make_videos
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.runtime.processes import Processes
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 pytestmark = needs.posix
-
-
-def launch(*argv, program=("-m", "training"), **env):
-    """`torchrun -m training …` in two processes, on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    return subprocess.Popen(
-        [*command, *program, *argv],
-        cwd=ROOT, env=ENV | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
 
 
 def run(*argv, **how):

@@ -91,17 +91,26 @@ def test_a_picture_that_cannot_be_read_gives_way_to_another(index):
             Batches(index, 3, 3).batch(0, step, read)
 
 
-def test_a_sweep_shows_each_picture_once_k_at_a_time(index):
-    sweep = [groups(batch, 2) for batch in Batches(index, 3, 2).sweep(bytes)]
+def test_processes_share_a_batch(index):
+    """What one process reads does not depend on what the others read, or whether they can."""
+    batches = Batches(index, 5, 2)
+    whole = groups(batches.batch(3, 7, bytes), 2)
+    assert [identity for identity, _ in whole] == batches.chosen(3, 7)
+    for rank in range(3):
+        assert groups(batches.batch(3, 7, bytes, slice(rank, None, 3)), 2) == whole[rank::3]
+
+
+def test_sweeps_show_each_picture_once_k_at_a_time(index):
+    batches = Batches(index, 3, 2)
+    sweep = [groups(batches.swept(each, bytes)[0], 2) for each in batches.sweeps()]
     shown = [picture for batch in sweep for _, files in batch for picture in files]
     assert len(shown) == len(set(shown))
     assert all(2 <= len({identity for identity, _ in batch}) == len(batch) <= 3 for batch in sweep)
     times = Counter(identity for batch in sweep for identity, _ in batch)
     assert times == {1: 1, 2: 1, 3: 3, 4: 4, 5: 4, 6: 4}  # ⌊count / 2⌋, while another identity has as many left
-    assert sweep == [groups(batch, 2) for batch in Batches(index, 3, 2).sweep(bytes)]
 
 
-def test_a_sweep_leaves_out_what_cannot_be_read(index):
+def test_sweeps_leave_out_what_cannot_be_read(index):
     bad = index.at(6, 2, bytes).picture
 
     def read(file: bytes) -> bytes:
@@ -109,7 +118,7 @@ def test_a_sweep_leaves_out_what_cannot_be_read(index):
             raise PictureError("broken")
         return file
 
-    batches = list(Batches(index, 3, 2).sweep(read))
-    assert Counter(each.identity for batch in batches for each in batch)[6] == 6
-    noted = [text for batch in batches for each in batch for text in each.skipped]
-    assert noted == [f"{index.at(6, 2, bytes).id}: broken"]
+    batches = Batches(index, 3, 2)
+    swept = [batches.swept(each, read) for each in batches.sweeps()]
+    assert Counter(each.identity for samples, _ in swept for each in samples)[6] == 6
+    assert [text for _, skipped in swept for text in skipped] == [f"{index.at(6, 2, bytes).id}: broken"]
