@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from ..adapters.hybrid import HybridVAE
 from .host_vae import HostVAE
-from .memory import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +52,8 @@ class Decoded(NamedTuple):
 class PipelineVAE(nn.Module):
     """The VAE of a pipeline, for latents of the host's space. It is for inference: it computes no gradients.
 
-    Without a budget, the host's planner from now on takes what is free where the weights are, also after they moved.
-
     Attributes:
-        host: computes, reports progress, and holds the memory budget (`host.planner.budget`).
+        host: computes, reports progress, and keeps to the memory that `host.planner.limit` was given.
         config: what pipelines read, and sometimes set. `scaling_factor` is 1.0 for a space without one: pipelines then
             pass on raw latents.
     """
@@ -73,7 +70,6 @@ class PipelineVAE(nn.Module):
             temporal_compression_ratio=space.temporal_factor,
             spatial_compression_ratio=space.spatial_factor,
         )
-        host.planner.free_memory = lambda: free_memory(self.device)
 
     @classmethod
     def of(cls, vae: HybridVAE, memory_gb: float = 0) -> PipelineVAE:
@@ -84,7 +80,7 @@ class PipelineVAE(nn.Module):
                 CUDA, and sets no limit elsewhere. A smaller budget gives the same result, more slowly.
         """
         host = HostVAE(vae.kvae, vae.decode_adapter, vae.encode_adapter)
-        host.planner.budget = round(memory_gb * 1e9) or None
+        host.planner.limit(memory_gb)
         return cls(host)
 
     @property

@@ -17,6 +17,7 @@ from ..kvae import KVAE, BudgetError, Plan, plan_decode, plan_encode
 from ..kvae.engine.count import Conversion
 from .ladder import Ladder, empty_cache
 from .measured import RATIOS, Case, Ratios
+from .memory import free_memory
 
 PlanFunction = Callable[..., Plan]  # plan_decode or plan_encode
 
@@ -51,6 +52,11 @@ class Planner:
     ratios: Ratios = RATIOS
     adapters: dict[PlanFunction, LatentAdapter] = field(default_factory=dict)
     _last: tuple[tuple, Plan] | None = field(default=None, init=False)  # hosts ask for its bytes, then for it
+
+    def limit(self, memory_gb: float) -> None:
+        """Plan for so many GB; 0 is what is free on the GPU that holds the weights by then, and no limit elsewhere."""
+        self.budget = round(memory_gb * 1e9) or None
+        self.free_memory = lambda: free_memory(next(self.kvae.parameters()).device)
 
     def memory(
         self, plan: PlanFunction, shape: Sequence[int], dtype: torch.dtype, stream: bool = False, held: int = 0

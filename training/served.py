@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -16,7 +15,6 @@ from ..adapters.published import PUBLISHED_FILES
 from ..adapters.spaces import native_space
 from ..kvae import KVAE, load_kvae
 from ..serving.host_vae import HostVAE
-from ..serving.memory import free_memory
 from .errors import UserError
 from .options import DEVICE, KVAE_HELP, option
 from .vaes import INCLUDED_ADAPTERS, weights_file
@@ -72,7 +70,9 @@ def load_served(
                 f"{_advice(space, spaces)}"
             )
     adapters = [load_adapter(path, way, options.device) if path else None for path, way in paths.values()]
-    return with_memory(HostVAE(kvae, *adapters), options.memory_gb)
+    host = HostVAE(kvae, *adapters)
+    host.planner.limit(options.memory_gb)
+    return host
 
 
 def load_kvae_of(options: ServedOptions) -> KVAE:
@@ -82,13 +82,6 @@ def load_kvae_of(options: ServedOptions) -> KVAE:
         WeightsError: there is none, or the file is not what it should be.
     """
     return load_kvae(weights_file(options.kvae, "kvae"), dtype_of(options), options.device)
-
-
-def with_memory(host: HostVAE, memory_gb: float) -> HostVAE:
-    """Give a HostVAE its budget: `memory_gb` GB, or, for 0, what is free on its device. The same object."""
-    host.planner.budget = round(memory_gb * 1e9) or None
-    host.planner.free_memory = partial(free_memory, next(host.kvae.parameters()).device)
-    return host
 
 
 def dtype_of(options: ServedOptions) -> torch.dtype:

@@ -7,7 +7,7 @@ import needs
 from kvae_comfyui.adapters import HybridVAE, LatentAdapter, latent_space, load_adapter
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.kvae import BudgetError, load_kvae
-from kvae_comfyui.serving import pipeline_vae
+from kvae_comfyui.serving import planning
 from kvae_comfyui.serving.pipeline_vae import PipelineVAE
 from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS
 from small_models import small
@@ -226,7 +226,7 @@ def test_a_budget_holds():
 
 def test_free_memory_is_asked_for_where_the_weights_are_now(vae, monkeypatch):
     asked = []
-    monkeypatch.setattr(pipeline_vae, "free_memory", asked.append)
+    monkeypatch.setattr(planning, "free_memory", asked.append)
     vae.decode(torch.randn(1, 16, 2, 4, 4))
     vae.to("meta").host.planner.free_memory()
     assert asked == [torch.device("cpu"), torch.device("meta")]
