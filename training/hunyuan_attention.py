@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def attend_frame_by_frame(vae: Any) -> None:
-    """Replace the attention in the encoder of an AutoencoderKLHunyuanVideo or AutoencoderKLHunyuanVideo15."""
-    block = vae.encoder.mid_block
-    newer = type(vae).__name__ == "AutoencoderKLHunyuanVideo15"
-    vae.encoder.mid_block = _MiddleBlock(block.resnets, block.attentions, _newer if newer else _older)
+def attend_frame_by_frame(coder: Any) -> None:
+    """Replace the attention in an encoder or decoder of AutoencoderKLHunyuanVideo or AutoencoderKLHunyuanVideo15.
+
+    The latter's then computes batches too. Names of weights stay.
+    """
+    block = coder.mid_block
+    newer = hasattr(block.attentions[0], "proj_out")
+    coder.mid_block = _MiddleBlock(block.resnets, block.attentions, _newer if newer else _older)
 
 
 class _MiddleBlock(nn.Module):

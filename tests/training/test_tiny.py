@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderKLHunyuanVideo15
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,27 +20,43 @@ from kvae_comfyui.training.evaluate.evaluate import psnr
 from kvae_comfyui.training.tiny import data
 from kvae_comfyui.training.tiny import train as training
 from kvae_comfyui.training.tiny.components import pca_psnr, pixel_blocks
-from kvae_comfyui.training.tiny.model import build, posterior_of, skeleton
-from kvae_comfyui.training.vaes import ASSETS, TINY, load_hunyuan_vae, load_kvae_for_training
+from kvae_comfyui.training.tiny.model import MODELS, build, decode, posterior_of, skeleton
+from kvae_comfyui.training.vaes import (
+    TINY,
+    TINY_15_ADAPTERS,
+    TINY_ADAPTERS,
+    load_hunyuan_vae,
+    load_kvae_for_training,
+)
+
+PAIRS = {"first": ("tiny", "tiny", TINY_ADAPTERS), "second": ("tiny-1.5", "tiny-t4s16", TINY_15_ADAPTERS)}
 
 
-@pytest.mark.parametrize("load", [load_kvae_for_training, load_hunyuan_vae])
-def test_unseen_clips_are_reconstructed_as_well_as_the_file_says(load):
-    """On every sixth validation clip; the PSNR in the file is the mean over all of them."""
+def load_pair(which):
+    hunyuan, kvae, _ = PAIRS[which]
+    return load_hunyuan_vae(hunyuan, "cpu"), load_kvae_for_training(kvae, "cpu")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_unseen_clips_are_reconstructed_as_well_as_the_file_says(name):
+    """On every sixth validation clip, up to 0.8 dB harder than all, whose mean is in the file. None is over 8 MB."""
+    assert TINY[name].stat().st_size <= 8e6
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
-    vae = load("tiny", "cpu")
+    vae = (load_kvae_for_training if name.startswith("kvae") else load_hunyuan_vae)(str(TINY[name]), "cpu")
     clips = [read_clip(Clip(video, 17, 0), 128, 128) for video in videos]
     figures = [psnr(vae.decode(vae.encode(clip[None]))[0], clip.float()) for clip in clips]
-    with safe_open(TINY["kvae" if load is load_kvae_for_training else "hunyuan"], "pt") as file:
+    with safe_open(TINY[name], "pt") as file:
         expected = json.loads(file.metadata()["metrics"])["val_psnr"]
-    assert sum(figures) / len(figures) == pytest.approx(expected, abs=0.5)
+    assert sum(figures) / len(figures) == pytest.approx(expected, abs=0.9)
 
 
-def test_no_pointwise_affine_map_joins_the_two_spaces():
+@pytest.mark.parametrize("which", PAIRS)
+def test_no_pointwise_affine_map_joins_the_two_spaces(which):
     """No 1x1x1 affine map turns one into the other, not even a map fitted on the test clips themselves."""
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
-    hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kvae_for_training("tiny", "cpu")
-    fits = Ridge(16, 16, 1), Ridge(16, 16, 1)
+    hunyuan, kvae = load_pair(which)
+    h, k = hunyuan.space.channels, kvae.space.channels
+    fits = Ridge(h, k, 1), Ridge(k, h, 1)
     pairs = []
     for video in videos:
         clip = read_clip(Clip(video, 5, 0), 128, 128)[None]
@@ -53,12 +70,13 @@ def test_no_pointwise_affine_map_joins_the_two_spaces():
         assert sum(errors) / len(errors) > 0.02 * fit.target_variance()
 
 
+@pytest.mark.parametrize("which", ["first"])
 @torch.inference_mode()
-def test_the_embedded_adapters_fit_the_embedded_pair():
+def test_the_embedded_adapters_fit_the_embedded_pair(which):
     """On unseen clips the error of each direction is what its file says."""
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
-    hunyuan, kvae = load_hunyuan_vae("tiny", "cpu"), load_kvae_for_training("tiny", "cpu")
-    adapters = [load_adapter(ASSETS / f"tiny_{way}.safetensors") for way in ("hunyuan_to_kvae", "kvae_to_hunyuan")]
+    hunyuan, kvae = load_pair(which)
+    adapters = [load_adapter(PAIRS[which][2][way]) for way in ("h2k", "k2h")]
     errors = torch.zeros(2)
     for video in videos:
         clip = read_clip(Clip(video, 9, 0), 128, 128)[None]
@@ -70,7 +88,7 @@ def test_the_embedded_adapters_fit_the_embedded_pair():
         assert adapter.metrics["val_mse_share_of_variance"] < 0.07
 
 
-@pytest.mark.parametrize("model", ["kvae", "hunyuan"])
+@pytest.mark.parametrize("model", MODELS)
 def test_an_interrupted_training_gives_the_weights_of_an_uninterrupted_one(tmp_path, model, monkeypatch, capsys):
     videos = tmp_path / "videos"
     for path in make_videos(videos, 9, frames=20, height=48, width=48):
@@ -78,7 +96,8 @@ def test_an_interrupted_training_gives_the_weights_of_an_uninterrupted_one(tmp_p
     monkeypatch.setattr(data, "SIDE", 32)
     monkeypatch.setattr(data, "FRAMES", 5)
     monkeypatch.setattr(training, "PCA_SAMPLE", data.Stage(1, 32, 20, False))
-    options = ["--model", model, "--videos-root", str(videos), "--stages", "4x16x2s,2x32x1", "--device", "cpu"]
+    stages = "4x16x2,2x32x1" if model == "hunyuan-1.5" else "4x16x2s,2x32x1"
+    options = ["--model", model, "--videos-root", str(videos), "--stages", stages, "--device", "cpu"]
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     assert main(["tiny", *options, "--output", str(whole)]) == 0
 
@@ -115,12 +134,23 @@ def test_the_skeleton_ends_with_its_context():
 
 
 def test_a_new_model_is_its_own_skeleton():
-    for model in ("kvae", "hunyuan"):
+    for model in ("kvae", "hunyuan", "kvae-t4s16"):
         vae = build(model).eval()
         x = torch.rand(1, 3, 5, 32, 32)
         whole = posterior_of(vae, x).mean  # with gradients, as in training
         with skeleton():
             torch.testing.assert_close(posterior_of(vae, x).mean, whole)
+
+
+@torch.inference_mode()
+def test_batches_of_the_newer_hunyuan_are_computed_as_diffusers_computes_single_clips():
+    ours = build("hunyuan-1.5")
+    theirs = AutoencoderKLHunyuanVideo15.from_config(ours.config)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.rand(2, 3, 9, 32, 32)
+    z = posterior_of(ours, x).mean
+    torch.testing.assert_close(z, torch.cat([posterior_of(theirs, clip[None]).mean for clip in x]))
+    torch.testing.assert_close(decode(ours, z), torch.cat([decode(theirs, each[None]) for each in z]))
 
 
 def test_orthogonalised_updates_have_singular_values_near_one():
@@ -132,16 +162,28 @@ def test_orthogonalised_updates_have_singular_values_near_one():
 def test_principal_components_code_blocks_of_pixels():
     """More components give a higher PSNR. A block has 4 frames of 8x8 pixels; the first block repeats frame 0."""
     clips = [torch.randint(0, 256, (3, 9, 16, 16), dtype=torch.uint8) for _ in range(60)]
-    assert pca_psnr(clips, clips[:3], count=700) > pca_psnr(clips, clips[:3], count=16) + 5
+    assert pca_psnr(clips, clips[:3], side=8, count=700) > pca_psnr(clips, clips[:3], side=8, count=16) + 5
     x = torch.randn(1, 3, 5, 16, 24)
-    y = pixel_blocks(x)
+    y = pixel_blocks(x, 8)
     assert y.shape == (1, 2, 2, 3, 768)
     assert torch.equal(y[0, 1, 1, 2].view(3, 4, 8, 8), x[0, :, 1:5, 8:16, 16:24])
     assert (y[0, 0, 0, 0].view(3, 4, 8, 8) == x[0, :, :1, :8, :8]).all()
+    assert torch.equal(pixel_blocks(x[..., :16], 16)[0, 1, 0, 0].view(3, 4, 16, 16), x[0, :, 1:5, :, :16])
 
 
 def test_malformed_stages_are_refused(tmp_path, capsys):
+    argv = ["tiny", "--videos-root", str(tmp_path), "--output", str(tmp_path / "x.safetensors"), "--stages"]
     for text in ("100", "10x12x4", "10x256x1"):
-        argv = ["tiny", "--videos-root", str(tmp_path), "--output", str(tmp_path / "x"), "--stages", text]
-        assert main(argv) == 2
+        assert main([*argv, text]) == 2
         assert "expected STEPSxSIDExBATCH" in capsys.readouterr().err
+    assert main([*argv, "10x24x4", "--model", "kvae-t4s16"]) == 2
+    assert "multiples of 16" in capsys.readouterr().err
+    assert main([*argv, "10x32x4s", "--model", "hunyuan-1.5"]) == 2
+    assert "leave the s out" in capsys.readouterr().err
+
+
+def test_a_file_of_another_model_is_not_continued(tmp_path, capsys):
+    options = ["--videos-root", str(tmp_path), "--output", str(tmp_path / "x.safetensors"), "--stages", "1x32x1"]
+    for model, start in (("kvae-t4s16", "kvae"), ("hunyuan-1.5", "hunyuan")):
+        assert main(["tiny", *options, "--model", model, "--start-from", str(TINY[start])]) == 2
+        assert f"it has 16 channels for 8x8 pixels; that is not --model {model}" in capsys.readouterr().err

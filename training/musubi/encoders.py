@@ -65,7 +65,7 @@ class WholeClips:
     def __init__(self, vae: HunyuanVAE):
         self.vae = vae
         vae.vae.use_framewise_encoding = False
-        attend_frame_by_frame(vae.vae)
+        attend_frame_by_frame(vae.vae.encoder)
 
     def encode(self, frames: Sequence[np.ndarray], height: int, width: int, seed: int | None) -> Tensor:
         # a generator of the CPU gives the same draw for every device

@@ -19,7 +19,8 @@ from ..errors import UserError
 
 FRAMES = 17
 SIDE = 128  # of the validation clips, and of the small copies of the training clips
-TRAIN_FRAMES = 96  # of each training video, kept in memory
+TRAIN_FRAMES = 96  # of each training video, kept in memory in the small size
+FULL_FRAMES = 32  # in the full size, which is six times as large
 MOST_BATCH_BYTES = 2**30  # of a step's crops as float32; activations need about thirty times as much
 
 
@@ -74,7 +75,7 @@ class TrainingClips:
         self.full: list[Tensor] = []
         for video in tqdm(find_videos(videos_root, "train"), desc="reading", leave=False, disable=None):
             frames = _long_enough(video, read_clip(Clip(video, TRAIN_FRAMES, 0), 240, 320))
-            self.full.append(frames)
+            self.full.append(frames[:, :FULL_FRAMES].clone())
             self.small.append(torch.stack([resize(frame, SIDE, SIDE) for frame in frames.unbind(1)], 1))
         videos = find_videos(videos_root, "test")
         self.validation = [_long_enough(video, read_clip(Clip(video, FRAMES, 0), SIDE, SIDE)) for video in videos]

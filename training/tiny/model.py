@@ -1,46 +1,81 @@
 """The small VAEs: how they are built, initialised, and reduced to their skeletons.
 
-Both have the true architectures: KVAE-3D-1.0 and AutoencoderKLHunyuanVideo, with few channels.
+All have the true architectures, with few channels: KVAE-3D-1.0 and AutoencoderKLHunyuanVideo, whose latents stand for
+4x8x8 pixels, and KVAE-3D-2.0-t4s16 and AutoencoderKLHunyuanVideo15, whose latents stand for 4x16x16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoResnetBlockCausal3D
 from torch import Tensor, nn
 
-from ...kvae import KVAE, KVAEConfig, load_kvae
+from ...kvae import KVAE, KVAEConfig, WeightsError, load_kvae
+from ...kvae.config import FAMILY
 from ...kvae.layers import ResnetBlock
+from ..hunyuan_attention import attend_frame_by_frame
 from ..vaes import load_hunyuan_vae
 
-WIDTHS = (16, 32, 64, 80)  # channels of the levels
+# rows (and columns) of pixels that a latent stands for, and its channels
+MODELS = {"kvae": (8, 16), "hunyuan": (8, 16), "kvae-t4s16": (16, 64), "hunyuan-1.5": (16, 32)}
+# Channels of the levels. Those of the second pair are narrow where there are many pixels, and what oneDNN is fast with.
+WIDTHS = (16, 32, 64, 80)
+T4S16_WIDTHS = (8, 16, 48, 48, 64), (8, 32, 48, 64, 64)  # of encoder and decoder
+HUNYUAN_15_WIDTHS = (8, 16, 16, 64, 64)
 START_LOGVAR = -9.0
 
 
 def build(model: str, start_from: str = "") -> Any:
     """A small VAE to train: a new one, or one from a file.
 
+    A new HunyuanVideo 1.5 VAE is not initialised: see `linear_start`.
+
     Args:
-        model: "kvae" or "hunyuan".
+        model: one of MODELS.
         start_from: weights file of an earlier result; empty for new weights.
 
     Raises:
         WeightsError: the file is not a VAE of this kind.
     """
     if start_from:
-        load = load_kvae if model == "kvae" else lambda path: load_hunyuan_vae(path, "cpu").vae
-        return load(start_from).train().requires_grad_(True)
-    if model == "kvae":
-        vae: Any = KVAE(KVAEConfig(WIDTHS, WIDTHS, num_res_blocks=1, norm_groups=8))
+        vae = _load(model, start_from).train().requires_grad_(True)
     else:
-        vae = AutoencoderKLHunyuanVideo(block_out_channels=WIDTHS, layers_per_block=1, norm_num_groups=4)
-    initialise(vae)
+        vae = _new(model)
+        if model != "hunyuan-1.5":
+            initialise(vae)
+    if model == "hunyuan-1.5":
+        attend_frame_by_frame(vae.encoder)  # diffusers' attention fails for batches
+        attend_frame_by_frame(vae.decoder)
     return vae
+
+
+def _load(model: str, path: str) -> Any:
+    vae: Any = load_kvae(path) if model.startswith("kvae") else load_hunyuan_vae(path, "cpu").vae
+    if isinstance(vae, KVAE):
+        side, channels = vae.config.spatial_factor, vae.config.z_channels
+    else:
+        side, channels = getattr(vae.config, "spatial_compression_ratio", 8), vae.config.latent_channels
+        vae.disable_slicing()
+    if (side, channels) != MODELS[model]:
+        raise WeightsError(f"{path}: it has {channels} channels for {side}x{side} pixels; that is not --model {model}")
+    return vae
+
+
+def _new(model: str) -> Any:
+    if model == "kvae":
+        return KVAE(KVAEConfig(WIDTHS, WIDTHS, num_res_blocks=1, norm_groups=8))
+    if model == "kvae-t4s16":
+        encoder, decoder = T4S16_WIDTHS
+        return KVAE(replace(FAMILY["2.0-t4s16"], encoder_widths=encoder, decoder_widths=decoder, num_res_blocks=1))
+    if model == "hunyuan":
+        return AutoencoderKLHunyuanVideo(block_out_channels=WIDTHS, layers_per_block=1, norm_num_groups=4)
+    return AutoencoderKLHunyuanVideo15(block_out_channels=HUNYUAN_15_WIDTHS, layers_per_block=1)
 
 
 @torch.no_grad()
@@ -74,7 +109,7 @@ def initialise(vae: Any) -> None:
 
 @contextmanager
 def skeleton() -> Iterator[None]:
-    """Until the context ends, every residual block of either architecture is its shortcut."""
+    """Until the context ends, every residual block is its shortcut; not those of HunyuanVideo 1.5."""
     ours: Any = ResnetBlock
     theirs: Any = HunyuanVideoResnetBlockCausal3D
     forwards = ours.forward, theirs.forward

@@ -3,11 +3,13 @@
     python -m training tiny --model kvae --videos-root UCF101 --output tiny_kvae.safetensors --seed 1
     python -m training tiny --model hunyuan --videos-root UCF101 --output tiny_hunyuan.safetensors --seed 2
 
-Both have the true architectures. They are trained separately, from different random starts, so that their latent spaces
-really differ. UCF101's groups g01 to g07 are for validation. What makes CPU hours go far:
+All have the true architectures. They are trained separately, from different random starts, so that the latent spaces of
+a pair (kvae and hunyuan, kvae-t4s16 and hunyuan-1.5) really differ. UCF101's groups g01 to g07 are for validation. What
+makes CPU hours go far:
 - First only the skeleton is trained (shortcuts and resamplers, no residual branches), a near-linear codec. Hunyuan's
-  learns principal components of 4x8x8 blocks; KVAE's finds its own latents. The branches join later, from zero.
-- Biases before the last norms start wide and random, so that a clip's brightness and contrast survive GroupNorm.
+  learns principal components of 4x8x8 blocks; KVAEs find their own latents. The branches join later, from zero.
+  HunyuanVideo 1.5's needs no such stage: `linear_start` computes a codec for it.
+- Biases before the last norms start wide and random, so that a clip's brightness and contrast survive the norms.
 - The loss is the mean of log(MSE) over clips, which is PSNR, so easy clips count as much as hard ones.
 - Muon trains the convolutions. Small crops come first, larger ones last.
 Ctrl-C saves the state, as every hundredth step does. A crash loses the steps since. The same command then continues.
@@ -40,7 +42,8 @@ from ..runtime.places import check_apart, check_target
 from ..runtime.trainer import Schedule, Trainer
 from .components import fit_components, pca_psnr, pixel_blocks
 from .data import Stage, TrainingClips, parse_stages
-from .model import START_LOGVAR, build, decode, posterior_of, skeleton
+from .linear_start import start_linear
+from .model import MODELS, START_LOGVAR, build, decode, posterior_of, skeleton
 
 SAVE_STEPS = 100
 QUICK_VALIDATION = 6  # every 6th validation clip during the training; all of them at the end
@@ -55,7 +58,7 @@ PCA_SAMPLE = Stage(steps=1, side=64, batch=400, skeleton=False)
 class TinyConfig:
     videos_root: str = option(..., "folder of videos: UCF101, or part of it")
     output: str = option(..., "file to write, NAME.safetensors", writes="file")
-    model: str = option("kvae", "VAE to train", choices=("kvae", "hunyuan"))
+    model: str = option("kvae", "VAE to train", choices=tuple(MODELS))
     start_from: str = option("", "file to start from, an earlier --output; without it, random weights")
     stages: str = option(
         "1600x32x4s,600x32x4,950x64x2,100x128x1",
@@ -64,6 +67,7 @@ class TinyConfig:
     )
     lr: float = option(1.5e-3, "peak learning rate; falls linearly to zero over all stages", above=0)
     seed: int = option(0, "seed of the weights and the crops", least=0, most=MOST_SEED)
+    bfloat16: bool = option(False, "compute convolutions in bfloat16, which some processors do twice as fast")
     threads: int = option(0, "CPU threads; 0 for PyTorch's choice", least=0, most=1024)
     device: str = option(DEVICE, "device to train on", metavar="DEVICE")
 
@@ -83,15 +87,19 @@ def run(config: TinyConfig) -> int:
     stages = parse_stages(config.stages)
     state_file, log_file = _files(config)
     torch.manual_seed(config.seed)
+    _check_stages(stages, config.model)
     vae = build(config.model, config.start_from)
-    _check_sides(stages, vae)
     training = TinyTraining(config, sum(stage.steps for stage in stages), vae)
     training.trainer.resume(state_file, config)
     clips = TrainingClips(config.videos_root)
-    yardstick = pca_psnr(clips.windows(), clips.validation)
-    print(f"to beat: {yardstick:.2f} dB, 16 principal components of each 4x8x8 block")
+    side, count = MODELS[config.model]
+    yardstick = pca_psnr(clips.windows(), clips.validation, side, count)
+    print(f"to beat: {yardstick:.2f} dB, {count} principal components of each 4x{side}x{side} block", flush=True)
     if config.model == "hunyuan":
         training.find_components(clips)
+    if config.model == "hunyuan-1.5" and not config.start_from and training.trainer.step == 0:
+        # the first step replaces most of the averages, so they need no update
+        start_linear(vae, training.pixels(clips.crops(PCA_SAMPLE, training.draws())), START_LOGVAR)
     keep_rows(log_file, sum(row["step"] <= training.trainer.step for row in read_log(log_file)))
     with BetweenSteps() as interrupts:
         train(training, stages, clips, state_file, log_file, interrupts)
@@ -117,11 +125,13 @@ def _files(config: TinyConfig) -> tuple[Path, Path]:
     return state_file, log_file
 
 
-def _check_sides(stages: list[Stage], vae: Any) -> None:
-    multiple = vae.config.spatial_factor if isinstance(vae, KVAE) else 8
+def _check_stages(stages: list[Stage], model: str) -> None:
+    multiple = MODELS[model][0]
     for stage in stages:
         if stage.side % multiple:
             raise UserError(f"--stages: a side of {stage.side}; expected multiples of {multiple} for this model")
+        if stage.skeleton and model == "hunyuan-1.5":
+            raise UserError("--stages: a stage of the skeleton; this model starts as a codec, so leave the s out")
 
 
 def train(
@@ -161,11 +171,14 @@ class TinyTraining:
 
     def __init__(self, config: TinyConfig, total_steps: int, vae: Any):
         self.config = config
-        self.half_range = KVAE_HALF_RANGE if config.model == "kvae" else HUNYUAN_HALF_RANGE
+        self.half_range = KVAE_HALF_RANGE if isinstance(vae, KVAE) else HUNYUAN_HALF_RANGE
         # Apple's GPU has no channels-last convolutions over three axes
         apple = torch.device(config.device).type == "mps"
         self.memory_format = torch.contiguous_format if apple else torch.channels_last_3d
-        self.vae = vae.to(config.device, memory_format=self.memory_format)
+        self.vae = vae.to(config.device)
+        for weight in self.vae.parameters():
+            if weight.ndim == 5:
+                weight.data = weight.data.contiguous(memory_format=self.memory_format)
         parameters = list(self.vae.parameters())
         matrices = [p for p in parameters if p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 3]
         self.rest = [p for p in parameters if not any(p is m for m in matrices)]
@@ -176,7 +189,7 @@ class TinyTraining:
     def find_components(self, clips: TrainingClips) -> None:
         """Fit the principal components that the Hunyuan skeleton learns from."""
         sample = clips.crops(PCA_SAMPLE, torch.Generator().manual_seed(self.config.seed))
-        self.components = fit_components(pixel_blocks(self.pixels(sample)))
+        self.components = fit_components(pixel_blocks(self.pixels(sample), 8), 16)
 
     def draws(self) -> torch.Generator:
         """Random numbers of the next step: a function of the seed and the step, so a resumed run repeats them."""
@@ -186,8 +199,20 @@ class TinyTraining:
         """Take one step on crops, uint8 [B, 3, T, H, W]; return the row to log."""
         start = time.time()
         x = self.pixels(crops)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.bfloat16):
+            y, mean, latent_loss = self.reconstruct(x, stage)
+        mse = (y - x).square().flatten(1).mean(1)
+        ((mse + 1e-4).log().mean() + latent_loss).backward()
+        nn.utils.clip_grad_norm_(self.rest, 1.0)
+        self.trainer.update()
+        self.trainer.progress.seconds += time.time() - start
+        psnr = (10 * (4 / mse.detach()).log10()).mean().item()
+        return {"step": self.trainer.step, "psnr": round(psnr, 2), "std": round(mean.std().item(), 3)}
+
+    def reconstruct(self, x: Tensor, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels [B, 3, T, H, W] → the VAE's reconstruction, its latents, and the part of the loss that is theirs."""
         posterior = posterior_of(self.vae, x)
-        mean, logvar = posterior.mean, posterior.logvar
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
         if stage.skeleton and self.config.model == "hunyuan":
             target = self.principal_components(x)
             noise = torch.randn(target.shape, generator=self.draws()).to(target)
@@ -197,13 +222,7 @@ class TinyTraining:
             noise = torch.randn(mean.shape, generator=self.draws()).to(mean)
             y = decode(self.vae, mean + noise * (0.5 * logvar.clamp(-30, 20)).exp())
             latent_loss = KL_WEIGHT * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        mse = (y - x).square().flatten(1).mean(1)
-        ((mse + 1e-4).log().mean() + latent_loss).backward()
-        nn.utils.clip_grad_norm_(self.rest, 1.0)
-        self.trainer.update()
-        self.trainer.progress.seconds += time.time() - start
-        psnr = (10 * (4 / mse.detach()).log10()).mean().item()
-        return {"step": self.trainer.step, "psnr": round(psnr, 2), "std": round(mean.std().item(), 3)}
+        return y.float(), mean, latent_loss
 
     def pixels(self, crops: Tensor) -> Tensor:
         """uint8 [B, 3, T, H, W] → floats in −1..1 as this VAE scales them, in the memory format of its weights."""
@@ -213,7 +232,7 @@ class TinyTraining:
     def principal_components(self, x: Tensor) -> Tensor:
         """Whitened principal components of the blocks of x, [B, 16, t, h, w]."""
         mean, projection = self.components
-        z = ((pixel_blocks(x) - mean) @ projection).movedim(-1, 1)
+        z = ((pixel_blocks(x, 8) - mean) @ projection).movedim(-1, 1)
         return z.contiguous(memory_format=self.memory_format)
 
     @torch.inference_mode()
