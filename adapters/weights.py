@@ -40,6 +40,16 @@ KNOWN = (
         "ac36752f4631b4274b6c480c8587388844ff54b4b9f1e3d64e61cb8a674c9343",
         (-0.0259094, 0.0603638, -0.000860691, 0.0108871),
     ),
+    Known(
+        "this project's tiny HunyuanVideo 1.5 VAE",
+        "9e409c8403c8f6e9d91dfe17307fe62264379e12782a760e4b1e0d61a985c681",
+        (-0.000185847, 0.000285864, 0.000928879, 0.0126953),
+    ),
+    Known(
+        "this project's tiny KVAE 2.0-t4s16",
+        "7cb35cdae3019192850a6f3004f60748287f687c2cedb925bc823eb9eb693898",
+        (-0.00574493, -0.00707626, -0.0272369, -0.0236816),
+    ),
 )
 _SHOWN = 12  # digits of a hash, as the hub shows them
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from at_step import at_step, ctrl_c
-from conftest import make_videos, shared
+from conftest import ROOT, make_videos, shared
 from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.kvae.files import Weights
 from kvae_comfyui.training.adapters.muon import orthogonalise
@@ -37,17 +37,21 @@ def load_pair(which):
     return load_hunyuan_vae(hunyuan, "cpu"), load_kvae_for_training(kvae, "cpu")
 
 
+# PSNR in dB on every sixth validation clip; that in the file is the mean over all of them
+ON_EVERY_SIXTH = {"kvae": 27.21, "hunyuan": 26.96, "kvae-t4s16": 21.95, "hunyuan-1.5": 23.44}
+
+
 @pytest.mark.parametrize("name", TINY)
-def test_unseen_clips_are_reconstructed_as_well_as_the_file_says(name):
-    """On every sixth validation clip, up to 0.8 dB harder than all, whose mean is in the file. None is over 8 MB."""
-    assert TINY[name].stat().st_size <= 8e6
+def test_unseen_clips_are_reconstructed_as_well_as_the_docs_say(name):
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
     vae = (load_kvae_for_training if name.startswith("kvae") else load_hunyuan_vae)(str(TINY[name]), "cpu")
     clips = [read_clip(Clip(video, 17, 0), 128, 128) for video in videos]
     figures = [psnr(vae.decode(vae.encode(clip[None]))[0], clip.float()) for clip in clips]
+    assert sum(figures) / len(figures) == pytest.approx(ON_EVERY_SIXTH[name], abs=0.05)
     with safe_open(TINY[name], "pt") as file:
-        expected = json.loads(file.metadata()["metrics"])["val_psnr"]
-    assert sum(figures) / len(figures) == pytest.approx(expected, abs=0.9)
+        said = json.loads(file.metadata()["metrics"])["val_psnr"]
+    assert f"{said:.2f} dB" in (ROOT / "docs" / "training.md").read_text("utf-8")
+    assert TINY[name].stat().st_size <= 8e6
 
 
 @pytest.mark.parametrize("which", PAIRS)
