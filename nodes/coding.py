@@ -89,7 +89,7 @@ class KVAEEncode(io.ComfyNode):
         if samples is not None:
             old, *others = parts_of(samples)
             check_shape(old.shape, space, space_of(samples))
-            check_replaceable(old.shape, clip.shape, space)
+            check_replaceable(old.shape, clip.shape, space, vae.first_stage_model.side)
         rest = {key: value for key, value in (samples or {}).items() if key != WEIGHTS}
         parts, weights = [vae.encode(clip), *others], vae.first_stage_model.vae.weights_written
         return io.NodeOutput(rest | described(parts, space.name, len(pixels), weights))

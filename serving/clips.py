@@ -25,13 +25,16 @@ def pad_clip(x_THWC: Tensor, temporal_factor: int) -> Tensor:
     return torch.cat([x_THWC, x_THWC[-1:].expand(missing, -1, -1, -1)]) if missing else x_THWC
 
 
-def check_replaceable(z_shape: Sequence[int], x_shape: Sequence[int], space: LatentSpace) -> None:
+def check_replaceable(z_shape: Sequence[int], x_shape: Sequence[int], space: LatentSpace, side: int) -> None:
     """Raise unless latents of shape [B, c, t, h, w] are of one clip as long and as large as the clip [T, H, W, C].
+
+    Args:
+        side: the multiple of pixels that the clip's sides are cropped to before it is encoded.
 
     Raises:
         ValueError: says what the latents decode to.
     """
-    T, H, W, _ = x_shape
+    T, H, W = x_shape[0], *(n // side * side for n in x_shape[1:3])
     encoded = 1, *space.latent_shape(T, H, W)
     if tuple(z_shape) != encoded:
         clips, _, frames, height, width = space.decoded_shape(z_shape)

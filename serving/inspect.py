@@ -79,7 +79,7 @@ def _statistics(z: Tensor) -> tuple[list[str], float | None]:
     if not finite.all():
         lines.append(f"{int((~finite).sum())} of {z.numel()} values are NaN or infinite: the sampler failed.")
     values = values[finite]
-    std = values.std(correction=0).item()
+    std = values.std(correction=0).item() if values.min() < values.max() else 0.0  # not what a sum's rounding leaves
     lines.append(
         f"Mean {values.mean():.3f}, standard deviation {std:.3f}, from {values.min():.3f} to {values.max():.3f}."
     )

@@ -56,3 +56,12 @@ def test_a_vae_serves_the_finer_latents(run, load, files):
     torch.testing.assert_close(tiles, whole, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="joins 2x2 of them into one"):
         run("VAEDecode", samples={"samples": torch.zeros(1, 16, 2, 5, 4)}, vae=vae)
+
+
+def test_a_clip_whose_sides_are_cropped_replaces_a_latent_of_that_size(run, load, files):
+    names = dict(zip(("decode_adapter", "encode_adapter"), ADAPTERS, strict=True))
+    vae, pixels = load(kvae_name="t4s16.safetensors", **names), sample_clip(9, 40, 56)
+    (latent,) = run("KVAEEncode", pixels=pixels, vae=vae, samples={"samples": torch.zeros(1, 16, 3, 4, 6)})
+    assert latent["samples"].shape == (1, 16, 3, 4, 6)  # of 32x48 pixels
+    with pytest.raises(ValueError, match=r"This clip gives a latent \[1, 16, 3, 4, 6\]"):
+        run("KVAEEncode", pixels=pixels, vae=vae, samples={"samples": torch.zeros(1, 16, 3, 5, 7)})

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from kvae_comfyui.adapters.spaces import latent_space
 from kvae_comfyui.kvae import pad_frames
-from kvae_comfyui.serving.clips import cut_clip, frames_to_keep, pad_clip
+from kvae_comfyui.serving.clips import check_replaceable, cut_clip, frames_to_keep, pad_clip
 from kvae_comfyui.serving.sample_clip import sample_clip
 
 
@@ -25,3 +26,11 @@ def test_each_clip_of_a_batch_is_cut():
     for first in (0, 9):
         clip = torch.cat(list(cut_clip(segments, decoded=9, kept=6)))
         assert clip.tolist() == [*range(first, first + 6)]
+
+
+@pytest.mark.parametrize(("side", "rows"), [(8, 5), (16, 4)])
+def test_a_clip_replaces_latents_of_what_is_left_of_it_after_its_sides_are_cropped(side, rows):
+    space = latent_space("hunyuan_video")  # which a KVAE of a coarser grid can serve, too: its side is 16
+    check_replaceable((1, 16, 3, rows, 4), (9, 40, 32, 3), space, side)
+    with pytest.raises(ValueError, match=rf"This clip gives a latent \[1, 16, 3, {rows}, 4\]"):
+        check_replaceable((1, 16, 3, 9 - rows, 4), (9, 40, 32, 3), space, side)

@@ -1,5 +1,6 @@
 """Inspect Latent's report."""
 
+import pytest
 import torch
 
 from kvae_comfyui.serving.inspect import describe
@@ -43,3 +44,9 @@ def test_audio_is_reported_after_the_video():
     assert report[at + 2].startswith("Mean ")
     assert report[at + 3].startswith("With it comes a part 3, [1, 5]")
     assert "With it comes a part 2, [1, 4]" in describe(torch.ones(1, 8, 16), others=[torch.ones(1, 4)])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1 / 3])
+def test_equal_values_are_called_empty_whatever_the_value_is(value):
+    report = describe(torch.full((1, 16, 3, 30, 52), value))
+    assert report.endswith("All values are equal: this is an empty latent, not sampled yet.")
