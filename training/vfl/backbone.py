@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from ...kvae.hub import hub_client, hub_reason
 from ...kvae.paths import file_errors, read_text, sha256_of
 from ..errors import UserError
 from .identity import Backbone
+from .quiet import quiet
 
 
 def load_backbone(name: str, device: torch.device | str) -> Backbone:
@@ -40,7 +39,7 @@ def load_backbone(name: str, device: torch.device | str) -> Backbone:
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = DINOv3ViTModel.from_pretrained(folder, output_loading_info=True, **options)
         model, loading = loaded
         if missing := sorted(loading["missing_keys"]):  # transformers would leave them random
@@ -52,22 +51,6 @@ def load_backbone(name: str, device: torch.device | str) -> Backbone:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--backbone {name}: not a DINOv3 ViT that can be read ({line})") from None
     return Backbone(model, name, _digest(folder)).to(device)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bar and the advice of transformers: an error is one line."""
-    from transformers.utils import logging
-
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _folder_of(name: str) -> Path:
@@ -88,8 +71,9 @@ def _folder_of(name: str) -> Path:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    text = read_text(path)
     try:
-        return parse_object(read_text(path))
+        return parse_object(text)
     except ValueError as error:
         raise UserError(f"{path}: not a config of transformers ({error}); download the folder again") from None
 

@@ -34,7 +34,7 @@ class Batches:
         if len(self.eligible) < identities:
             raise UserError(
                 f"{len(self.eligible)} of the {len(index.counts)} identities have {pictures} pictures or more; "
-                f"expected {identities}: ask for fewer identities or pictures in a batch"
+                f"expected {identities}: ask for fewer by --identities or --pictures"
             )
 
     def batch(self, seed: int, step: int, read: Read = read_picture, share: slice = slice(None)) -> list[Sample]:

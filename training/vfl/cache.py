@@ -19,10 +19,12 @@ from tqdm import tqdm
 
 from ..errors import UserError, printable
 from ..options import DEVICE, option
+from ..runtime.places import shareable
 from ..runtime.processes import Processes
 from ..served import AUTO, DTYPES
+from .base import load_encoders
 from .condition_files import CacheInfo, ConditionFiles, begin_cache, digest_of, keep
-from .conditions import encode_picture, encode_text, load_encoders
+from .conditions import encode_picture, encode_text
 from .index import Index
 from .pictures import PictureError, cropped, read_picture
 from .prompts import BANK, PromptBank
@@ -35,12 +37,14 @@ EMPTY = ""  # the prompt that guidance is relative to
 @dataclass
 class VflCacheConfig:
     base: str = option(..., "image-to-video pipeline of HunyuanVideo 1.5: folder or hub id", metavar="MODEL")
-    data_root: str = option(..., "data set that vfl-pack made")
+    data_root: str = option(..., "data set, from vfl-pack; the split val may be missing")
     cache_root: str = option(..., "folder of the cache", writes="folder")
     prompts: str = option("", "bank of prompts, JSON; without it, the one that comes with the code")
     crops_per_picture: int = option(1, "parts of each training picture; 1 is the whole picture", least=1, most=64)
     crop_ratio: float = option(0.92, "length of a part, as a share of the picture's long side", above=0, most=1)
-    crop_jitter: float = option(0.04, "how far a part may lie from the centre, in its lengths", least=0, most=1)
+    crop_jitter: float = option(
+        0.04, "how far a part may lie from the centre, as a share of its length", least=0, most=1
+    )
     identity_key: str = option(IDENTITY_KEY, "key of the identity in a sample's JSON", metavar="KEY")
     dtype: str = option(AUTO, "precision of the encoders; auto is bf16 on a GPU, else fp32", choices=(AUTO, *DTYPES))
     device: str = option(DEVICE, "device of the encoders", metavar="DEVICE")
@@ -71,7 +75,9 @@ def run(config: VflCacheConfig) -> int:
     processes = Processes(config.device)
     pipe = load_encoders(config.base, str(processes.device), _dtype(config.dtype, processes.device))
     cropping = (config.crops_per_picture, config.crop_ratio, config.crop_jitter)
-    info = CacheInfo(config.base, digest_of(pipe), pipe.target_size, *(cropping if cropping[0] > 1 else ()))
+    info = CacheInfo(
+        shareable(config)["base"], digest_of(pipe), pipe.target_size, *(cropping if cropping[0] > 1 else ())
+    )
     if processes.main:
         begin_cache(Path(config.cache_root), info)
     processes.wait()

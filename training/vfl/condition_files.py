@@ -33,7 +33,7 @@ class CacheInfo:
     """What a cache was made with.
 
     Attributes:
-        base: the name of the pipeline, as given.
+        base: the name of the pipeline; of a path that tells about a machine, the last part.
         digest: of its encoders; see `digest_of`.
         target_size: of the network: the side of a square picture in pixels.
         crops: how many parts of each training picture there are; 1 is the whole picture.

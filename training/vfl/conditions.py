@@ -21,9 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import UserError
 from .path import timestep
-from .tiny import load_pipeline
 
 
 class Text(NamedTuple):
@@ -54,41 +52,6 @@ class Conditions:
     def with_texts(self, texts: Sequence[Text]) -> Conditions:
         """The same pictures with other texts, as guidance needs them."""
         return replace(self, **_texts(texts, self.text.device, self.text.dtype))
-
-
-def load_encoders(name: str, device: str, dtype: torch.dtype) -> Any:
-    """The pipeline without its network, frozen, for `encode_text` and `encode_picture`.
-
-    Raises:
-        UserError: there is no such pipeline, or its network cannot be trained so (`check_base`).
-    """
-    from diffusers import HunyuanVideo15Transformer3DModel
-
-    try:
-        config = HunyuanVideo15Transformer3DModel.load_config(name, subfolder="transformer")
-        check_base(name, config)
-        pipe = load_pipeline(name, transformer=None, dtype=dtype).to(device)
-    except (OSError, ValueError) as error:  # diffusers and transformers say so in their own ways
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{name}: no pipeline of HunyuanVideo 1.5 can be read there ({line}); expected a folder or a hub id"
-        ) from None
-    pipe.target_size = config["target_size"]  # the pipeline reads it from the network
-    return pipe
-
-
-def check_base(name: str, config: Any) -> None:
-    """Refuse a network on which a LoRA cannot be trained without videos.
-
-    Raises:
-        UserError: it is MeanFlow (step-distilled), or no image-to-video network.
-    """
-    if config.get("use_meanflow"):
-        raise UserError(
-            f"{name} is step-distilled (MeanFlow); expected 480p_i2v, 720p_i2v or one that is distilled only"
-        )
-    if config.get("task_type") != "i2v":
-        raise UserError(f"{name} is a network for {config.get('task_type')}; expected image-to-video (i2v)")
 
 
 @torch.no_grad()

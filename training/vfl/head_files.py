@@ -95,7 +95,7 @@ def load_head(path: Path, backbone: Backbone | None = None) -> tuple[Head, Made]
         shape = build(Shape, parse_object(weights.metadata["head"]))
         texts = {key: parse_object(weights.metadata[key]) for key in ("backbone", "metrics", "training")}
         made = build(Made, texts.pop("backbone") | texts)
-        check_values(weights.shapes)
+        check_count(weights.shapes)
         head = head_of({key: weights[key] for key in weights.shapes}, shape.activation)
         if (found := Shape(head.dims, head.activation, head.layernorm)) != shape or head.dims[0] != made.width:
             raise ValueError(f"{found.dims} in the weights, {shape.dims} in the metadata")
@@ -156,7 +156,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
-def check_values(shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_count(shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse more values than any head has, before they are allocated.
 
     Raises:

@@ -40,11 +40,13 @@ NAMES = {  # of the files that a training writes into its folder
 @dataclass
 class VflHeadConfig:
     data_root: str = option(..., "data set, from vfl-pack, with the splits train and val")
-    backbone: str = option(..., "DINOv3 ViT to build on: folder, or hub id")
+    backbone: str = option(..., "DINOv3 ViT to build on: folder or hub id", metavar="MODEL")
     output_root: str = option(..., "folder for the heads, the log and the report", writes="folder")
     dims: str = option("512,256", "widths of the head's layers; the last is that of the embedding", metavar="WIDTHS")
     dropout: float = option(0.1, "share of the values between the layers that a step leaves out", least=0, below=1)
-    temperature: float = option(0.1, "by which the loss divides cosines", above=0)
+    temperature: float = option(
+        0.1, "number by which the loss divides cosines; the smaller, the more the hardest pairs count", above=0
+    )
     identities: int = option(32, "identities in a batch, over all processes", least=2)
     pictures: int = option(2, "pictures of each identity in a batch", least=2)
     groups: str = option("", "column of the manifest; half of a batch is of one group", metavar="COLUMN")
@@ -53,7 +55,9 @@ class VflHeadConfig:
     lr: float = option(5e-4, "peak learning rate of AdamW; half a cosine down to zero", above=0)
     weight_decay: float = option(0.01, "weight decay of AdamW", least=0)
     crop_ratio: float = option(0.9, "share of a picture's long side that is shown", above=0, most=1)
-    crop_jitter: float = option(0.06, "share of that part by which it is moved at most", least=0, most=1)
+    crop_jitter: float = option(
+        0.06, "how far a part may lie from the centre, as a share of its length", least=0, most=1
+    )
     flip: bool = option(False, "mirror half of the pictures")
     colour: float = option(0.0, "brightness, contrast and saturation change by a factor of 1 ± this", least=0, most=1)
     blur: float = option(0.0, "standard deviation of a blur at most, in pixels of DINOv3's square", least=0, most=64)

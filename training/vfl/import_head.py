@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..options import option
 from ..runtime.places import check_apart
 from .backbone import load_backbone
-from .head_files import check_values, check_width, head_of, made_for, save_head
+from .head_files import check_count, check_width, head_of, made_for, save_head
 from .identity import Head
 
 MOST_BYTES = 1 << 30  # of the file, and of what is in it; with its optimiser, the head of DINOv3 7B has 27 MB
@@ -32,7 +32,7 @@ MOST_BYTES = 1 << 30  # of the file, and of what is in it; with its optimiser, t
 @dataclass
 class VflImportHeadConfig:
     input: str = option(..., "the published head, a .pt file")
-    backbone: str = option(..., "the DINOv3 ViT that it was trained on: folder, or hub id")
+    backbone: str = option(..., "the DINOv3 ViT that it was trained on: folder or hub id", metavar="MODEL")
     output: str = option("head.safetensors", "file to write", writes="file")
 
 
@@ -113,5 +113,5 @@ def _parts(content: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
             raise ValueError(f"{str(key)[:60]} is a {type(value).__name__}; expected weights alone")
         if value.layout == torch.strided and value.numel() > value.untyped_storage().nbytes():
             raise ValueError(f"{key[:60]} has {value.numel():,} values, of which few are in the file")
-    check_values({key: tuple(value.shape) for key, value in weights.items()})
+    check_count({key: tuple(value.shape) for key, value in weights.items()})
     return weights, settings if isinstance(settings, dict) else {}

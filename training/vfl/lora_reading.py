@@ -1,7 +1,7 @@
 """Read a LoRA of HunyuanVideo 1.5 that any of four programs wrote.
 
 found = read_lora(Path("character.safetensors"))
-print(found.about())        # ComfyUI, 543 layers, rank 16, alpha 16
+print(found.about())        # format comfyui, 543 layers, rank 16, alpha 16
 """
 
 from __future__ import annotations

@@ -164,8 +164,9 @@ def _finish_split(out: Path, split: str, key: str) -> None:
     write_manifest(manifest_path(out, split), key, counts)
     least, most = min(counts.values()), max(counts.values())
     each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-    shards = f"{len(shard_files(out, split)):,} shards"
-    print(f"{split}: {sum(counts.values()):,} pictures of {len(counts):,} identities, {each} of each, in {shards}")
+    shards = len(shard_files(out, split))
+    where = f"{shards:,} shards" if shards > 1 else "1 shard"
+    print(f"{split}: {sum(counts.values()):,} pictures of {len(counts):,} identities, {each} of each, in {where}")
 
 
 @contextmanager

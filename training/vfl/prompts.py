@@ -36,8 +36,9 @@ class PromptBank:
     """
 
     def __init__(self, path: str | Path = BANK):
+        text = read_text(path)
         try:
-            bank = parse_object(read_text(path))
+            bank = parse_object(text)
             self._parts = _parsed(bank.pop("template", TEMPLATE))
             self._lists = {field: _texts(field, bank) for _, field in self._parts if field}
             for field in bank.keys() - self._lists.keys():

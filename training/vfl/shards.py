@@ -140,14 +140,15 @@ def read_manifest(path: Path, key: str = IDENTITY_KEY) -> Manifest:
     """
     if not path.exists():
         raise UserError(f"{path}: no such manifest; write it by `python -m training vfl-pack --output-root ROOT`")
+    text = read_text(path)
     try:
-        header, *rows = [row for row in csv.reader(io.StringIO(read_text(path), newline="")) if row] or [[]]
+        header, *rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row] or [[]]
         if key not in header or COUNT not in header or len(set(header)) < len(header):
             raise ValueError(f"its columns are {', '.join(header) or 'none'}; expected {key}, {COUNT}")
         if wrong := next((row for row in rows if len(row) != len(header)), None):
             raise ValueError(f"a row of {len(wrong)} columns: {','.join(wrong)[:60]}")
         table = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
-        names = [identity_name(text) for text in table.pop(key, [])]
+        names = [identity_name(name) for name in table.pop(key, [])]
         counts = dict(zip(names, map(_count, table.pop(COUNT, [])), strict=True))
         if not names or len(counts) < len(names):
             raise ValueError("an identity has two rows" if names else "it lists no identity")

@@ -1,7 +1,7 @@
 """A HunyuanVideo 1.5 image-to-video pipeline with small random weights: everything runs in it, and nothing is meant.
 
 save_tiny(folder)               # 34 MB (one of its layers is 2048 wide in any size), as a model is downloaded
-pipe = load_pipeline(folder)    # any folder or hub id; of a tiny one, also the sizes that diffusers keeps in no config
+pipe = load_pipeline(folder)    # of `base`
 
 A clip of 9 frames in 32x32 pixels is [1, 32, 3, 2, 2] in latents.
 """
@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kvae.foreign import parse_object
-from ...kvae.paths import read_text, write_text
+from ...kvae.paths import write_text
+from .base import SIZES, set_sizes
 
 SIDE = 32  # pixels of a square picture; the pipeline's target_size
 IMAGE_TOKENS = 4  # of SigLIP: 28 px in patches of 14
 BACKBONE_WIDTH = 32  # of DINOv3
-SIZES = "pipeline_sizes.json"  # beside model_index.json
 SYSTEM = "Describe."
 CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -53,28 +52,6 @@ def save_tiny(folder: Path, seed: int = 0) -> None:
     pipe = tiny_pipeline(seed)
     pipe.save_pretrained(folder)
     write_text(folder / SIZES, json.dumps(_sizes(pipe.tokenizer)))
-
-
-def load_pipeline(name: str | Path, **options: Any) -> Any:
-    """Read an image-to-video pipeline of HunyuanVideo 1.5.
-
-    Args:
-        name: a folder, or a hub id.
-        options: of `from_pretrained`, such as dtype, or transformer=None for a pipeline without it.
-    """
-    from diffusers import HunyuanVideo15ImageToVideoPipeline
-
-    pipe = HunyuanVideo15ImageToVideoPipeline.from_pretrained(name, **options)
-    sizes = Path(name) / SIZES
-    if sizes.is_file():
-        set_sizes(pipe, parse_object(read_text(sizes)))
-    return pipe
-
-
-def set_sizes(pipe: Any, sizes: dict[str, Any]) -> None:
-    """Set attributes of a pipeline: diffusers writes them into no config, so a loaded pipeline has those of 8 B."""
-    for name, value in sizes.items():
-        setattr(pipe, name, value)
 
 
 def tiny_dinov3(seed: int = 0) -> Any:

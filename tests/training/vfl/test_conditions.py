@@ -8,14 +8,13 @@ from PIL import Image
 import needs
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.vfl import conditions as module
+from kvae_comfyui.training.vfl.base import check_base, load_encoders
 from kvae_comfyui.training.vfl.conditions import (
-    check_base,
     conditions,
     encode_picture,
     encode_text,
     flow,
     guided,
-    load_encoders,
 )
 from kvae_comfyui.training.vfl.path import euler, sigmas
 from kvae_comfyui.training.vfl.tiny import save_tiny, tiny_pipeline

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 import needs
-from kvae_comfyui.training.vfl.tiny import SIDE, load_pipeline, save_tiny, tiny_dinov3, tiny_pipeline
+from kvae_comfyui.training.vfl.base import load_pipeline
+from kvae_comfyui.training.vfl.tiny import SIDE, save_tiny, tiny_dinov3, tiny_pipeline
 
 needs.package("transformers", "requirements-vfl.txt")
 

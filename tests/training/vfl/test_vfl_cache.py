@@ -1,6 +1,7 @@
 """vfl-cache: everything that training asks for is there, and equals what the encoders make."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch
 import needs
 from command import refusal
 from kvae_comfyui.training.cli import main
+from kvae_comfyui.training.vfl.base import load_encoders
 from kvae_comfyui.training.vfl.condition_files import open_cache
-from kvae_comfyui.training.vfl.conditions import encode_picture, encode_text, load_encoders
+from kvae_comfyui.training.vfl.conditions import encode_picture, encode_text
 from kvae_comfyui.training.vfl.index import Index
 from kvae_comfyui.training.vfl.pictures import cropped, read_picture
 from kvae_comfyui.training.vfl.prompts import PromptBank
@@ -76,11 +78,24 @@ def test_the_same_command_encodes_nothing_again(job, cache, capsys):
 
 
 def test_without_crops_there_is_one_view_of_each_picture(job, tmp_path, capsys):
+    capsys.readouterr()
     assert main(command(job, tmp_path)) == 0
-    assert "5 of 5 prompts and 8 of 8 views of pictures encoded, 0 skipped" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "5 of 5 prompts and 8 of 8 views of pictures encoded, 0 skipped" in out
+    assert "Loading" not in err and "torchvision" not in err  # diffusers and transformers are quiet
     info = open_cache(tmp_path).info
+    assert info.base == "base"  # a file that people share says nothing of this machine
     assert (info.crops, info.crop_ratio, info.target_size) == (1, 1.0, 32)
     assert info.view(b"", 300, 200, 0) == info.view(b"", 300, 200, None)
+
+
+def cut_text_encoder(base):
+    weights = base / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def lose_tokenizer(base):
+    shutil.rmtree(base / "tokenizer")
 
 
 def test_bad_input_is_refused(job, tmp_path, capsys):
@@ -89,9 +104,14 @@ def test_bad_input_is_refused(job, tmp_path, capsys):
         return refusal(command(job, tmp_path / "c", *options), capsys)
 
     assert "no pipeline of HunyuanVideo 1.5 can be read there" in refused(base=tmp_path)
+    for damage in (cut_text_encoder, lose_tokenizer):
+        shutil.copytree(job / "base", tmp_path / damage.__name__)
+        damage(tmp_path / damage.__name__)
+        assert "no pipeline of HunyuanVideo 1.5 can be read there" in refused(base=tmp_path / damage.__name__)
     assert "no such manifest; write it by `python -m training vfl-pack" in refused(data_root=tmp_path)
     (tmp_path / "bank.json").write_text("{}")
     assert "not a bank of prompts" in refused(prompts=tmp_path / "bank.json")
+    assert refused(prompts=tmp_path / "none.json").endswith("none.json: no such file")
     (tmp_path / "bank.json").write_text(json.dumps({"template": "{a} {b}", "a": ["a"] * 200, "b": ["b"] * 101}))
     assert "makes 20,200 prompts; expected 20,000 at most" in refused(prompts=tmp_path / "bank.json")
     assert not (tmp_path / "c").exists()

@@ -64,7 +64,7 @@ def test_webdataset_reads_what_is_packed(tmp_path, small, capsys):
     check(tmp_path / "in", tmp_path / "out")
     out = capsys.readouterr().out
     assert "train: 42 pictures of 4 identities, 1 to 27 of each, in " in out
-    assert "val: 4 pictures of 2 identities, 1 to 3 of each, in 1 shards" in out  # a tenth, to the nearest: 3, 1, 0, 0
+    assert "val: 4 pictures of 2 identities, 1 to 3 of each, in 1 shard\n" in out  # a tenth, to the nearest: 3, 1, 0, 0
     assert "46 pictures packed, 0 already there, 0 skipped, 0 doubles left out" in out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "index", "manifest"]
 
