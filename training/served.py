@@ -108,7 +108,6 @@ def _advice(space: str, spaces: tuple[str, str]) -> str:
     """What to do without an adapter between these spaces, for latents of `space`."""
     if spaces in PUBLISHED_FILES.values():
         return "Train one, or try the published ones: python -m training fetch --model adapters"
-    tiny = [kvae for kvae, served in INCLUDED_ADAPTERS if served == space]
-    if tiny:
-        return f"Train one, or try this command with --kvae {' or '.join(tiny)}, which brings its own"
+    if not space.startswith("kvae"):
+        return "Train one: python -m training extract, then train"
     return f"Give the KVAE that the latents are of: --kvae, a {space}"

@@ -305,4 +305,4 @@ def test_adapters_name_the_weights_of_their_vaes_and_evaluation_requires_them(jo
     shutil.copytree(job / "latents", tmp_path / "latents")
     (tmp_path / "latents" / "manifest.json").unlink()  # now only the adapters name the weights
     options[options.index("--latent-root") + 1] = str(tmp_path / "latents")
-    assert "made for a kvae_3d_1.0 VAE with other weights" in refusal(["evaluate", *options], capsys)
+    assert "made for this project's tiny KVAE (kvae_3d_1.0)" in refusal(["evaluate", *options], capsys)

@@ -71,7 +71,7 @@ ROWS = [
     Row(DECODE + " --kvae {d}/absent.safetensors", "absent.safetensors", latent(UNDECODABLE["no space"])),
     Row(ENCODE + " --adapter-k2h {d}/absent.safetensors", "absent.safetensors"),
     Row(ENCODE + " --adapter-k2h {h2k}", "swapped"),
-    Row(ENCODE + " --space hunyuan_video_1.5", "expected"),
+    Row(ENCODE + " --space hunyuan_video_1.5", "needs an adapter"),
     *(Row(f"{ENCODE} {rest}", rest.split()[0]) for rest in ("--height 32", "--height 36 --width 32", "--height -8",
       "--height 99999 --width 8", "--space wan", "--format gguf", "--format musubi --space kvae_3d_1.0")),
     Row("encode {d}/a.mp4 --output {d}/o --device cpu", "none of the 1 files", latent(b"no video", "a.mp4")),
