@@ -15,6 +15,7 @@ from ..kvae.paths import reason
 from ..serving.memory import is_out_of_memory
 from .errors import UserError, printable
 from .options import Parser, add_options, check_options
+from .runtime.processes import leave
 
 INTERRUPTED = 130
 COMMANDS = {  # name → module, function in it, summary
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     _prepare_process()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
+        leave()
         sys.stdout.flush()  # errors of printing are raised here, where they are caught, not at the end of the process
         return code
     except KeyboardInterrupt:

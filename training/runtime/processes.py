@@ -105,6 +105,12 @@ class Processes:
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
+def leave() -> None:
+    """Leave the other processes, at the end of a command: threads of a group that is still there may abort the exit."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _check_devices(device: str) -> None:
     """Refuse more processes than GPUs: accelerate assigns a device to each process without checking.
 

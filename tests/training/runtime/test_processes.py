@@ -12,6 +12,7 @@ import needs
 from command import launch
 from conftest import make_videos
 from kvae_comfyui.adapters.files import load_adapter
+from kvae_comfyui.serving.latent_writers import save_latent
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.errors import UserError
@@ -128,3 +129,10 @@ def test_processes_share_an_extraction_and_any_number_of_them_resumes_it(tmp_pat
     assert main(argv) == 0
     assert "3 pairs extracted, 5 already there, 0 skipped" in capsys.readouterr().out
     assert find_pairs(tmp_path / "latents") == paths
+
+
+def test_the_group_of_processes_ends_with_the_command(tmp_path):
+    save_latent(tmp_path / "a.latent", torch.randn(1, 16, 1, 4, 4), "hunyuan_video", None, {})
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    assert main(["inspect", str(tmp_path / "a.latent")]) == 0
+    assert not torch.distributed.is_initialized()
