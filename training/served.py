@@ -29,8 +29,8 @@ class ServedOptions:
     """The options of every command that decodes or encodes with KVAE in the place of another VAE."""
 
     kvae: str = option("tiny", KVAE_HELP, metavar="VAE")
-    adapter_h2k: str = option("", "adapter of the model's latents → KVAE's, for decoding; tiny ones have their own")
-    adapter_k2h: str = option("", "adapter of KVAE's latents → the model's, for encoding; tiny ones have their own")
+    adapter_h2k: str = option("", "adapter of the model's latents → KVAE's, for decoding; tiny has one of its own")
+    adapter_k2h: str = option("", "adapter of KVAE's latents → the model's, for encoding; tiny has one of its own")
     memory_gb: float = option(
         0.0,
         "GB that may be used in addition to the weights; 0 takes what is free on a GPU, and sets no limit on a CPU. A "

@@ -13,20 +13,15 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 from tqdm import tqdm
 
 from ...kvae.paths import file_errors, read_text, write_text
 from ..errors import UserError
 from ..options import option
+from ..runtime.places import alone_in
 from .manifests import all_manifests, find_manifests, read_manifest
 from .pairs import (
     SUFFIX,
@@ -65,7 +60,7 @@ def run_pack(config: PackConfig) -> int:
     root, out = Path(config.latent_root), Path(config.output_root)
     _check_apart(root, out)
     paths = find_pairs(root)
-    with _alone(out):
+    with alone_in(out, "pack"):
         manifests = _manifests(root, out, bool(shard_files(out)) or (out / INDEX).exists())
         shards = [describe(path) for path in shard_files(out)]
         packed = packed_clips(out, shards)
@@ -116,35 +111,6 @@ def _check_apart(root: Path, out: Path) -> None:
     one, other = (Path(os.path.realpath(path)) for path in (root, out))  # Path.resolve fails at links in a circle
     if one == other or one in other.parents or other in one.parents:
         raise UserError(f"{root} and {out}: one lies in the other; pairs and shards need separate folders")
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Lock the folder for this run: two runs of pack would use the same numbers. A new folder is removed if empty.
-
-    Raises:
-        UserError: another pack is writing there.
-        WeightsError: the folder cannot be made.
-    """
-    with file_errors(out):
-        new = not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = None if fcntl is None else os.open(out, os.O_RDONLY)
-    try:
-        if descriptor is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{out}: another pack is writing there; wait until it has finished") from None
-            except OSError:
-                pass  # the file system has no locks
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-        if new:
-            with suppress(OSError):
-                out.rmdir()
 
 
 def _manifests(root: Path, out: Path, holds: bool) -> list[Path]:

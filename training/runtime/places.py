@@ -12,7 +12,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ...kvae.errors import WeightsError
-from ...kvae.paths import PARTIAL_PREFIX, PARTIAL_SUFFIX, file_errors
+from ...kvae.paths import PARTIAL_PREFIX, PARTIAL_SUFFIX, file_errors, is_held
 from ..errors import UserError
 
 
@@ -115,3 +115,27 @@ def _try(path: Path) -> None:
     """Create a new file, and delete it."""
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     path.unlink()
+
+
+@contextmanager
+def alone_in(folder: Path, command: str) -> Iterator[None]:
+    """Lock a folder for this run of a command that numbers its files. A new folder is removed if it stays empty.
+
+    Raises:
+        UserError: another run is writing there.
+        WeightsError: the folder cannot be made.
+    """
+    with file_errors(folder):
+        new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY) if os.name != "nt" else None  # Windows cannot open a folder
+    try:
+        if descriptor is not None and is_held(descriptor):
+            raise UserError(f"{folder}: another {command} is writing there; wait until it has finished")
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        if new:
+            with suppress(OSError):
+                folder.rmdir()

@@ -13,21 +13,20 @@ others are added in shards with new numbers. To take pictures out, delete their 
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ...kvae.errors import KVAEError
-from ...kvae.paths import file_errors, is_held, read_bytes
+from ...kvae.paths import read_bytes
 from ..errors import UserError, printable
 from ..options import option
 from ..runtime.ahead import in_order
 from ..runtime.interrupts import BetweenSteps
+from ..runtime.places import alone_in
 from .folder import Found, find_pictures
 from .packed import Packed, short_hash
 from .pictures import MOST_BYTES, read_picture
@@ -68,7 +67,7 @@ def run(config: VflPackConfig) -> int:
     if key in (COUNT, SOURCE):
         raise UserError(f"--identity-key is {key}, which has another meaning; choose another key")
     found = find_pictures(Path(config.pictures_root)) if config.pictures_root else []
-    with _alone(out):
+    with alone_in(out, "vfl-pack"):
         packed = Packed(out, key)
         if not found and not packed.pictures:
             raise UserError(f"{out}: no shards in it; name the pictures to pack by --pictures-root")
@@ -167,27 +166,3 @@ def _finish_split(out: Path, split: str, key: str) -> None:
     shards = len(shard_files(out, split))
     where = f"{shards:,} shards" if shards > 1 else "1 shard"
     print(f"{split}: {sum(counts.values()):,} pictures of {len(counts):,} identities, {each} of each, in {where}")
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Lock the folder for this run: two runs would use the same numbers. A new folder is removed if it stays empty.
-
-    Raises:
-        UserError: another run is writing there.
-        WeightsError: the folder cannot be made.
-    """
-    with file_errors(out):
-        new = not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY) if os.name != "nt" else None  # Windows cannot open a folder
-    try:
-        if descriptor is not None and is_held(descriptor):
-            raise UserError(f"{out}: another vfl-pack is writing there; wait until it has finished")
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-        if new:
-            with suppress(OSError):
-                out.rmdir()
