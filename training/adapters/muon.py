@@ -22,10 +22,14 @@ def orthogonalise(g_MN: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for weights of two or more dimensions, as matrices [out, all else]; torch.optim.Muon accepts only two."""
+    """Muon for weights of two or more dimensions, as matrices [out, all else]; torch.optim.Muon accepts only two.
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    Args:
+        weight_decay: each step takes lr · weight_decay of a weight away, whatever its gradient.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -39,4 +43,5 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalise(p.grad.lerp(state["momentum"], group["momentum"]).flatten(1))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update.view_as(p), alpha=-group["lr"] * RMS * math.sqrt(max(update.shape)))

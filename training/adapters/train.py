@@ -38,6 +38,7 @@ from ..runtime.ahead import ahead
 from ..runtime.interrupts import BetweenSteps
 from ..runtime.log import add_to_log, keep_rows, read_log
 from ..runtime.places import shareable
+from ..runtime.saves import Saves
 from ..runtime.trainer import copied, state_errors
 from .closed_form import affine_adapters
 from .config import TrainConfig
@@ -46,7 +47,6 @@ from .setup import Progress, Training, set_up
 
 __all__ = ["TrainConfig", "run"]  # what the command line looks for
 
-SAVE_SECONDS = 60
 BATCHES_AHEAD = 4
 
 Batch = tuple[int, list[tuple[Tensor, Tensor, Tensor]]]  # clips in all processes; the parts of this process's share
@@ -113,7 +113,7 @@ def train_epoch(training: Training, interrupts: BetweenSteps) -> None:
     done = trainer.step - epoch * steps
     label, hidden = f"epoch {epoch + 1}/{training.config.epochs}", None if processes.main else True
     stream = ahead([batches_of_epoch(training, done)], 1, BATCHES_AHEAD)
-    started, waited, last_save = time.perf_counter(), 0.0, time.time()
+    started, waited, saves = time.perf_counter(), 0.0, Saves(lambda: save(training))
     with closing(stream), tqdm(initial=done, total=steps, desc=label, leave=False, disable=hidden) as bar:
         for _ in range(done, steps):
             waiting_since = time.perf_counter()
@@ -121,11 +121,7 @@ def train_epoch(training: Training, interrupts: BetweenSteps) -> None:
             waited += time.perf_counter() - waiting_since
             interrupted = train_step(training, batch, interrupts)
             bar.update()
-            if interrupted or time.time() - last_save > SAVE_SECONDS:
-                save(training)
-                last_save = time.time()
-            if interrupted:
-                raise KeyboardInterrupt
+            saves.after(interrupted)
     close_epoch(training, {"seconds": time.perf_counter() - started, "waited": waited})
 
 

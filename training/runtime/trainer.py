@@ -54,8 +54,11 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        rate = self.lr * min(1, (step + 1) / self.warmup_steps)
-        return rate * (1 - step / self.total_steps) if self.decays else rate
+        return self.warm(step) * (1 - step / self.total_steps if self.decays else 1)
+
+    def warm(self, step: int) -> float:
+        """The rate before its decay."""
+        return self.lr * min(1, (step + 1) / self.warmup_steps)
 
 
 class Trainer(Generic[MODEL, P]):
@@ -63,7 +66,8 @@ class Trainer(Generic[MODEL, P]):
 
     Attributes:
         models: by name.
-        averages: exponential moving averages of the models' state dicts, by the models' names.
+        averages: exponential moving averages of the models' state dicts, by the models' names; without `ema`, these
+            are the models' own tensors.
         optimisers: of the models' parameters.
         step: number of steps done.
         progress: what this training counts in addition; a dataclass of JSON values, saved and resumed with the rest.
@@ -77,7 +81,7 @@ class Trainer(Generic[MODEL, P]):
         self, models: dict[str, MODEL], optimisers: Sequence[Optimizer], schedule: Schedule, ema: float, progress: P
     ):
         self.models, self.optimisers, self.schedule, self.ema = models, list(optimisers), schedule, ema
-        self.averages = {name: copied(model.state_dict()) for name, model in models.items()}
+        self.averages = {name: copied(each) if ema else each for name, each in self._weights().items()}
         self.step, self.progress = 0, progress
         self.extra: dict[str, dict[str, Tensor]] = {}
 
@@ -96,8 +100,8 @@ class Trainer(Generic[MODEL, P]):
             optimiser.zero_grad()
         self.step += 1
         decay = min(self.ema, self.step / (self.step + 10))
-        for name, model in self.models.items():
-            for key, tensor in model.state_dict().items():
+        for name, weights in self._weights().items() if self.ema else ():
+            for key, tensor in weights.items():
                 self.averages[name][key].lerp_(tensor, 1 - decay)
 
     @contextmanager
@@ -114,10 +118,13 @@ class Trainer(Generic[MODEL, P]):
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of models, averages and `extra`, not copied, by their keys in the state file."""
-        groups = {f"live.{name}": model.state_dict() for name, model in self.models.items()}
-        groups |= {f"average.{name}": weights for name, weights in self.averages.items()}
+        groups = {f"live.{name}": weights for name, weights in self._weights().items()}
+        groups |= {f"average.{name}": weights for name, weights in self.averages.items() if self.ema}
         groups |= self.extra
         return {f"{prefix}.{key}": tensor for prefix, group in groups.items() for key, tensor in group.items()}
+
+    def _weights(self) -> dict[str, dict[str, Tensor]]:
+        return {name: model.state_dict() for name, model in self.models.items()}
 
     def save(self, path: Path, config: Any, data: Mapping[str, Any] | None = None) -> None:
         """Write the state file.
@@ -162,6 +169,8 @@ class Trainer(Generic[MODEL, P]):
                 tensor.copy_(saved[key])
             for i, optimiser in enumerate(self.optimisers):
                 _restore_optimiser(f"optimiser{i}", optimiser, saved)
+                if step and not optimiser.state:  # it would go on without its momentum, and nobody would know
+                    raise ValueError(f"no state of its optimiser after step {step}")
         self.step, self.progress = step, progress
         return True
 

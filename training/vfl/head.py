@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Generator
 from contextlib import closing
 
@@ -27,6 +26,7 @@ from ..options import write_config
 from ..runtime.ahead import in_order
 from ..runtime.interrupts import BetweenSteps
 from ..runtime.log import keep_rows
+from ..runtime.saves import Saves
 from ..runtime.trainer import state_errors
 from .contrast import supcon
 from .draws import Draws
@@ -37,7 +37,6 @@ from .identity import Backbone
 
 __all__ = ["VflHeadConfig", "run"]  # what the command line looks for
 
-SAVE_SECONDS = 60
 RECENT = 0.5  # weight of a batch in the mean embedding of an identity
 
 
@@ -101,17 +100,13 @@ def train_round(training: HeadTraining, interrupts: BetweenSteps) -> None:
     """
     config, trainer = training.config, training.trainer
     end = min(trainer.progress.validated + config.val_every, config.steps)
-    last_save = time.time()
+    saves = Saves(lambda: save(training))
     how = {"initial": trainer.step, "total": config.steps, "leave": False, "disable": training.hidden}
     with closing(batches_from(training, trainer.step, end)) as stream, tqdm(desc="train", unit="step", **how) as bar:
         for pictures in stream:
             interrupted = train_step(training, pictures, interrupts)
             bar.update()
-            if interrupted or time.time() - last_save > SAVE_SECONDS:
-                save(training)
-                last_save = time.time()
-            if interrupted:
-                raise KeyboardInterrupt
+            saves.after(interrupted)
 
 
 def batches_from(training: HeadTraining, step: int, end: int) -> Generator[Tensor, None, None]:

@@ -15,4 +15,4 @@ class Cosine(Schedule):
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         done = max(0, step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.lr * min(1, (step + 1) / self.warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
+        return self.warm(step) * 0.5 * (1 + math.cos(math.pi * done))

@@ -13,11 +13,11 @@ import needs
 from at_step import after_steps, at_step, ctrl_c
 from command import refusal
 from kvae_comfyui.adapters.files import load_adapter
-from kvae_comfyui.training.adapters import train as training
 from kvae_comfyui.training.adapters.config import TrainConfig
 from kvae_comfyui.training.adapters.training_pairs import split
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import Pair, Source, write_pair
+from kvae_comfyui.training.runtime import saves
 from kvae_comfyui.training.runtime.log import read_log
 
 VAE = {"sha256": "0" * 64}
@@ -160,7 +160,7 @@ def test_a_damaged_log_does_not_stop_a_training(folder):
 def test_a_row_is_logged_once_wherever_a_run_is_killed(folder, monkeypatch):
     """A timed save happens at the last step of an epoch; the run is killed after the epoch's row, before its save."""
     assert train(*options(folder, "whole")) == 0
-    monkeypatch.setattr(training, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(saves, "SAVE_SECONDS", -1)
     log = folder / "out" / "train.jsonl"
 
     def killed(*_):
