@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from ..runtime.trainer import Trainer, copied
 from .backbone import load_backbone
 from .batches import Batches
 from .identity import Backbone, Head
-from .index import Index
+from .index import Index, pictures_hash
 from .pictures import parse_colour
 from .schedule import Cosine
 from .shards import IDENTITY_KEY
@@ -232,14 +230,3 @@ def parse_widths(text: str) -> list[int]:
     if not all(part.isdecimal() and len(part) < 7 and 0 < int(part) <= MOST_WIDTH for part in parts):
         raise UserError(f"--dims is {text}; expected widths as 512,256, each from 1 to {MOST_WIDTH:,}")
     return [int(part) for part in parts]
-
-
-def pictures_hash(*indexes: Index) -> str:
-    """A hash that changes with the identities, the number or the places of the pictures."""
-    digest = hashlib.sha256()
-    for index in indexes:
-        table = index.table
-        digest.update(json.dumps([index.identities, [path.name for path in table.files]]).encode())
-        for array in (index.counts, table.starts, table.shard, table.header, table.size):
-            digest.update(array.tobytes())
-    return digest.hexdigest()

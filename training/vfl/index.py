@@ -6,7 +6,9 @@ goes on exactly.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -158,3 +160,14 @@ class Index:
             if not (name := split_name(first.name if first else "")[0]):
                 raise ValueError("changed since it was indexed; pack its pictures again")
         return name, block[lead:]
+
+
+def pictures_hash(*indexes: Index) -> str:
+    """A hash that changes with the identities, the number or the places of the pictures."""
+    digest = hashlib.sha256()
+    for index in indexes:
+        table = index.table
+        digest.update(json.dumps([index.identities, [path.name for path in table.files]]).encode())
+        for array in (index.counts, table.starts, table.shard, table.header, table.size):
+            digest.update(array.tobytes())
+    return digest.hexdigest()
