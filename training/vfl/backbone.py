@@ -33,9 +33,7 @@ def load_backbone(name: str, device: torch.device | str) -> Backbone:
     except ImportError:
         raise UserError("transformers 4.57 or newer is not installed: pip install -r requirements-vfl.txt") from None
     folder = _folder_of(name)
-    kind = _config(folder).get("model_type")
-    if kind != "dinov3_vit":
-        raise UserError(f"--backbone {name}: a model of type {kind!r}; expected dinov3_vit (DINOv3, but not ConvNeXt)")
+    backbone_config(name)
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
     try:
@@ -51,6 +49,18 @@ def load_backbone(name: str, device: torch.device | str) -> Backbone:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--backbone {name}: not a DINOv3 ViT that can be read ({line})") from None
     return Backbone(model, name, _digest(folder)).to(device)
+
+
+def backbone_config(name: str) -> dict[str, Any]:
+    """The config of a DINOv3 ViT.
+
+    Raises:
+        UserError, WeightsError: as `load_backbone`.
+    """
+    config = _config(_folder_of(name))
+    if (kind := config.get("model_type")) != "dinov3_vit":
+        raise UserError(f"--backbone {name}: a model of type {kind!r}; expected dinov3_vit (DINOv3, but not ConvNeXt)")
+    return config
 
 
 def _folder_of(name: str) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +46,91 @@ def load_encoders(name: str, device: str, dtype: torch.dtype) -> Any:
         UserError: diffusers or transformers is not installed, there is no such pipeline, or its network cannot be
             trained so (`check_base`).
     """
-    try:
-        with quiet():
-            from diffusers import HunyuanVideo15Transformer3DModel
-
-            config = HunyuanVideo15Transformer3DModel.load_config(name, subfolder="transformer")
-            check_base(name, config)
-            pipe = load_pipeline(name, transformer=None, dtype=dtype)
+    config = load_config(name)
+    with _reading(name):
+        pipe = load_pipeline(name, transformer=None, dtype=dtype)
         if not pipe.tokenizer.chat_template:  # transformers makes an empty tokenizer where its files are missing
             raise ValueError("no chat template in its tokenizer")
+    pipe.target_size = config["target_size"]  # the pipeline reads it from the network
+    return pipe.to(device)
+
+
+def load_config(name: str) -> dict[str, Any]:
+    """The config of the pipeline's network.
+
+    Raises:
+        UserError: as `load_encoders`.
+    """
+    with _reading(name):
+        from diffusers import HunyuanVideo15Transformer3DModel
+
+        config = dict(HunyuanVideo15Transformer3DModel.load_config(name, subfolder="transformer"))
+        check_base(name, config)
+    return config
+
+
+def load_transformer(name: str, dtype: torch.dtype) -> Any:
+    """The pipeline's network, frozen, on the CPU. Of each block, only the input is kept for gradients.
+
+    Raises:
+        UserError: as `load_encoders`.
+    """
+    with _reading(name):
+        from diffusers import HunyuanVideo15Transformer3DModel
+
+        transformer: Any = HunyuanVideo15Transformer3DModel.from_pretrained(
+            name, subfolder="transformer", torch_dtype=dtype
+        )
+    transformer.enable_gradient_checkpointing()
+    return transformer.requires_grad_(False)
+
+
+def load_vae(name: str, dtype: torch.dtype) -> Any:
+    """The pipeline's VAE, frozen, on the CPU.
+
+    Raises:
+        UserError: as `load_encoders`.
+    """
+    with _reading(name):
+        from diffusers import AutoencoderKLHunyuanVideo15
+
+        vae: Any = AutoencoderKLHunyuanVideo15.from_pretrained(name, subfolder="vae", torch_dtype=dtype)
+    return vae.requires_grad_(False)
+
+
+def load_vae_config(name: str) -> dict[str, Any]:
+    """The config of the pipeline's VAE.
+
+    Raises:
+        UserError: as `load_encoders`.
+    """
+    with _reading(name):
+        from diffusers import AutoencoderKLHunyuanVideo15
+
+        return dict(AutoencoderKLHunyuanVideo15.load_config(name, subfolder="vae"))
+
+
+def load_shift(name: str) -> float:
+    """The shift of the noise levels, by the pipeline's scheduler.
+
+    Raises:
+        UserError: as `load_encoders`.
+    """
+    with _reading(name):
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        config = dict(FlowMatchEulerDiscreteScheduler.load_config(name, subfolder="scheduler"))
+        if config.get("use_dynamic_shifting"):
+            raise ValueError("its scheduler shifts dynamically, which HunyuanVideo 1.5 does not")
+        return float(config["shift"])
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """A context in which diffusers and transformers are quiet, and whatever fails within them is one line."""
+    try:
+        with quiet():
+            yield
     except (UserError, MemoryError):
         raise
     except ImportError:
@@ -64,8 +142,6 @@ def load_encoders(name: str, device: str, dtype: torch.dtype) -> Any:
         raise UserError(
             f"{name}: no pipeline of HunyuanVideo 1.5 can be read there ({line}); expected a folder or a hub id"
         ) from None
-    pipe.target_size = config["target_size"]  # the pipeline reads it from the network
-    return pipe.to(device)
 
 
 def check_base(name: str, config: Any) -> None:

@@ -73,7 +73,7 @@ def put_lora(transformer: Any, lora: Lora) -> None:
             )
     _add(transformer, peft_config(lora) | {"target_modules": "|".join(map(re.escape, lora))})
     with torch.no_grad():
-        for name, layer in _layers(transformer):
+        for name, layer in lora_layers(transformer):
             layer.lora_A[ADAPTER].weight.copy_(lora[name].a)
             layer.lora_B[ADAPTER].weight.copy_(lora[name].b)
 
@@ -82,14 +82,14 @@ def lora_of(transformer: Any) -> Lora:
     """The LoRA of a network, as float32 copies on the CPU."""
     return {
         name: Pair(_copy(layer.lora_A[ADAPTER]), _copy(layer.lora_B[ADAPTER]), layer.lora_alpha[ADAPTER])
-        for name, layer in _layers(transformer)
+        for name, layer in lora_layers(transformer)
     }
 
 
 def lora_parameters(transformer: Any) -> dict[str, nn.Parameter]:
     """A and B of every layer, by names that do not depend on peft, in the order of the network."""
     found = {}
-    for name, layer in _layers(transformer):
+    for name, layer in lora_layers(transformer):
         found[f"{name}.a"] = layer.lora_A[ADAPTER].weight
         found[f"{name}.b"] = layer.lora_B[ADAPTER].weight
     return found
@@ -117,13 +117,14 @@ def _add(transformer: Any, config: dict[str, Any]) -> None:
 
     transformer.requires_grad_(False)
     transformer.add_adapter(LoraConfig(**config), ADAPTER)
-    for _, layer in _layers(transformer):
+    for _, layer in lora_layers(transformer):
         for each in (layer.lora_A, layer.lora_B):
             # peft takes the dtype of the base: in bfloat16, most steps of 1e-4 would be lost in rounding
             each[ADAPTER].to(torch.float32).requires_grad_(True)
 
 
-def _layers(transformer: Any) -> Iterator[tuple[str, Any]]:
+def lora_layers(transformer: Any) -> Iterator[tuple[str, Any]]:
+    """Yield peft's layers, by their names."""
     from peft.tuners.lora import LoraLayer
 
     yield from ((name, module) for name, module in transformer.named_modules() if isinstance(module, LoraLayer))

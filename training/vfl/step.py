@@ -12,10 +12,11 @@ It knows no files, no pipeline and no pictures: any network to which `add_lora` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .draws import Draws
@@ -68,6 +69,7 @@ def lora_step(
     identity: IdentityLoss | None = None,
     teacher: Teacher | None = None,
     share: float = 1.0,
+    partners: Sequence[Drawn] = (),
 ) -> Losses:
     """Add the gradient of one sample's losses to the LoRA's parameters. The caller clips it and steps the optimiser.
 
@@ -85,14 +87,23 @@ def lora_step(
         teacher: x and index → the flow that is kept, and the one that the path follows, for guidance. Without it
             both are `velocity`.
         share: of this sample in the optimiser's step, 1 / (samples of all processes).
+        partners: `recipe.drawn` of the samples that other processes take meanwhile, where these hold parts of one base:
+            then each pass is one of all processes, so all take as many as the one that needs most.
 
     Returns:
         The losses of the sample. `distill / flow` is to stay below 0.002.
     """
     drawn = recipe.drawn(seed, k, step)
+    teacher = teacher or (lambda x, i: (velocity(x, i),) * 2)
     with base_of(network):
-        kept = rollout(teacher or (lambda x, i: (velocity(x, i),) * 2), x_Bcthw, recipe.sigma, drawn.indices)
+        kept = rollout(teacher, x_Bcthw, recipe.sigma, drawn.indices)
+        for _ in range(drawn.indices[-1], max((each.indices[-1] for each in partners), default=0)):
+            with torch.no_grad():
+                teacher(x_Bcthw, 0)
     # the first optimiser's step has λ > 0, as its learning rate has
     weight = identity_weight(step + 1, recipe.weight, recipe.schedule, recipe.warmup)
     wanted = identity if recipe.looks(step) else None
-    return learn(velocity, kept, recipe.sigma, drawn.deep, wanted, weight, share)
+    losses = learn(velocity, kept, recipe.sigma, drawn.deep, wanted, weight, share)
+    for _ in range(len(drawn.indices), max((len(each.indices) for each in partners), default=0)):
+        (0 * velocity(x_Bcthw, 0).sum()).backward()
+    return losses

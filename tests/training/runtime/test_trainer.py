@@ -1,6 +1,7 @@
 """The state of a training: what is kept of the weights, and what a resume must find."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_half_a_cosine_after_the_warm_up():
 
 def test_a_training_is_saved_once_a_minute_and_on_ctrl_c(monkeypatch):
     now, saved = [100.0], []
-    monkeypatch.setattr(saves.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(saves, "time", SimpleNamespace(monotonic=lambda: now[0]))
     each = Saves(lambda: saved.append(now[0]))
     for seconds in range(0, 150, 10):
         now[0] = 100.0 + seconds
