@@ -12,13 +12,16 @@ ctrl_c = partial(signal.raise_signal, signal.SIGINT)
 
 
 @contextmanager
-def after_steps(call: Callable[[int, Optimizer], object]) -> Iterator[None]:
-    """Within the context, call `call(steps so far, AdamW)` after every step. Every training uses one AdamW."""
+def after_steps(call: Callable[[int, Optimizer], object], kind: type[Optimizer] = AdamW) -> Iterator[None]:
+    """Within the context, call `call(steps so far, optimiser)` after every step of the training's optimiser of a kind.
+
+    Every training uses one AdamW, except vfl-train, which uses Muon or AdamW alone.
+    """
     steps = 0
 
     def count(optimiser: Optimizer, *_: object) -> None:
         nonlocal steps
-        if isinstance(optimiser, AdamW):
+        if isinstance(optimiser, kind):
             steps += 1
             call(steps, optimiser)
 
@@ -29,6 +32,6 @@ def after_steps(call: Callable[[int, Optimizer], object]) -> Iterator[None]:
         handle.remove()
 
 
-def at_step(step: int, action: Callable[[], object]):
+def at_step(step: int, action: Callable[[], object], kind: type[Optimizer] = AdamW):
     """A context in which `action` runs at the end of this step, counted from 1."""
-    return after_steps(lambda steps, _: action() if steps == step else None)
+    return after_steps(lambda steps, _: action() if steps == step else None, kind)

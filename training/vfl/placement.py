@@ -49,7 +49,7 @@ def place(transformer: Any, device: torch.device, base_dtype: str, offload: bool
             part.to(device)
 
 
-def _frozen_matrices(blocks: list[nn.Module]) -> Iterator[nn.Linear]:
+def _frozen_matrices(blocks: list[nn.Module]) -> Iterator[Any]:
     layers = (layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear))
     return (layer for layer in layers if not layer.weight.requires_grad)
 

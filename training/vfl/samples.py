@@ -84,8 +84,9 @@ class Source:
         """
         sample = self.index.sample(self.seed, k, self.p_secondary, lambda data: (data, read_picture(data)))
         data, picture = sample.picture
+        height, width = picture.shape[1:]
         crop = None if self.whole else Draws(self.seed, "crop", k).below(self.files.info.crops)
-        box, size = self.files.info.view(data, *picture.shape[1:], crop)
+        box, size = self.files.info.view(data, height, width, crop)
         anchor = cropped(picture, box, size) if sample.secondary is None else cropped(sample.secondary[1], None, size)
         text = self.files.text(self.bank.prompt(self.seed, k))
         return Shown(k, text, self.files.picture(data, box, size), anchor, sample.skipped)
