@@ -164,7 +164,8 @@ def _decoder(config: str | KVAEConfig, dtype: torch.dtype) -> tuple[nn.Module, D
 def _embedder(config: Mapping[str, Any], dtype: torch.dtype) -> Embedder:
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-    backbone = Backbone(DINOv3ViTModel(DINOv3ViTConfig(**config)).to(dtype), "", "")
+    model: Any = DINOv3ViTModel(DINOv3ViTConfig(**config))
+    backbone = Backbone(model.to(dtype), "", "")
     return Embedder(backbone, Head((backbone.width, backbone.width)))
 
 

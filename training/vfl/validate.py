@@ -103,11 +103,11 @@ def validate(training: Validated, samples: Sequence[ValSample]) -> dict[str, flo
     processes, mine = training.processes, []
     for first in range(0, len(samples), processes.count):
         number = first + processes.rank
-        found = _compare(training, samples[min(number, len(samples) - 1)])  # one too many, rather than one pass less
+        row = _compare(training, samples[min(number, len(samples) - 1)])  # one too many, rather than one pass less
         if number < len(samples):
-            mine.append((number, found))
-    rows = [row for _, row in sorted(chain.from_iterable(processes.gather(mine)), key=itemgetter(0))]
-    every = {name: torch.tensor([value for row in rows for value in row[name]]) for name in rows[0]}
+            mine.append((number, row))
+    rows = [each for _, each in sorted(chain.from_iterable(processes.gather(mine)), key=itemgetter(0))]
+    every = {name: torch.tensor([value for each in rows for value in each[name]]) for name in rows[0]}
     found = {name: values.mean().item() for name, values in every.items()}
     return found | {
         "identity_std": every["identity"].std(correction=0).item(),
