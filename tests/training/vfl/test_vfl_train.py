@@ -23,6 +23,7 @@ from kvae_comfyui.training.adapters.muon import Muon
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.vfl.lora_files import FORMATS, lora_path
 from kvae_comfyui.training.vfl.lora_reading import read_lora
+from kvae_comfyui.training.vfl.train_step import said
 from small_models import small
 from vfl_characters import make_characters
 
@@ -281,3 +282,12 @@ def test_a_damaged_state_is_an_error_of_one_line(change, job, unfinished, capsys
         assert "not the state of a training run" in said
     finally:
         path.write_bytes(before)
+
+
+def test_a_row_says_what_is_left_and_warns_of_a_large_distillation_error():
+    row = {"step": 10, "drift": 0.0015, "identity": 0.4, "distill": 0.1}
+    assert said(row, 60, 9990).endswith(
+        "distillation 0.150% of the flow, identity loss 0.400; 60.0 s a step, 6.9 days left"
+    )
+    assert "(high: lower --identity-weight)" in said(row | {"drift": 0.0021}, 60, 60)
+    assert said(row, 1, 7200).endswith("2.0 hours left") and said(row, 1, 90).endswith("1.5 minutes left")
