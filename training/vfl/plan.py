@@ -166,7 +166,10 @@ class Plan:
         if self.total_bytes <= free_bytes:
             return
         said, least = [], self
+        whole = self.sizes.processes == 1  # a base in parts is neither narrow nor offloaded
         for flag, change in LOWER:
+            if not whole and change.keys() & {"base_dtype", "offload"}:
+                continue
             smaller = least.changed(change)
             if smaller.total_bytes < least.total_bytes:
                 said.append(f"{flag} ({(least.total_bytes - smaller.total_bytes) / GIB:.1f} less)")

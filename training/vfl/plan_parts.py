@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...adapters import HybridVAE, LatentAdapter
 from ...adapters.networks import Affine
-from ...adapters.spaces import native_space
+from ...adapters.spaces import grid_ratios, native_space
 from ...kvae import KVAE, KVAEConfig
 from .count import counted
 from .decoders import SPACE, Decode, hunyuan_decoder, kvae_decoder, smaller
@@ -153,7 +153,8 @@ def _decoder(config: str | KVAEConfig, dtype: torch.dtype) -> tuple[nn.Module, D
     if isinstance(config, KVAEConfig):
         kvae = KVAE(config).to(dtype).eval()
         target = native_space(config)
-        adapter = LatentAdapter(Affine(SPACE.channels, target.channels), SPACE, target).requires_grad_(False)
+        widths = (a.channels * n**2 for a, n in zip((SPACE, target), grid_ratios(SPACE, target), strict=True))
+        adapter = LatentAdapter(Affine(*widths), SPACE, target).requires_grad_(False)
         return kvae, kvae_decoder(HybridVAE(kvae, decode_adapter=adapter))
     from diffusers import AutoencoderKLHunyuanVideo15
 
