@@ -38,6 +38,7 @@ COMMANDS = {  # name → module, function in it, summary
     "vfl-head": ("vfl.head", "run", "train the identity head of a Video-Free LoRA on pictures of characters"),
     "vfl-import-head": ("vfl.import_head", "run", "turn a published identity head, a .pt file, into safetensors"),
     "vfl-train": ("vfl.train", "run", "train a LoRA that keeps a character's identity, on pictures alone"),
+    "vfl-generate": ("vfl.generate", "run", "generate videos with a LoRA of HunyuanVideo 1.5 and without it"),
     "vfl-export": ("vfl.export", "run", "convert a LoRA of HunyuanVideo 1.5 for other programs"),
     "fetch": ("fetch", "run", "download a KVAE or an adapter"),
 }

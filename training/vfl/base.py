@@ -55,6 +55,21 @@ def load_encoders(name: str, device: str, dtype: torch.dtype) -> Any:
     return pipe.to(device)
 
 
+def load_whole(name: str, dtype: torch.dtype) -> Any:
+    """The whole pipeline, frozen, on the CPU.
+
+    Raises:
+        UserError: as `load_encoders`.
+    """
+    load_config(name)
+    with _reading(name):
+        pipe = load_pipeline(name, dtype=dtype)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    return pipe
+
+
 def load_config(name: str) -> dict[str, Any]:
     """The config of the pipeline's network.
 
