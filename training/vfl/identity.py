@@ -41,7 +41,8 @@ class Head(nn.Module):
         self, dims: Sequence[int], activation: str = "gelu", layernorm: bool = True, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.dims, self.activation, self.layernorm = tuple(dims), activation, layernorm
+        self.dims, self.activation = tuple(dims), activation
+        self.layernorm = layernorm and len(dims) > 2  # a single layer has no place for it, and is read without
         layers: list[nn.Module] = []
         for i, (before, after) in enumerate(pairwise(dims)):
             if i:

@@ -187,6 +187,14 @@ def test_a_head_survives_its_file(saved, dinov3):
     assert made.backbone == dinov3.name  # a path would tell about the machine
 
 
+def test_a_head_of_one_layer_survives_its_file(tmp_path, dinov3):
+    """It has no place for the LayerNorm that it was asked to have."""
+    backbone, head = load_backbone(str(dinov3), "cpu"), Head((BACKBONE_WIDTH, 8), layernorm=True)
+    save_head(tmp_path / "head.safetensors", head, made_for(backbone, {}, {}))
+    x = torch.randn(3, BACKBONE_WIDTH)
+    assert torch.equal(load_head(tmp_path / "head.safetensors", backbone)[0](x), head(x))
+
+
 def test_a_head_is_refused_on_another_backbone(saved, tmp_path):
     path, _ = saved
     other = load_backbone(str(save_dinov3(tmp_path / "other", seed=1)), "cpu")
