@@ -94,6 +94,8 @@ def latents_of_vaes(videos: list[Path], work: Path) -> Iterator[tuple[str, Laten
     tiny = (
         ("tiny-hunyuan", lambda: load_hunyuan_vae("tiny", "cpu")),
         ("tiny-kvae", lambda: load_kvae_for_training("tiny", "cpu")),
+        ("tiny-hunyuan-1.5", lambda: load_hunyuan_vae("tiny-1.5", "cpu")),
+        ("tiny-kvae-t4s16", lambda: load_kvae_for_training("tiny-t4s16", "cpu")),
     )
     for name, load in tiny:
         yield name, encode_all(name, load().encode, videos, work)

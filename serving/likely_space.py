@@ -27,8 +27,9 @@ from .published_statistics import PUBLISHED
 LEVEL = -0.02, 0.2  # mean and deviation of the logarithm of the level
 SHIFT = 0.4  # of a channel's mean, in deviations of the channel
 CHANGE = 0.25  # of the logarithm of a channel's deviation, beside the change in all channels
-# A clip that is dark, or flat, moves many channels together: 16 channels tell as much as 2 to 5 independent ones.
-INDEPENDENT = 0.25
+# A clip that is dark, or flat, moves many channels together: 16 channels, and also 32 or 64, tell as much as 2 to 5
+# independent ones.
+INDEPENDENT = 4
 # Of the channels of a VAE about each other: of Wan 2.1 and 2.2, Mochi, Cosmos 1, Qwen-Image 2 and the tiny VAEs
 UNLIKE_MEAN, UNLIKE_STD = 0.4, 0.28
 # Of VAEs about each other: mean and deviation of the logarithms of the levels that are published, 0.76 to 4.2
@@ -133,7 +134,7 @@ def _log_likelihood(mean_C: Tensor, std_C: Tensor, candidate: Candidate, noise: 
     means_C = _normal((mean_C - center_C) / scale_C, shift + noise) - scale_C.log()
     changes_C = std_C.log() - scale_C.log()
     shape_C = means_C + _normal(changes_C - changes_C.mean(), change + noise / 2)
-    return (INDEPENDENT * shape_C.sum() + _normal(level - middle, spread)).item()
+    return (INDEPENDENT * shape_C.mean() + _normal(level - middle, spread)).item()
 
 
 def _normal(x: Tensor, variance: float) -> Tensor:

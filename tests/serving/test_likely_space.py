@@ -96,7 +96,7 @@ def test_the_odds_are_those_of_bayes_rule(channels):
             change = math.sqrt(likely_space.CHANGE**2 + unlike[1] ** 2 + noise / 2)
             of_mean = Normal(center[c], shift * scale[c]).log_prob(mean[c])
             of_std = Normal(0, change).log_prob(changes[c] - changes.mean())
-            log = log + likely_space.INDEPENDENT * (of_mean + of_std)
+            log = log + likely_space.INDEPENDENT / channels * (of_mean + of_std)
         logs[str(each)] = log.item()
     total = sum(math.exp(log) for log in logs.values())
     ranked = likely(z)
