@@ -29,6 +29,7 @@ from kvae_comfyui.serving.inspect import LIKELY
 from kvae_comfyui.serving.latent_statistics import SCALED as SCALED_KIND
 from kvae_comfyui.serving.latent_statistics import UNSCALED_TWICE, WAN, wrong_kind
 from kvae_comfyui.serving.likely_space import OTHER, SCALED, candidates, likely, state_within
+from kvae_comfyui.serving.noise import BLUNT, neighbour_correlation, noise_in
 from kvae_comfyui.training.data.videos import Clip, find_videos, read_clip
 from kvae_comfyui.training.vaes import VideoVAE, load_hunyuan_vae, load_kvae_for_training
 
@@ -38,6 +39,7 @@ FRAMES, HEIGHT, WIDTH = 9, 64, 96
 EVERY = 4  # every so many clips are also encoded at twice the height and width
 SMALL = 4  # rows and columns of a crop
 BINS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # of odds
+SHARES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of noise in a sampler's latents
 HUNYUAN = SPACES["hunyuan_video"]
 
 Latents = dict[str, Tensor]  # by kind: clips, frames, crops, large
@@ -167,6 +169,7 @@ def report(cases: list[Case], clips: int) -> Iterator[str]:
     yield from _by_kind(guesses)
     yield from _raw_or_scaled(cases)
     yield from _warnings(cases)
+    yield from _noise(cases)
 
 
 def _best(z_BCthw: Tensor) -> tuple[list[str], Tensor]:
@@ -267,6 +270,37 @@ def _warnings(cases: list[Case]) -> Iterator[str]:
         )
     columns = ["truth", "latents", "warns of Wan 2.1", "of scaled", "of unscaled twice"]
     yield from _table("Warnings when they are decoded as raw latents of hunyuan_video", columns, rows)
+
+
+def _noise(cases: list[Case]) -> Iterator[str]:
+    """What is called noise: finished latents, and those of whole clips as a sampler sees them."""
+    finished: dict[str, dict[str, Tensor]] = {}
+    for case in cases:  # once for each VAE: what they stand for does not count
+        finished.setdefault(case.kind, {})[case.vae] = case.z_BCthw
+    rows = [_called_noise(kind, [*found.values()]) for kind, found in finished.items()]
+    clips = [*finished["clips"].values(), *finished["large"].values()]
+    torch.manual_seed(0)
+    for share in SHARES:
+        noisy = [_noisy(z_BCthw, share) for z_BCthw in clips]
+        rows.append(_called_noise(f"clips and large with {100 * share:.0f} % noise", noisy))
+    columns = ["latents", "count", "too small to judge", "called noise", "called mostly noise"]
+    yield from _table("Noise", columns, rows)
+
+
+def _called_noise(name: str, found: list[Tensor]) -> list[str]:
+    """A row: latents [B, C, t, h, w] of several VAEs."""
+    zs = [z[None] for z_BCthw in found for z in z_BCthw]
+    judged = [(neighbour_correlation(z) or (0.0, 1.0))[1] <= BLUNT for z in zs]
+    said = [noise_in(z) or "" for z in zs]
+    mostly = sum("mostly" in each for each in said)
+    noise = sum(bool(each) for each in said) - mostly
+    return [name, str(len(zs)), *(_share(part, len(zs)) for part in (len(zs) - sum(judged), noise, mostly))]
+
+
+def _noisy(z_BCthw: Tensor, share: float) -> Tensor:
+    """Latents as a flow's sampler has them: the rest of 1 is the picture, scaled channel by channel."""
+    var, mean = torch.var_mean(z_BCthw, (0, 2, 3, 4), keepdim=True)
+    return (1 - share) * (z_BCthw - mean) / var.sqrt() + share * torch.randn_like(z_BCthw)
 
 
 if __name__ == "__main__":

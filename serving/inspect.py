@@ -12,6 +12,7 @@ from ..adapters.spaces import LatentSpace, fitting_spaces
 from ..adapters.weights import VAEWeights, in_words
 from .latent_files import LatentFile
 from .likely_space import Ranking, likely, state_within
+from .noise import noise_in
 
 LIKELY = 0.8  # the odds from which on a guess is called likely; `benchmarks.which` measures how often those are wrong
 SHOWN = 0.05  # of the other guesses
@@ -104,9 +105,12 @@ def _verdict(
 ) -> list[str]:
     if std == 0:
         return ["All values are equal: this is an empty latent, not sampled yet."]
+    noise = [found] if (found := noise_in(z)) else []
     if known:
         named = [f"It is of {in_words(known, weights)}."] if weights else []
-        return [f"Space: {known} (known, not guessed from the shape alone).", *named]
+        return [f"Space: {known} (known, not guessed from the shape alone).", *named, *noise]
+    if noise:  # whose statistics are those of no VAE
+        return noise
     ranked = likely(z) if z.ndim == 5 else []
     lines = [_raw_or_scaled(space, ranked) for space in spaces if space.raw_deviation and ranked]
     if ranked:

@@ -5,7 +5,7 @@ import torch
 
 from kvae_comfyui.serving.inspect import describe
 
-Z = torch.randn(1, 16, 3, 8, 8)
+Z = torch.randn(1, 16, 3, 8, 4).repeat_interleave(2, 4)  # of pairs of equal neighbours: not noise
 
 
 def test_the_report_states_frames_size_and_number_of_clips():
