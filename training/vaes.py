@@ -29,6 +29,7 @@ TINY = {
     "hunyuan-1.5": ASSETS / "tiny_hunyuan15.safetensors",
     "kvae-t4s16": ASSETS / "tiny_kvae_t4s16.safetensors",
 }
+OPTIONS = {"hunyuan": "--hunyuan-vae", "kvae": "--kvae"}
 TINY_ADAPTERS = {
     "h2k": ASSETS / "tiny_hunyuan_to_kvae.safetensors",
     "k2h": ASSETS / "tiny_kvae_to_hunyuan.safetensors",
@@ -140,18 +141,33 @@ def weights_file(name: str, which: str) -> Path:
         which: "hunyuan" or "kvae": the kind of VAE.
 
     Raises:
-        WeightsError: there is no such file.
+        WeightsError: there is no such file, or the name is of a tiny VAE of the other kind.
     """
     path = tiny_file(name, which)
     if path is None:
+        _check_kind(name, which)
         return find_weights(name)
     if not path.exists():  # .comfyignore leaves out those that no node needs
         raise WeightsError(
             f"{path.name} is not part of the ComfyUI package. It is in this project's repository, in "
             f"training/tiny/assets; copy it to {path.parent}. All commands but demo accept other weights: "
-            f"--{'hunyuan-vae' if which == 'hunyuan' else which}"
+            f"{OPTIONS[which]}"
         )
     return path
+
+
+def _check_kind(name: str, which: str) -> None:
+    other = "kvae" if which == "hunyuan" else "hunyuan"
+    if tiny_file(name, other) and not Path(name).exists():
+        raise WeightsError(
+            f"{OPTIONS[which]} {name}: {name} is a VAE for {OPTIONS[other]}; {OPTIONS[which]} takes "
+            f"{' or '.join(tiny_names(which))}, a folder, a .safetensors file or a hub id"
+        )
+
+
+def tiny_names(which: str) -> list[str]:
+    """The names of the tiny VAEs of a kind."""
+    return [key.replace(which, "tiny", 1) for key in TINY if key.startswith(which)]
 
 
 def tiny_file(name: str, which: str) -> Path | None:

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15
 from safetensors.torch import save_file
 
 from kvae_comfyui.kvae import WeightsError
-from kvae_comfyui.training.vaes import TINY, load_hunyuan_vae, load_kvae_for_training
+from kvae_comfyui.training.vaes import TINY, load_hunyuan_vae, load_kvae_for_training, weights_file
 
 
 @pytest.fixture
@@ -135,6 +135,21 @@ def test_an_unreachable_hub_is_reported(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="nobody/nothing: no such file or folder, and the hub says"):
         load_kvae_for_training("nobody/nothing", "cpu")
+
+
+def test_each_option_takes_the_tiny_vaes_of_its_kind_and_says_where_the_others_belong(tmp_path, monkeypatch):
+    kinds = {"hunyuan": ("--hunyuan-vae", ["tiny", "tiny-1.5"]), "kvae": ("--kvae", ["tiny", "tiny-t4s16"])}
+    for which, (_, names) in kinds.items():
+        assert [weights_file(name, which) for name in names] == [TINY[which], TINY[which + names[1][4:]]]
+    for which, other in (("hunyuan", "kvae"), ("kvae", "hunyuan")):
+        (option, names), (right, others) = kinds[which], kinds[other]
+        with pytest.raises(WeightsError) as found:
+            weights_file(others[1], which)
+        said = f"{option} {others[1]}: {others[1]} is a VAE for {right}; {option} takes {names[0]} or {names[1]}, "
+        assert str(found.value) == said + "a folder, a .safetensors file or a hub id"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-1.5").touch()  # a file of that name is meant
+    assert weights_file("tiny-1.5", "kvae").name == "tiny-1.5"
 
 
 @pytest.mark.parametrize("load", [load_hunyuan_vae, load_kvae_for_training])
