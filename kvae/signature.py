@@ -18,7 +18,7 @@ MOST = 64  # values in a signature
 ROUNDING = 1 / 16  # relative change that a conversion may cause; bfloat16 rounds by at most 1/512
 AGREEING = 0.9  # fraction of the values that must agree
 # Of weights that were trained separately 2 % agree by chance, and never more than 10 % in 10,000 random signatures. If
-# only the decoder differs, the encoder's quarter of a KVAE's signature agrees.
+# only the decoder differs, the encoder's quarter of a KVAE's signature agrees; if only the encoder does, the rest.
 UNRELATED = 0.18
 
 
@@ -37,10 +37,12 @@ def same_weights(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def unrelated_weights(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two signatures have no part in common, so that the latents of the two VAEs mean different things.
+    """Whether two signatures have neither encoder nor decoder in common, so that neither VAE reads the other's latents.
 
-    False if only the decoder, or only the encoder, was trained further: the latents are still the same. False if one is
-    empty.
+    False if one half was trained further, which a signature does not tell apart. With the same encoder, the latents are
+    the same. With the same decoder and another encoder they are not: the decoder reads them as well as that encoder was
+    trained for it. Adapters are made for one encoder's latents; `same_weights` tells them that it is another. False if
+    one is empty.
     """
     return bool(one and other) and _agreement(one, other) < UNRELATED
 
