@@ -1,6 +1,7 @@
 """Latent-to-latent adapters: spaces, networks, files, and HybridVAE."""
 
-from .files import LatentAdapter, load_adapter, save_adapter
+from .adapter import LatentAdapter
+from .files import load_adapter, save_adapter
 from .hybrid import HybridVAE
 from .spaces import LatentSpace, latent_space
 

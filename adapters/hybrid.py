@@ -24,8 +24,8 @@ from ..kvae.frames import padded
 from ..kvae.model import DEFAULT
 from ..kvae.pixels import hunyuan_from_kvae, kvae_from_hunyuan
 from ..kvae.signature import same_weights, signature
+from .adapter import LatentAdapter
 from .checks import check_finite, check_latent
-from .files import LatentAdapter
 from .published import PUBLISHED_FILES, published_address
 from .spaces import LatentSpace, native_space
 from .weights import VAEWeights, in_words

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvae_comfyui.adapters.files import LatentAdapter, load_adapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
+from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.benchmarks.judge import FRAMES, REVERSE, SIDE, Judge, mean_and_difference, median_seconds, nmse
 from kvae_comfyui.benchmarks.tables import head, publish
 from kvae_comfyui.training.adapters import train

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvae_comfyui.adapters.files import LatentAdapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
 from kvae_comfyui.adapters.networks import Network
 from kvae_comfyui.serving.metrics import psnr, temporal_error
 from kvae_comfyui.training.data.dataset import Pairs, open_pairs, spread

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ..adapters.files import LatentAdapter
+from ..adapters.adapter import LatentAdapter
 from ..adapters.published import REACHED, VAES_REACH
 from ..kvae import BudgetError, plan_decode, plan_encode
 from .host_vae import HostVAE

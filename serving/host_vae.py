@@ -27,8 +27,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from ..adapters.adapter import LatentAdapter
 from ..adapters.checks import check_finite, check_shape, check_tensor
-from ..adapters.files import LatentAdapter
 from ..adapters.hybrid import HybridVAE
 from ..adapters.spaces import LatentSpace
 from ..kvae import KVAE, SEGMENT_FRAMES, plan_decode, plan_encode

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from ..adapters.files import LatentAdapter
+from ..adapters.adapter import LatentAdapter
 from ..kvae import KVAE, BudgetError, Plan, plan_decode, plan_encode
 from ..kvae.engine.count import Conversion
 from .ladder import Ladder, empty_cache

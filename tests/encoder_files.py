@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 
-from kvae_comfyui.adapters.files import LatentAdapter, save_adapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
+from kvae_comfyui.adapters.files import save_adapter
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.adapters.spaces import SPACES
 from kvae_comfyui.kvae import save_kvae

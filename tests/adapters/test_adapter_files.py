@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from conftest import shared
-from kvae_comfyui.adapters.files import LatentAdapter, direction_of, load_adapter, save_adapter, weights_of
+from kvae_comfyui.adapters.adapter import LatentAdapter
+from kvae_comfyui.adapters.files import direction_of, load_adapter, save_adapter, weights_of
 from kvae_comfyui.adapters.hybrid import HybridVAE
 from kvae_comfyui.adapters.networks import Affine, PointwiseNet, Residual
 from kvae_comfyui.adapters.spaces import SPACES, latent_space

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kvae_comfyui.adapters.files import LatentAdapter, load_adapter, save_adapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
+from kvae_comfyui.adapters.files import load_adapter, save_adapter
 from kvae_comfyui.adapters.hybrid import HybridVAE
 from kvae_comfyui.adapters.networks import Affine, PointwiseNet, Residual
 from kvae_comfyui.adapters.spaces import latent_space

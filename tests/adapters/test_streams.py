@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from conftest import shared
-from kvae_comfyui.adapters.files import LatentAdapter, load_adapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
+from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.adapters.hybrid import HybridVAE
 from kvae_comfyui.adapters.networks import Affine, PointwiseNet, Residual
 from kvae_comfyui.adapters.published import PUBLISHED_FILES

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from kvae_comfyui.adapters.files import LatentAdapter, direction_of, load_adapter, save_adapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
+from kvae_comfyui.adapters.files import direction_of, load_adapter, save_adapter
 from kvae_comfyui.adapters.hybrid import HybridVAE, from_kvae_pixels, to_kvae_pixels
 from kvae_comfyui.adapters.networks import Affine, PointwiseNet, Residual
 from kvae_comfyui.adapters.shuffle import on_one_grid, shuffled, unshuffled

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kvae_comfyui.adapters.files import LatentAdapter, load_adapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
+from kvae_comfyui.adapters.files import load_adapter
 from kvae_comfyui.adapters.hybrid import HybridVAE
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.adapters.spaces import SPACES

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kvae_comfyui.adapters.files import LatentAdapter, load_adapter, save_adapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
+from kvae_comfyui.adapters.files import load_adapter, save_adapter
 from kvae_comfyui.adapters.weights import VAEWeights
 from kvae_comfyui.kvae import KVAE, load_kvae
 from kvae_comfyui.kvae.load import save_kvae

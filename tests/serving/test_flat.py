@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from kvae_comfyui.adapters.files import LatentAdapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
 from kvae_comfyui.adapters.networks import PointwiseNet, Residual
 from kvae_comfyui.adapters.spaces import latent_space
 from kvae_comfyui.benchmarks.storages import PeakMemory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tqdm import tqdm
 
-from ...adapters.files import LatentAdapter
+from ...adapters.adapter import LatentAdapter
 from ...adapters.shuffle import on_one_grid
 from ...adapters.spaces import LatentSpace
 from ..data.dataset import Pairs

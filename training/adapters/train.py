@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ...adapters.files import LatentAdapter, save_adapter
+from ...adapters.adapter import LatentAdapter
+from ...adapters.files import save_adapter
 from ...adapters.shuffle import on_one_grid
 from ...kvae.paths import write_bytes
 from ..data.dataset import batches

@@ -25,7 +25,8 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 from tqdm import tqdm
 
-from ...adapters.files import LatentAdapter, load_adapter
+from ...adapters.adapter import LatentAdapter
+from ...adapters.files import load_adapter
 from ...adapters.spaces import LatentSpace
 from ...kvae.foreign import json_text
 from ...kvae.paths import write_text

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters.files import LatentAdapter
+from ...adapters.adapter import LatentAdapter
 from ..data.dataset import Pairs
 from ..data.pairs import Pair
 from ..directions import DIRECTIONS

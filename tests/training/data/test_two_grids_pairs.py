@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvae_comfyui.adapters.files import LatentAdapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.adapters.shuffle import on_one_grid, shuffled, unshuffled
 from kvae_comfyui.adapters.spaces import latent_space

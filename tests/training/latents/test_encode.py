@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 import needs
 from command import refusal, start
 from conftest import make_videos, moving_picture
-from kvae_comfyui.adapters.files import LatentAdapter, load_adapter, save_adapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
+from kvae_comfyui.adapters.files import load_adapter, save_adapter
 from kvae_comfyui.adapters.networks import Residual
 from kvae_comfyui.adapters.spaces import SPACES
 from kvae_comfyui.adapters.weights import VAEWeights

@@ -5,7 +5,8 @@ import torch
 
 from command import refusal
 from conftest import make_videos
-from kvae_comfyui.adapters.files import LatentAdapter, save_adapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
+from kvae_comfyui.adapters.files import save_adapter
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.adapters.spaces import latent_space
 from kvae_comfyui.kvae import save_kvae

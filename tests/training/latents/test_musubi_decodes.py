@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import needs
-from kvae_comfyui.adapters.files import LatentAdapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
 from kvae_comfyui.adapters.networks import Residual
 from kvae_comfyui.adapters.spaces import SPACES
 from kvae_comfyui.serving.host_vae import HostVAE

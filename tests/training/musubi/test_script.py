@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import needs
 from command import refusal
 from conftest import ROOT, make_videos
-from kvae_comfyui.adapters.files import LatentAdapter, save_adapter
+from kvae_comfyui.adapters.adapter import LatentAdapter
+from kvae_comfyui.adapters.files import save_adapter
 from kvae_comfyui.adapters.networks import Residual
 from kvae_comfyui.adapters.spaces import SPACES
 from kvae_comfyui.kvae import save_kvae
