@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 
-import torch
 from comfy_api.latest import io
 
 from ..adapters import load_adapter
 from ..adapters.spaces import LatentSpace, native_space
 from ..kvae import KVAE, WeightsError
 from ..serving.about import about
+from ..serving.dtypes import DTYPES
 from ..serving.host_vae import HostVAE
 from . import folders
 from .coding import memory_input, with_budget
@@ -20,7 +20,6 @@ from .served import CHOICES, NATIVE, SPACES, cannot_serve, quoted, served_by
 from .vae import ComfyVAE, free_once_unloaded, working_dtype
 
 AUTO, NONE = "auto", "none"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class KVAELoad(io.ComfyNode):

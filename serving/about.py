@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 
-import torch
-
 from ..adapters.adapter import LatentAdapter
 from ..adapters.published import REACHED, VAES_REACH
 from ..kvae import BudgetError, plan_decode, plan_encode
+from .dtypes import DTYPES
 from .host_vae import HostVAE
 from .planning import PlanFunction
 
 SIZES = (832, 480), (1280, 720)  # width, height; few, since plans take time
 FRAMES = 121
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def about(host: HostVAE, names: Sequence[str], free: int | None = None) -> str:
@@ -28,7 +27,7 @@ def about(host: HostVAE, names: Sequence[str], free: int | None = None) -> str:
     """
     kvae, decode_adapter, encode_adapter = names
     weight, size = next(host.kvae.parameters()), sum(each.nbytes for each in host.kvae.parameters())
-    lines = [f"{kvae}: {DTYPES.get(weight.dtype, weight.dtype)}, {_gb(size)} of weights"]
+    lines = [f"{kvae}: {NAMES.get(weight.dtype, weight.dtype)}, {_gb(size)} of weights"]
     if not (host.vae.decode_adapter or host.vae.encode_adapter):
         lines.append(f"decodes and encodes {host.space.name} latents, KVAE's own, without adapters")
     else:

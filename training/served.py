@@ -14,13 +14,13 @@ from ..adapters.files import load_adapter
 from ..adapters.published import PUBLISHED_FILES
 from ..adapters.spaces import native_space
 from ..kvae import KVAE, load_kvae
+from ..serving.dtypes import DTYPES
 from ..serving.host_vae import HostVAE
 from .errors import UserError
 from .options import DEVICE, KVAE_HELP, option
 from .vaes import INCLUDED_ADAPTERS, weights_file
 
 AUTO = "auto"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MOST_GB = 1024
 
 

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from ...serving.dtypes import DTYPES
 from ..errors import UserError, printable
 from ..options import DEVICE, option
 from ..runtime.places import shareable
 from ..runtime.processes import Processes
-from ..served import AUTO, DTYPES
+from ..served import AUTO
 from .base import load_encoders
 from .condition_files import CacheInfo, ConditionFiles, begin_cache, digest_of, keep
 from .conditions import encode_picture, encode_text
