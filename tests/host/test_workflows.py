@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import quote
 
 import pytest
 
@@ -14,7 +15,7 @@ from kvae_comfyui.adapters.published import PUBLISHED_FILES, published_address
 from .conftest import HUNYUAN_15, T4S16
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 IN_THE_PAGE = {"MarkdownNote", "Note"}  # node types that exist only in the frontend
 HUNYUAN = "HunyuanVideo / Kandinsky 5"
@@ -28,11 +29,14 @@ OFFICIAL = {
 }
 
 
-def test_templates_are_found(server):
+def test_templates_and_their_thumbnails_are_served(server):
+    """ComfyUI serves one folder of each pack under this address: the first that exists of `example_workflows`,
+    `example`, `examples` and two more. In a checkout there is `examples`, too.
+    """
     templates = server.get("/workflow_templates")
     assert sorted(templates["kvae"]) == [path.stem for path in WORKFLOWS]
-    for path in WORKFLOWS:
-        assert path.with_suffix(".jpg").is_file()
+    for path in (each for workflow in WORKFLOWS for each in (workflow, workflow.with_suffix(".jpg"))):
+        assert server.content(f"/api/workflow_templates/kvae/{quote(path.name)}") == path.read_bytes()
 
 
 def test_blueprints_are_found(server):

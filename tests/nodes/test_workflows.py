@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT
 
-PATHS = [path for folder in ("workflows", "subgraphs") for path in sorted((ROOT / folder).glob("*.json"))]
+PATHS = [path for folder in ("example_workflows", "subgraphs") for path in sorted((ROOT / folder).glob("*.json"))]
 TITLE = 30  # a node's title bar is above its position
 APART = 60
 PICTURE = 300  # by which a node grows, or less, that shows pictures while it works
@@ -45,7 +45,7 @@ def test_pictures_of_a_running_node_cover_no_other_node(path):
                     assert other is node or gap(grown, other) >= 0, f"{other['type']} {other['id']}"
 
 
-@pytest.mark.parametrize("path", [p for p in PATHS if p.parent.name == "workflows"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in PATHS if p.parent.name == "example_workflows"], ids=lambda path: path.stem)
 def test_every_workflow_is_explained_in_three_languages(path):
     (note,) = (n for n in graphs(path)[0]["nodes"] if n.get("title") == "Read me · 说明 · Справка")
     (text,) = note["widgets_values"]
