@@ -26,12 +26,13 @@ from torch import Tensor
 from ...kvae.errors import WeightsError
 from ...kvae.foreign import json_text, parse_object
 from ...kvae.paths import file_errors, read_text, sha256_of, write_text
+from ...serving.dtypes import DTYPES
 from ...serving.video_writer import FASTEST, SLOWEST, write_video
 from ..errors import UserError, printable
 from ..evaluate.pictures import side_by_side
 from ..options import DEVICE, KVAE_HELP, MOST_SEED, argument, option
 from ..runtime.places import shareable
-from ..served import AUTO, DTYPES, ServedOptions, load_served
+from ..served import AUTO, ServedOptions, load_served
 from .backbone import load_backbone
 from .base import load_whole
 from .decoders import SPACE
