@@ -18,7 +18,8 @@ from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.videos import Clip, find_videos, read_clip
 from kvae_comfyui.training.evaluate.evaluate import psnr
 from kvae_comfyui.training.tiny import data
-from kvae_comfyui.training.tiny import train as training
+from kvae_comfyui.training.tiny import train as command
+from kvae_comfyui.training.tiny import training as tiny_training
 from kvae_comfyui.training.tiny.components import pca_psnr, pixel_blocks
 from kvae_comfyui.training.tiny.model import MODELS, build, decode, posterior_of, skeleton
 from kvae_comfyui.training.vaes import (
@@ -97,13 +98,13 @@ def test_an_interrupted_training_gives_the_weights_of_an_uninterrupted_one(tmp_p
         path.rename(path.with_name(path.name.replace("_g09", "_g10")))  # groups 1 to 7 validate, groups 8 and 10 train
     monkeypatch.setattr(data, "SIDE", 32)
     monkeypatch.setattr(data, "FRAMES", 5)
-    monkeypatch.setattr(training, "PCA_SAMPLE", data.Stage(1, 32, 20, False))
-    stages = "4x16x2,2x32x1" if model == "hunyuan-1.5" else "4x16x2s,2x32x1"
+    monkeypatch.setattr(tiny_training, "PCA_SAMPLE", data.Stage(1, 32, 20))
+    stages = "4x16x2:skeleton,2x32x1" if MODELS[model][0] == 8 else "2x16x2:coarse,1x16x2:level-1,3x32x1"
     options = ["--model", model, "--videos-root", str(videos), "--stages", stages, "--device", "cpu"]
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     assert main(["tiny", *options, "--output", str(whole)]) == 0
 
-    monkeypatch.setattr(training, "SAVE_STEPS", 3)
+    monkeypatch.setattr(command, "SAVE_STEPS", 3)
     with at_step(5, ctrl_c):
         assert main(["tiny", *options, "--output", str(parts)]) == 130
     state = tmp_path / "parts.resume.safetensors"
@@ -136,7 +137,7 @@ def test_the_skeleton_ends_with_its_context():
 
 
 def test_a_new_model_is_its_own_skeleton():
-    for model in ("kvae", "hunyuan", "kvae-t4s16"):
+    for model in ("kvae", "hunyuan"):
         vae = build(model).eval()
         x = torch.rand(1, 3, 5, 32, 32)
         whole = posterior_of(vae, x).mean  # with gradients, as in training
@@ -175,13 +176,13 @@ def test_principal_components_code_blocks_of_pixels():
 
 def test_malformed_stages_are_refused(tmp_path, capsys):
     argv = ["tiny", "--videos-root", str(tmp_path), "--output", str(tmp_path / "x.safetensors"), "--stages"]
-    for text in ("100", "10x12x4", "10x256x1"):
+    for text in ("100", "10x12x4", "10x256x1", "10x32x4:"):
         assert main([*argv, text]) == 2
         assert "expected STEPSxSIDExBATCH" in capsys.readouterr().err
     assert main([*argv, "10x24x4", "--model", "kvae-t4s16"]) == 2
     assert "multiples of 16" in capsys.readouterr().err
-    assert main([*argv, "10x32x4s", "--model", "hunyuan-1.5"]) == 2
-    assert "leave the s out" in capsys.readouterr().err
+    assert main([*argv, "10x32x4:skeleton", "--model", "hunyuan-1.5"]) == 2
+    assert "a part 'skeleton'; this model has fine-encoder, coarse-encoder" in capsys.readouterr().err
 
 
 def test_a_file_of_another_model_is_not_continued(tmp_path, capsys):

@@ -1,27 +1,77 @@
-"""Principal components of blocks of pixels: what the Hunyuan skeletons start from, and a codec to compare with.
+"""Principal components of blocks of pixels: what small VAEs are trained beside, and a codec to compare with.
 
-A block is what one latent stands for: 4 frames of 8x8 or 16x16 pixels, the `side`.
+A block is what one latent, or one position between pixels and latents, stands for: some frames of `side` x `side`
+pixels. As in the VAEs, a clip's first frame has blocks of its own; it is repeated to fill them.
 
-# B batch, T frames, t = (T + 3) / 4 latent frames, H/W pixels, h = H/side, w = W/side
-# f values of a block: 3 colours of 4 * side * side
+# B batch, T frames, t = (T - 1) / frames + 1, H/W pixels, h = H/side, w = W/side
+# f values of a block: 3 colours of frames * side * side
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kvae.pixels import HUNYUAN_HALF_RANGE, to_unit
 
 
-def pixel_blocks(x_B3THW: Tensor, side: int) -> Tensor:
-    """[B, 3, 4n + 1, H, W] → [B, n + 1, h, w, f]: the block of each latent; the first holds frame 0 four times."""
-    x = torch.cat([x_B3THW[:, :, :1].expand(-1, -1, 3, -1, -1), x_B3THW], dim=2)
-    return rearrange(x, "b c (t i) (h j) (w k) -> b t h w (c i j k)", i=4, j=side, k=side)
+def pixel_blocks(x_B3THW: Tensor, side: int, frames: int = 4) -> Tensor:
+    """[B, 3, T, H, W] → [B, t, h, w, f]: blocks of pixels; the first holds frame 0 `frames` times."""
+    x = torch.cat([x_B3THW[:, :, :1].expand(-1, -1, frames - 1, -1, -1), x_B3THW], dim=2)
+    return rearrange(x, "b c (t i) (h j) (w k) -> b t h w (c i j k)", i=frames, j=side, k=side)
+
+
+@dataclass(frozen=True)
+class LinearCodec:
+    """Blocks of pixels ↔ channels: principal components, scaled and rotated.
+
+    Attributes:
+        frames, side: size of a block.
+        mean_f: mean of the blocks.
+        encoder_fc, decoder_cf: matrices to and from c channels.
+    """
+
+    frames: int
+    side: int
+    mean_f: Tensor
+    encoder_fc: Tensor
+    decoder_cf: Tensor
+
+    def encode(self, x_B3THW: Tensor) -> Tensor:
+        """Pixels in −1..1 → [B, c, t, h, w]."""
+        blocks = pixel_blocks(x_B3THW, self.side, self.frames)
+        return ((blocks - self.mean_f.to(blocks)) @ self.encoder_fc.to(blocks)).movedim(-1, 1)
+
+    def decode(self, y_Bcthw: Tensor) -> Tensor:
+        """[B, c, t, h, w] → pixels [B, 3, T, H, W]; frame 0 is the mean of the first block's frames."""
+        y = y_Bcthw.float().movedim(1, -1) @ self.decoder_cf.to(y_Bcthw.device) + self.mean_f.to(y_Bcthw.device)
+        x = rearrange(y, "b t h w (c i j k) -> b c (t i) (h j) (w k)", i=self.frames, j=self.side, k=self.side)
+        return torch.cat([x[:, :, : self.frames].mean(2, keepdim=True), x[:, :, self.frames :]], dim=2)
+
+
+def fit_codec(
+    clips_B3THW: Iterable[Tensor], frames: int, side: int, channels: int, generator: torch.Generator
+) -> LinearCodec:
+    """The codec of as many principal components as there are channels, or values in a block if those are fewer.
+
+    Components are scaled halfway to unit variance, so that loud ones stay loud, and are then rotated.
+
+    Args:
+        clips_B3THW: pixels in −1..1 to fit to.
+        generator: decides the rotation.
+    """
+    count = min(channels, 3 * frames * side * side)
+    blocks = (pixel_blocks(clip, side, frames).flatten(0, 3) for clip in clips_B3THW)
+    mean, variances, axes = principal_axes(blocks, count)
+    deviations = variances.sqrt()
+    scale = deviations.sqrt() * deviations.mean().sqrt()
+    rotation = nn.init.orthogonal_(torch.empty(count, channels), generator=generator)
+    return LinearCodec(frames, side, mean, (axes / scale) @ rotation, rotation.T @ (axes * scale).T)
 
 
 def principal_axes(blocks_Nf: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,13 +30,13 @@ class Stage:
 
     Attributes:
         batch: number of crops.
-        skeleton: whether only the skeleton is trained.
+        part: what is trained, one of a model's parts or "skeleton"; "" for all of it.
     """
 
     steps: int
     side: int
     batch: int
-    skeleton: bool
+    part: str = ""
 
 
 def parse_stages(text: str) -> list[Stage]:
@@ -47,10 +47,13 @@ def parse_stages(text: str) -> list[Stage]:
     """
     stages = []
     for part in text.split(","):
-        match = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,2})x([1-9][0-9]{0,8})(s?)", part.strip())
+        match = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,2})x([1-9][0-9]{0,8})(?::([a-z0-9-]+))?", part.strip())
         if not match or int(match[2]) % 8 or int(match[2]) > SIDE:
-            raise UserError(f"--stages: {part!r}; expected STEPSxSIDExBATCH, a side of 8n up to {SIDE}, like 600x64x2")
-        stages.append(Stage(int(match[1]), int(match[2]), int(match[3]), bool(match[4])))
+            raise UserError(
+                f"--stages: {part!r}; expected STEPSxSIDExBATCH or STEPSxSIDExBATCH:PART, a side of 8n up to {SIDE}, "
+                "like 600x64x2"
+            )
+        stages.append(Stage(int(match[1]), int(match[2]), int(match[3]), match[4] or ""))
         size = stages[-1].batch * 3 * FRAMES * stages[-1].side ** 2 * 4
         if size > MOST_BATCH_BYTES:
             raise UserError(

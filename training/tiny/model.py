@@ -21,20 +21,19 @@ from ...kvae.config import FAMILY
 from ...kvae.layers import ResnetBlock
 from ..hunyuan_attention import attend_frame_by_frame
 from ..vaes import load_hunyuan_vae
+from .parts import Hunyuan15Parts, KVAEParts, Parts
 
 # rows (and columns) of pixels that a latent stands for, and its channels
 MODELS = {"kvae": (8, 16), "hunyuan": (8, 16), "kvae-t4s16": (16, 64), "hunyuan-1.5": (16, 32)}
 # Channels of the levels. Those of the second pair are narrow where there are many pixels, and what oneDNN is fast with.
 WIDTHS = (16, 32, 64, 80)
-T4S16_WIDTHS = (8, 16, 48, 48, 64), (8, 32, 48, 64, 64)  # of encoder and decoder
+T4S16_WIDTHS = (8, 16, 48, 48, 64), (8, 16, 48, 64, 64)  # of encoder and decoder
 HUNYUAN_15_WIDTHS = (8, 16, 16, 64, 64)
 START_LOGVAR = -9.0
 
 
 def build(model: str, start_from: str = "") -> Any:
     """A small VAE to train: a new one, or one from a file.
-
-    A new HunyuanVideo 1.5 VAE is not initialised: see `linear_start`.
 
     Args:
         model: one of MODELS.
@@ -47,8 +46,7 @@ def build(model: str, start_from: str = "") -> Any:
         vae = _load(model, start_from).train().requires_grad_(True)
     else:
         vae = _new(model)
-        if model != "hunyuan-1.5":
-            initialise(vae)
+        initialise_hunyuan_15(vae) if model == "hunyuan-1.5" else initialise(vae)
     if model == "hunyuan-1.5":
         attend_frame_by_frame(vae.encoder)  # diffusers' attention fails for batches
         attend_frame_by_frame(vae.decoder)
@@ -105,6 +103,21 @@ def initialise(vae: Any) -> None:
         # the Hunyuan decoder has no other way around its last GroupNorm; KVAE's norms see the latent itself
         nn.init.normal_(conv.bias, std=1.0 if kvae else 3.0)
     encoder_bias[len(encoder_bias) // 2 :] = START_LOGVAR
+
+
+@torch.no_grad()
+def initialise_hunyuan_15(vae: Any) -> None:
+    """Make residual branches zero; PyTorch initialises the rest."""
+    for name, module in vae.named_modules():
+        if name.endswith((".conv2.conv", ".proj_out")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    vae.encoder.conv_out.conv.bias[vae.config.latent_channels :] = START_LOGVAR
+
+
+def parts_of(vae: Any) -> Parts:
+    """The parts of a VAE whose latents stand for 4x16x16 pixels."""
+    return KVAEParts(vae) if isinstance(vae, KVAE) else Hunyuan15Parts(vae)
 
 
 @contextmanager
