@@ -20,9 +20,14 @@ from torch import Tensor, nn
 from ...kvae.pixels import HUNYUAN_HALF_RANGE, to_unit
 
 
+def repeat_first(x_BCTHW: Tensor, count: int) -> Tensor:
+    """[B, C, T, H, W] → [B, C, count + T - 1, H, W]: the first frame `count` times."""
+    return torch.cat([x_BCTHW[:, :, :1].expand(-1, -1, count - 1, -1, -1), x_BCTHW], dim=2)
+
+
 def pixel_blocks(x_B3THW: Tensor, side: int, frames: int = 4) -> Tensor:
     """[B, 3, T, H, W] → [B, t, h, w, f]: blocks of pixels; the first holds frame 0 `frames` times."""
-    x = torch.cat([x_B3THW[:, :, :1].expand(-1, -1, frames - 1, -1, -1), x_B3THW], dim=2)
+    x = repeat_first(x_B3THW, frames)
     return rearrange(x, "b c (t i) (h j) (w k) -> b t h w (c i j k)", i=frames, j=side, k=side)
 
 
@@ -32,46 +37,54 @@ class LinearCodec:
 
     Attributes:
         frames, side: size of a block.
+        fold: 2x2x2 blocks lie side by side in the channels for 2, as DC-AE's downsamplers put them; 1 for one block.
         mean_f: mean of the blocks.
-        encoder_fc, decoder_cf: matrices to and from c channels.
+        encoder_fc, decoder_cf: matrices to and from the c channels of a block.
     """
 
     frames: int
     side: int
+    fold: int
     mean_f: Tensor
     encoder_fc: Tensor
     decoder_cf: Tensor
 
     def encode(self, x_B3THW: Tensor) -> Tensor:
-        """Pixels in −1..1 → [B, c, t, h, w]."""
+        """Pixels in −1..1 → [B, C, t, h, w]."""
         blocks = pixel_blocks(x_B3THW, self.side, self.frames)
-        return ((blocks - self.mean_f.to(blocks)) @ self.encoder_fc.to(blocks)).movedim(-1, 1)
+        y = ((blocks - self.mean_f.to(blocks)) @ self.encoder_fc.to(blocks)).movedim(-1, 1)
+        n = self.fold
+        return rearrange(repeat_first(y, n), "b c (t i) (h j) (w k) -> b (i j k c) t h w", i=n, j=n, k=n)
 
-    def decode(self, y_Bcthw: Tensor) -> Tensor:
-        """[B, c, t, h, w] → pixels [B, 3, T, H, W]; frame 0 is the mean of the first block's frames."""
-        y = y_Bcthw.float().movedim(1, -1) @ self.decoder_cf.to(y_Bcthw.device) + self.mean_f.to(y_Bcthw.device)
-        x = rearrange(y, "b t h w (c i j k) -> b c (t i) (h j) (w k)", i=self.frames, j=self.side, k=self.side)
-        return torch.cat([x[:, :, : self.frames].mean(2, keepdim=True), x[:, :, self.frames :]], dim=2)
+    def decode(self, y_BCthw: Tensor) -> Tensor:
+        """[B, C, t, h, w] → pixels [B, 3, T, H, W], with the first frame as often as its block holds it."""
+        n = self.fold
+        y = rearrange(y_BCthw.float(), "b (i j k c) t h w -> b (t i) (h j) (w k) c", i=n, j=n, k=n)
+        blocks = y @ self.decoder_cf.to(y) + self.mean_f.to(y)
+        i, j = self.frames, self.side
+        return rearrange(blocks, "b t h w (c i j k) -> b c (t i) (h j) (w k)", i=i, j=j, k=j)
 
 
 def fit_codec(
-    clips_B3THW: Iterable[Tensor], frames: int, side: int, channels: int, generator: torch.Generator
+    clips_B3THW: Iterable[Tensor], frames: int, side: int, channels: int, generator: torch.Generator, fold: int = 1
 ) -> LinearCodec:
-    """The codec of as many principal components as there are channels, or values in a block if those are fewer.
+    """The codec of as many principal components as a block has channels, or values if those are fewer.
 
     Components are scaled halfway to unit variance, so that loud ones stay loud, and are then rotated.
 
     Args:
         clips_B3THW: pixels in −1..1 to fit to.
+        channels: of the codec, those of fold³ blocks.
         generator: decides the rotation.
     """
+    channels //= fold**3
     count = min(channels, 3 * frames * side * side)
     blocks = (pixel_blocks(clip, side, frames).flatten(0, 3) for clip in clips_B3THW)
     mean, variances, axes = principal_axes(blocks, count)
     deviations = variances.sqrt()
     scale = deviations.sqrt() * deviations.mean().sqrt()
-    rotation = nn.init.orthogonal_(torch.empty(count, channels), generator=generator)
-    return LinearCodec(frames, side, mean, (axes / scale) @ rotation, rotation.T @ (axes * scale).T)
+    rotation = nn.init.orthogonal_(torch.empty(count, channels), generator=generator).to(axes)
+    return LinearCodec(frames, side, fold, mean, (axes / scale) @ rotation, rotation.T @ (axes * scale).T)
 
 
 def principal_axes(blocks_Nf: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor, Tensor]:

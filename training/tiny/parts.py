@@ -36,11 +36,13 @@ class Parts(Protocol):
     Attributes:
         frames: that a position of each level stands for, from level 0 on.
         encoder_width: channels of the encoder's middle.
+        encoder_fold: 2 if those are of 2x2x2 blocks side by side, each made in the same way; else 1.
         decoder_widths: channels of the decoder's levels, from level 0 on.
     """
 
     frames: Sequence[int]
     encoder_width: int
+    encoder_fold: int
     decoder_widths: Sequence[int]
 
     def fine_encoder(self, x_B3THW: Tensor) -> Tensor:
@@ -60,6 +62,7 @@ class KVAEParts:
     """KVAE-3D-2.0-t4s16. The norms of its decoder see the latents at every level."""
 
     frames = (1, 1, 2, 4)
+    encoder_fold = 1
 
     def __init__(self, vae: KVAE):
         self.encoder, self.decoder = vae.encoder, vae.decoder
@@ -91,6 +94,7 @@ class Hunyuan15Parts:
     """diffusers' AutoencoderKLHunyuanVideo15."""
 
     frames = (1, 1, 1, 2)
+    encoder_fold = 2
 
     def __init__(self, vae: Any):
         self.encoder, self.decoder = vae.encoder, vae.decoder
@@ -140,12 +144,13 @@ class Neighbours:
     """
 
     def __init__(self, parts: Parts, sample: Sequence[Tensor], side: int, channels: int, generator: torch.Generator):
-        def codec(frames: int, side: int, channels: int) -> LinearCodec:
-            return fit_codec(sample, frames, side, channels, generator)
+        def codec(frames: int, side: int, channels: int, fold: int = 1) -> LinearCodec:
+            return fit_codec(sample, frames, side, channels, generator, fold)
 
+        n = parts.encoder_fold
         self.parts = parts
         self.latents = codec(4, side, channels)
-        self.encoder_middle = codec(parts.frames[MIDDLE], 2**MIDDLE, parts.encoder_width)
+        self.encoder_middle = codec(parts.frames[MIDDLE] // n, 2**MIDDLE // n, parts.encoder_width, n)
         self.levels = [codec(parts.frames[i], 2**i, parts.decoder_widths[i]) for i in range(1, MIDDLE + 1)]
 
     def encode(self, x_B3THW: Tensor) -> Tensor:
@@ -153,7 +158,10 @@ class Neighbours:
         return self.parts.coarse_encoder(self.encoder_middle.encode(x_B3THW))
 
     def decode(self, part: str, x_B3THW: Tensor, z_Bcthw: Tensor) -> Tensor:
-        """Pixels x, after a part and its neighbours, from latents z where the way leads through those."""
+        """Pixels x, after a part and its neighbours, from latents z where the way leads through those.
+
+        The first frame can come several times: a block of several frames must have it in all of them.
+        """
         if part == "fine-encoder":
             return self.encoder_middle.decode(self.parts.fine_encoder(x_B3THW))
         if part == "coarse-encoder":

@@ -40,8 +40,8 @@ SAVE_STEPS = 100
 QUICK_VALIDATION = 6  # every 6th validation clip during the training; all of them at the end
 STAGES = "1600x32x4:skeleton,600x32x4,950x64x2,100x128x1"
 STAGES_OF_PARTS = (
-    "1200x64x2:fine-encoder,1000x128x2:coarse-encoder,1500x128x2:coarse-decoder,500x128x2:level-2,500x64x2:level-1,"
-    "500x64x1:level-0,2000x128x2:coarse,1500x64x2"
+    "1200x64x2:fine-encoder,1000x128x2:coarse-encoder,1500x128x2:coarse-decoder,2000x128x2:coarse,"
+    "500x128x2:level-2,500x64x2:level-1,500x64x2:level-0,1500x64x2"
 )
 
 

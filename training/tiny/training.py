@@ -19,7 +19,7 @@ from ...kvae.foreign import json_text
 from ...kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, to_unit
 from ..adapters.muon import Muon
 from ..runtime.trainer import Schedule, Trainer
-from .components import fit_components, pixel_blocks
+from .components import fit_components, pixel_blocks, repeat_first
 from .data import Stage, TrainingClips
 from .model import START_LOGVAR, decode, parts_of, posterior_of
 from .parts import ENCODES, PARTS, Neighbours
@@ -98,7 +98,7 @@ class TinyTraining:
         x = self.pixels(crops)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.bfloat16):
             y, mean, latent_loss = self.reconstruct(x, stage)
-        mse = (y - x).square().flatten(1).mean(1)
+        mse = (y - repeat_first(x, y.shape[2] - x.shape[2] + 1)).square().flatten(1).mean(1)
         ((mse + 1e-4).log().mean() + latent_loss).backward()
         nn.utils.clip_grad_norm_(self.rest, 1.0)
         self.trainer.update()
@@ -118,12 +118,13 @@ class TinyTraining:
 
     def latents(self, x: Tensor, part: str) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents of pixels, [B, c, t, h, w] each."""
-        if part in ENCODES:
-            mean, logvar = self.neighbours.encode(x).float().chunk(2, dim=1)
-            return mean, logvar
-        if part in PARTS:
+        if part in ("fine-encoder", "coarse-decoder"):
             mean = self.neighbours.latents.encode(x)
             return mean, torch.full_like(mean, START_LOGVAR)
+        if part in PARTS:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and part in ENCODES):
+                mean, logvar = self.neighbours.encode(x).float().chunk(2, dim=1)
+            return mean, logvar
         posterior = posterior_of(self.vae, x)
         return posterior.mean.float(), posterior.logvar.float()
 
@@ -159,7 +160,7 @@ class TinyTraining:
             for clip in clips:
                 x = self.pixels(clip[None])
                 mean, _ = self.latents(x, stage.part)
-                y = self.decoded(x, mean, stage.part).clamp(-1, 1)
+                y = self.decoded(x, mean, stage.part)[:, :, -x.shape[2] :].clamp(-1, 1)
                 psnrs.append(10 * math.log10(4 / (y - x).square().mean().item()))
                 latents.append(mean)
         metrics = {"val_psnr": sum(psnrs) / len(psnrs), "val_std": torch.cat(latents).std().item()}
