@@ -31,7 +31,7 @@ COMMANDS = {  # name → module, function in it, summary
     "cache": ("musubi.cache", "run", "make musubi-tuner's latent caches from its dataset config"),
     "check-cache": ("musubi.check_cache", "run", "find what is wrong in musubi-tuner's latent caches, and mend it"),
     "demo": ("demo", "run", "extract, train and evaluate with small models on real clips"),
-    "tiny": ("tiny.train", "run", "train one of the two embedded small VAEs"),
+    "tiny": ("tiny.train", "run", "train one of the embedded small VAEs"),
     "musubi": ("musubi.script", "run", "run a script of musubi-tuner with KVAE in the place of its VAE"),
     "vfl-pack": ("vfl.pack", "run", "pack pictures of characters into shards, for a Video-Free LoRA"),
     "vfl-cache": ("vfl.cache", "run", "encode prompts and pictures once, for a Video-Free LoRA"),

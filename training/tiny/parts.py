@@ -58,14 +58,15 @@ class Parts(Protocol):
         """The level after this one, with the latents, → this level; level 0 gives pixels."""
 
 
-class KVAEParts:
+class KVAEParts(Parts):
     """KVAE-3D-2.0-t4s16. The norms of its decoder see the latents at every level."""
 
     frames = (1, 1, 2, 4)
     encoder_fold = 1
 
     def __init__(self, vae: KVAE):
-        self.encoder, self.decoder = vae.encoder, vae.decoder
+        self.encoder: Any = vae.encoder
+        self.decoder: Any = vae.decoder
         self.encoder_width = 2 * vae.config.encoder_widths[MIDDLE - 1]
         self.decoder_widths = vae.config.decoder_widths
         self.cut = self.encoder.down[MIDDLE - 1].downsample
@@ -90,7 +91,7 @@ class KVAEParts:
         return h if level else self.decoder.conv_out(F.silu(self.decoder.norm_out(h, z_Bcthw, True)), {})
 
 
-class Hunyuan15Parts:
+class Hunyuan15Parts(Parts):
     """diffusers' AutoencoderKLHunyuanVideo15."""
 
     frames = (1, 1, 1, 2)
