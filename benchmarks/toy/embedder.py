@@ -1,6 +1,6 @@
 """Who is in a picture of the toy: a small DINOv3, and on it a head by the product's `vfl-pack` and `vfl-head`.
 
-    embed = embedder(work, noise=0.1)       # trained once, then read
+    embed = embedder(work, noise=0.1, backbone_noise=0.1)       # trained once, then read
 
 A real DINOv3 has seen the world before. This one has seen sprites of all colours, by the head trainer's own loss.
 """
@@ -25,16 +25,16 @@ from kvae_comfyui.training.vfl.head_files import load_head
 from kvae_comfyui.training.vfl.identity import Backbone, Embedder
 
 WIDTH, PATCH = 48, 2
-BACKBONE_STEPS, HEAD_STEPS = 600, 1000
+BACKBONE_STEPS, HEAD_STEPS = 600, 500
 IDENTITIES, PICTURES = 300, 8  # that the head learns from
 BATCH, EACH, TEMPERATURE = 32, 2, 0.1  # as in `vfl-head`
 
 
-def embedder(work: Path, noise: float) -> Embedder:
-    """The embedder whose head has seen noise of up to this standard deviation, in pixels of 0..1."""
-    backbone = trained_backbone(work)
-    data, out = work / "dataset", work / f"head-{noise:g}"
-    file = out / head.NAMES["best"] if hasattr(head, "NAMES") else out / "head.safetensors"
+def embedder(work: Path, noise: float, backbone_noise: float) -> Embedder:
+    """The embedder whose parts have seen noise of up to these standard deviations, in pixels of 0..1."""
+    backbone = trained_backbone(work, backbone_noise)
+    data, out = work / "dataset", work / f"head-{noise:g}-on-{backbone_noise:g}"
+    file = out / "head.safetensors"
     if not file.exists() or (out / "head.resume.safetensors").exists():
         write_pictures(work / "pictures")
         pack.run(pack.VflPackConfig(str(data), str(work / "pictures"), val_share=0.25))
@@ -53,28 +53,31 @@ def new_backbone() -> Any:
         return DINOv3ViTModel(DINOv3ViTConfig(hidden_size=WIDTH, intermediate_size=4 * WIDTH, **shape))
 
 
-def trained_backbone(work: Path, steps: int = BACKBONE_STEPS) -> Backbone:
+def trained_backbone(work: Path, noise: float) -> Backbone:
     """The backbone, from its file in `work`, or trained now."""
-    model, file = new_backbone(), work / "backbone.safetensors"
+    model, file = new_backbone(), work / f"backbone-{noise:g}.safetensors"
     if not file.exists():
-        train_backbone(model, steps)
+        train_backbone(model, noise)
         save_weights(file, model.state_dict(), {})
     saved = Weights(file)
     model.load_state_dict({key: saved[key].clone() for key in saved.shapes})
     return Backbone(model, "toy", hashlib.sha256(file.read_bytes()).hexdigest())
 
 
-def train_backbone(model: Any, steps: int) -> None:
+def train_backbone(model: Any, noise: float) -> None:
     """Supervised contrastive loss on pictures of new sprites, each at two places before two backgrounds."""
     backbone = Backbone(model, "toy", "")
     model.requires_grad_(True)
-    rates = {"max_lr": 2e-3, "total_steps": steps, "pct_start": 0.1}
+    rates = {"max_lr": 2e-3, "total_steps": BACKBONE_STEPS, "pct_start": 0.1}
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, **rates)  # type: ignore[arg-type]
     who = torch.arange(BATCH).repeat(EACH)
-    for step in tqdm(range(steps), desc="backbone"):
+    for step in tqdm(range(BACKBONE_STEPS), desc="backbone"):
         seen = sprites(BATCH, NEW, Draws(0, "backbone", step))
         p = torch.cat([first_frames(seen.elsewhere(Draws(0, "place", step, i))) for i in range(EACH)])
+        generator = torch.Generator().manual_seed(Draws(0, "noise", step).bits())
+        level = noise * torch.rand(len(p), 1, 1, 1, generator=generator)
+        p = (p + level * torch.randn(p.shape, generator=generator)).clamp(0, 1)
         supcon(torch.nn.functional.normalize(backbone(p), dim=1), who, TEMPERATURE).backward()
         optimiser.step()
         optimiser.zero_grad()

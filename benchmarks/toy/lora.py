@@ -1,7 +1,7 @@
 """Train a LoRA on the toy's base as a row says, by the product's own step, losses, LoRA and optimiser.
 
     network = base_network(work)
-    share = train_lora(network, embedder(work, row.noise), row, seed=0)
+    share = train_lora(network, embedder(work, row.noise, row.backbone_noise), row, seed=0)
 
 # B = 6 stills in a step
 """
@@ -32,7 +32,7 @@ from kvae_comfyui.training.vfl.schedule import Cosine
 from kvae_comfyui.training.vfl.step import Recipe, lora_step
 
 BATCH = 6
-LR = 4e-3
+LR, DECAY = 4e-3, 0.01
 WARMUP = 0.05  # of the steps, for the rate and for λ, as in the product
 BAND = 0.60, 0.85
 SECONDARY = 0.1  # of the steps compare with another picture of the same sprites
@@ -49,7 +49,7 @@ def train_lora(network: Any, embedder: Embedder, row: Row, seed: int) -> float:
     """
     add_lora(network, "published", row.rank, row.rank, seed)
     parameters = lora_parameters(network)
-    optimiser = Muon(parameters.values(), LR)
+    optimiser = Muon(parameters.values(), LR, weight_decay=DECAY)
     warmup = max(1, round(WARMUP * row.steps))
     rate = Cosine(LR, row.steps, warmup)
     sigma = scheduler_sigmas() if row.fault == "timesteps" else sigmas(STEPS, SHIFT)

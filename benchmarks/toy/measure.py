@@ -38,8 +38,8 @@ class Found:
 def prepare(work: Path, rows: dict[str, Row]) -> None:
     """Train the base and the embedders that the rows need, if they are not there yet."""
     base_network(work)
-    for noise in {OURS.noise, *(row.noise for row in rows.values())}:
-        embedder(work, noise)
+    for row in (OURS, *rows.values()):
+        embedder(work, row.noise, row.backbone_noise)
 
 
 def measure(work: Path, name: str, row: Row | None, seed: int) -> Found:
@@ -50,9 +50,12 @@ def measure(work: Path, name: str, row: Row | None, seed: int) -> Found:
     saved = Weights(file) if file.exists() else None
     if saved is None or saved.metadata["about"] != about:
         network, start = base_network(work), time.process_time()
-        share = train_lora(network, embedder(work, row.noise), row, seed) if row else 0.0
+        share = train_lora(network, embedder(work, row.noise, row.backbone_noise), row, seed) if row else 0.0
         seconds = time.process_time() - start
-        tensors = {"metrics": judge(network, embedder(work, OURS.noise)), "figures": torch.tensor([share, seconds])}
+        tensors = {
+            "metrics": judge(network, embedder(work, OURS.noise, OURS.backbone_noise)),
+            "figures": torch.tensor([share, seconds]),
+        }
         file.parent.mkdir(exist_ok=True)
         save_weights(file, tensors, {"about": about})
         saved = Weights(file)

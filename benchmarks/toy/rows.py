@@ -17,6 +17,7 @@ class Row:
         schedule: of λ, see `identity_weight`.
         tail: distilled steps below d.
         noise: at most, in the pictures that the head was trained on.
+        backbone_noise: the same for what stands for DINOv3.
         loss: "head", by the embedding; "videos", flow matching on true clips, without any other loss; "anchor", the
             first frame moved as the teacher moves it; "both".
         mask: of the subject in the first frame, for "anchor" and "both"; one of `anchor.MASKS`.
@@ -31,6 +32,7 @@ class Row:
     schedule: str = "linear"
     tail: int = 1
     noise: float = 0.1
+    backbone_noise: float = 0.1
     loss: str = "head"
     mask: str = "true"
     stills: int = 0
@@ -66,9 +68,12 @@ PARTS = {
     "no tail": replace(OURS, tail=0),
     "tail 2": replace(OURS, tail=2),
     "head without noise": replace(OURS, noise=0.0),
+    "backbone without noise": replace(OURS, backbone_noise=0.0),
+    "both without noise": replace(OURS, noise=0.0, backbone_noise=0.0),
     "λ 0.15 alone": replace(OURS, tail=0, noise=0.0),
     "rank 4": replace(OURS, rank=4),
     "rank 1": replace(OURS, rank=1),
+    "500 steps": replace(OURS, steps=500),
     "K 1": replace(OURS, frames=1),
     "decode at half size": replace(OURS, scale=0.5),
 }
@@ -77,6 +82,8 @@ FAULTY = {f"fault: {name}": replace(OURS, fault=name) for name in FAULTS}
 ANCHORS = {
     "anchor, true mask": replace(OURS, loss="anchor", mask="true"),
     "anchor, mask by the border's colour": replace(OURS, loss="anchor", mask="border"),
+    "anchor by the border's colour, λ 0.6": replace(OURS, loss="anchor", mask="border", weight=0.6),
+    "anchor by the border's colour, λ 1.5": replace(OURS, loss="anchor", mask="border", weight=1.5),
     "anchor, mask by features": replace(OURS, loss="anchor", mask="features"),
     "anchor, a box": replace(OURS, loss="anchor", mask="box"),
     "anchor, no mask": replace(OURS, loss="anchor", mask="all"),
