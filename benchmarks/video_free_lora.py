@@ -1,7 +1,7 @@
 """Does a Video-Free LoRA learn what it should? A toy in which that is known, on the product's own step and losses.
 
     python -m benchmarks.video_free_lora --work bench-vfl
-    python -m benchmarks.video_free_lora --work bench-vfl --rows main parts "6 stills"
+    python -m benchmarks.video_free_lora --work bench-vfl --rows main anchors "6 stills"
 
 Sprites of two colours cross a picture (`benchmarks.toy.world`). The base, a small network of HunyuanVideo 1.5's
 architecture, has learned to move sprites of one colour, or of two that are near. The LoRA is to keep any two colours,
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,13 +26,14 @@ from kvae_comfyui.benchmarks.toy.judge import HELD_OUT, METRICS
 from kvae_comfyui.benchmarks.toy.measure import Found, measure, prepare
 from kvae_comfyui.benchmarks.toy.rows import FAULTS, GROUPS, Row
 
+Chosen = dict[str, dict[str, Row]]  # group → name → row
 RELATIVE = ("place", "tones", "change", "pixels", "head")  # columns in per cent of the base's mean
 COLUMNS = """\
 All columns but the last two are differences to the base, on the same sprites and the same noise.
 
 - *true place*: squared error of the pixels where the sprite truly is. *tones*: of the mean of each of its two colours
   there. *pixels*: of all pixels. *head*: the identity loss, which the training saw, so it is no judge. In per cent of
-  the base's mean; the mean over sprites and seeds ± its standard error over the sprites, then each seed's.
+  the base's mean; the mean over sprites and seeds ± its standard error over the sprites, then each seed's in brackets.
 - *frame change*: mean |change| from frame to frame, in the same per cent. *path*: length of the way of what is not
   background, divided by the true one, in per cent. *off*: squared error where the sprite truly is not, ·10⁵.
 - *share*: L_distill / mean v_T² at the end of the training. *s*: seconds of one training on a core."""
@@ -43,21 +44,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True, type=Path, help="folder for the base, the heads and the results")
     parser.add_argument("--rows", nargs="+", default=["main"], help=f"rows, or groups: {', '.join(GROUPS)} (main)")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of every row, by seed (default 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each of the main rows (default 3)")
+    parser.add_argument("--part-seeds", type=int, default=1, help="trainings of each other row (default 1)")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time, each on one core (default 2)")
     parser.add_argument("--write", type=Path, help="Markdown file to write the tables to")
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen = select(options.rows, parser)
     options.work.mkdir(parents=True, exist_ok=True)
-    rows = {name: row for group in chosen.values() for name, row in group.items()}
-    prepare(options.work, rows)
-    base = measure(options.work, "base", None, 0)
-    found = measure_all(options.work, rows, options.seeds, options.processes)
-    publish(report(base, found, chosen, options.seeds), options.write)
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        prepare(options.work, [row for rows in chosen.values() for row in rows.values()], pool)
+        base = measure(options.work, "base", None, 0)
+        found = measure_all(options.work, chosen, options.seeds, options.part_seeds, pool)
+    publish(report(base, found, chosen), options.write)
 
 
-def select(names: list[str], parser: argparse.ArgumentParser) -> dict[str, dict[str, Row]]:
+def select(names: list[str], parser: argparse.ArgumentParser) -> Chosen:
     """The rows of each group that was asked for, by the group's name or by their own."""
     known = {name for rows in GROUPS.values() for name in rows} | set(GROUPS)
     for name in names:
@@ -70,29 +72,31 @@ def select(names: list[str], parser: argparse.ArgumentParser) -> dict[str, dict[
     return {group: rows for group, rows in chosen.items() if rows}
 
 
-def measure_all(work: Path, rows: dict[str, Row], seeds: int, processes: int) -> dict[str, list[Found]]:
-    """Every row with each seed: all with the first, then all with the next."""
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        jobs = {
-            (name, seed): pool.submit(measure, work, name, row, seed)
-            for seed in range(seeds)
-            for name, row in rows.items()
-        }
-        return {name: [jobs[name, seed].result() for seed in range(seeds)] for name in rows}
+def measure_all(work: Path, chosen: Chosen, seeds: int, part_seeds: int, pool: Executor) -> dict[str, list[Found]]:
+    """Every row with each of its seeds: all with the first, then all with the next."""
+    counts = {name: seeds if group == "main" else part_seeds for group, rows in chosen.items() for name in rows}
+    jobs: dict[str, list[Future[Found]]] = {name: [] for name in counts}
+    for seed in range(max(counts.values())):
+        for rows in chosen.values():
+            for name, row in rows.items():
+                if seed < counts[name]:
+                    jobs[name].append(pool.submit(measure, work, name, row, seed))
+    return {name: [job.result() for job in each] for name, each in jobs.items()}
 
 
-def report(base: Found, found: dict[str, list[Found]], chosen: dict[str, dict[str, Row]], seeds: int) -> Iterator[str]:
+def report(base: Found, found: dict[str, list[Found]], chosen: Chosen) -> Iterator[str]:
     """The results file, line by line."""
     yield from head(
         "A Video-Free LoRA in a toy",
-        f"Seeds: {seeds}, of the LoRA and of what it is shown; one base. Judged on {HELD_OUT} sprites that were never "
-        f"shown. {described(base)}",
+        "One base; the seeds are those of the LoRA and of what it is shown. Judged on "
+        f"{HELD_OUT} sprites that were never shown. {described(base)}",
     )
     yield ""
     yield from COLUMNS.splitlines()
     for group, rows in chosen.items():
         yield ""
-        yield f"## {group.capitalize()}"
+        seeds = len(found[next(iter(rows))])
+        yield f"## {group.capitalize()}: {'one seed' if seeds == 1 else f'{seeds} seeds'}"
         yield ""
         yield "| | true place % | tones % | pixels % | frame change % | path % | head % | off | share | s |"
         yield "|" + "---|" * 10

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,16 +37,27 @@ class Found:
     seconds: float
 
 
-def prepare(work: Path, rows: dict[str, Row]) -> None:
-    """Train the base and the embedders that the rows need, if they are not there yet."""
+def prepare(work: Path, rows: Sequence[Row], pool: Executor) -> None:
+    """Train the base, and beside it the embedders that the rows need, if they are not there yet."""
+    noises = list(dict.fromkeys((row.noise, row.backbone_noise) for row in (OURS, *rows)))
+    for job in [pool.submit(_train_base, work), pool.submit(_train_embedders, work, noises)]:
+        job.result()
+
+
+def _train_base(work: Path) -> None:
+    torch.set_num_threads(1)  # the networks are too small for more
     base_network(work)
-    for row in (OURS, *rows.values()):
-        embedder(work, row.noise, row.backbone_noise)
+
+
+def _train_embedders(work: Path, noises: Sequence[tuple[float, float]]) -> None:
+    torch.set_num_threads(1)
+    for each in noises:
+        embedder(work, *each)
 
 
 def measure(work: Path, name: str, row: Row | None, seed: int) -> Found:
     """Train and judge a row, unless the same was measured before on the same base; without a row, judge the base."""
-    torch.set_num_threads(1)  # the networks are too small for more
+    torch.set_num_threads(1)
     file = work / "results" / f"{re.sub(r'[^0-9a-zλ]+', '_', name)}-{seed}.safetensors"
     about = json.dumps({"row": asdict(row) if row else None, "base": sha256_of(work / "base.safetensors")})
     saved = Weights(file) if file.exists() else None

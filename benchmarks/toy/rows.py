@@ -20,7 +20,7 @@ class Row:
         backbone_noise: the same for what stands for DINOv3.
         loss: "head", by the embedding; "videos", flow matching on true clips, without any other loss; "anchor", the
             first frame moved as the teacher moves it; "both".
-        mask: of the subject in the first frame, for "anchor" and "both"; one of `anchor.MASKS`.
+        mask: of the subject in the first frame, for "anchor" and "both"; see `anchor.mask_of`.
         stills: how many there are in all, each of another sprite; 0: new ones in every step.
         rank, frames: of the LoRA; K.
         scale: by which the decoded latents are made smaller.
@@ -57,6 +57,7 @@ ALONE = 1e6  # λ beside which the distillation is nothing
 MAIN = {
     "real videos": Row(loss="videos"),
     "ours": OURS,
+    "anchor by the border's colour, λ 0.6": replace(OURS, loss="anchor", mask="border", weight=0.6),
     "published settings": PUBLISHED,
     "without distillation, 150 steps": replace(OURS, weight=ALONE, steps=150),
     "without identity loss, 20 steps": replace(OURS, weight=0.0, steps=20),  # nothing moves: B stays 0
@@ -70,10 +71,12 @@ PARTS = {
     "head without noise": replace(OURS, noise=0.0),
     "backbone without noise": replace(OURS, backbone_noise=0.0),
     "both without noise": replace(OURS, noise=0.0, backbone_noise=0.0),
+    "noise 0.3": replace(OURS, noise=0.3, backbone_noise=0.3),
     "λ 0.15 alone": replace(OURS, tail=0, noise=0.0),
     "rank 4": replace(OURS, rank=4),
     "rank 1": replace(OURS, rank=1),
     "500 steps": replace(OURS, steps=500),
+    "500 steps, λ 0.3": replace(OURS, steps=500, weight=0.3),
     "K 1": replace(OURS, frames=1),
     "decode at half size": replace(OURS, scale=0.5),
 }
@@ -82,9 +85,9 @@ FAULTY = {f"fault: {name}": replace(OURS, fault=name) for name in FAULTS}
 ANCHORS = {
     "anchor, true mask": replace(OURS, loss="anchor", mask="true"),
     "anchor, mask by the border's colour": replace(OURS, loss="anchor", mask="border"),
-    "anchor by the border's colour, λ 0.6": replace(OURS, loss="anchor", mask="border", weight=0.6),
     "anchor by the border's colour, λ 1.5": replace(OURS, loss="anchor", mask="border", weight=1.5),
     "anchor, mask by features": replace(OURS, loss="anchor", mask="features"),
+    "anchor by features, λ 1.5": replace(OURS, loss="anchor", mask="features", weight=1.5),
     "anchor, a box": replace(OURS, loss="anchor", mask="box"),
     "anchor, no mask": replace(OURS, loss="anchor", mask="all"),
     "anchor by the border's colour, and head": replace(OURS, loss="both", mask="border"),

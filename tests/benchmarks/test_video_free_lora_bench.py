@@ -1,6 +1,7 @@
 """The toy of the Video-Free LoRA: its world is what it says, it judges right, and rows differ by what they name."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,12 @@ import torch
 import needs
 from kvae_comfyui.benchmarks import video_free_lora
 from kvae_comfyui.benchmarks.toy import anchor, judge, lora, rows, world
+from kvae_comfyui.benchmarks.toy.base import BaseConfig, new_network
+from kvae_comfyui.benchmarks.toy.embedder import WIDTH, new_backbone
 from kvae_comfyui.benchmarks.toy.measure import Found
 from kvae_comfyui.training.vfl.draws import Draws
+from kvae_comfyui.training.vfl.identity import Backbone, Embedder, Head
+from kvae_comfyui.training.vfl.lora import lora_parameters
 
 SHOWN = world.sprites(40, world.NEW, Draws("test"))
 
@@ -133,3 +138,20 @@ def test_rows_are_chosen_by_group_or_name():
     assert len(chosen["faults"]) == len(rows.FAULTS)
     with pytest.raises(SystemExit):
         video_free_lora.select(["theirs"], parser)
+
+
+def test_without_an_appearance_loss_the_lora_stays_zero_and_with_one_it_moves():
+    needs.package("peft", "requirements-vfl.txt")
+    embedder = Embedder(Backbone(new_backbone(), "toy", ""), Head((WIDTH, 8, 4)))
+
+    def trained(**changes):
+        network = new_network(BaseConfig(layers=1))
+        share = lora.train_lora(network, embedder, replace(rows.OURS, steps=2, **changes), 0)
+        return share, any(b.any() for name, b in lora_parameters(network).items() if name.endswith(".b"))
+
+    assert trained(weight=0.0) == (0, False)
+    for changes in ({}, {"loss": "both", "mask": "border"}, {"loss": "anchor", "mask": "features"}):
+        share, moved = trained(**changes)
+        assert share > 0 and moved
+    share, moved = trained(loss="videos")
+    assert share != share and moved
