@@ -58,14 +58,22 @@ class Network(NamedTuple):
 def count_network(
     config: Mapping[str, Any], frames: int, height: int, width: int, base_dtype: str, targets: str, rank: int, text: int
 ) -> Network:
-    """Count one block, and multiply it.
+    """Count one block, and multiply it. The same arguments are counted once.
 
     Args:
         config: of HunyuanVideo15Transformer3DModel.
         text: tokens of texts.
     """
+    return _count_network(json.dumps(dict(config)), frames, height, width, base_dtype, targets, rank, text)
+
+
+@cache
+def _count_network(
+    described: str, frames: int, height: int, width: int, base_dtype: str, targets: str, rank: int, text: int
+) -> Network:
     from diffusers import HunyuanVideo15Transformer3DModel as Transformer
 
+    config = json.loads(described)
     with torch.device("meta"):
         one: Any = Transformer.from_config({**config, "num_layers": 1}).to(BASE_DTYPES[base_dtype])
         add_lora(one, targets, rank, rank)
