@@ -16,6 +16,11 @@ def hub_address(model: str) -> str:
     return f"https://huggingface.co/{HUB_IDS[model]}/resolve/main/{WEIGHTS_FILES[0]}"
 
 
+def may_be_hub_id(name: str) -> bool:
+    """Whether a name is `owner/name`, and no path of another form: only such a name is looked up on the hub."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def hub_client() -> Any:
     """Import huggingface_hub, which only downloads need. It reads its environment variables at import.
 

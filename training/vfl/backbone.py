@@ -11,7 +11,7 @@ import torch
 
 from ...kvae.errors import WeightsError
 from ...kvae.foreign import parse_object
-from ...kvae.hub import hub_client, hub_reason
+from ...kvae.hub import hub_client, hub_reason, may_be_hub_id
 from ...kvae.paths import file_errors, read_text, sha256_of
 from ..errors import UserError
 from .identity import Backbone
@@ -68,7 +68,7 @@ def _folder_of(name: str) -> Path:
     with file_errors(path):
         if path.is_dir():
             return path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not may_be_hub_id(name):
         raise UserError(f"--backbone {name}: no such folder; expected a folder of DINOv3, or a hub id (owner/name)")
     try:
         patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...kvae.foreign import parse_object
+from ...kvae.hub import may_be_hub_id
 from ...kvae.paths import read_text
 from ..errors import UserError
 from .quiet import quiet
@@ -144,6 +145,8 @@ def load_shift(name: str) -> float:
 def _reading(name: str) -> Iterator[None]:
     """A context in which diffusers and transformers are quiet, and whatever fails within them is one line."""
     try:
+        if not Path(name).is_dir() and not may_be_hub_id(name):
+            raise FileNotFoundError("no such folder")
         with quiet():
             yield
     except (UserError, MemoryError):
@@ -155,7 +158,7 @@ def _reading(name: str) -> Iterator[None]:
     except Exception as error:  # diffusers and transformers check little, so a folder can fail anywhere within them
         line = (str(error) or type(error).__name__).splitlines()[0].strip()
         raise UserError(
-            f"{name}: no pipeline of HunyuanVideo 1.5 can be read there ({line}); expected a folder or a hub id"
+            f"{name}: no pipeline of HunyuanVideo 1.5 can be read there ({line}); expected a folder or a hub id (owner/name)"
         ) from None
 
 

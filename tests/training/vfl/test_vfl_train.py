@@ -235,7 +235,7 @@ def test_pictures_that_cannot_be_read_are_named_at_the_end(job, tmp_path, capsys
         (["--decode-latents=3"], "--decode-latents is 3; a clip of 5 frames has 2"),
         (["--data-root=/nowhere"], "no such manifest"),
         (["--cache-root=/nowhere"], "cache.json: no such file"),
-        (["--base=/nowhere"], "no pipeline of HunyuanVideo 1.5 can be read there"),
+        (["--base=/nowhere"], "no pipeline of HunyuanVideo 1.5 can be read there (no such folder)"),
         (["--backbone=/nowhere"], "no such folder"),
         (["--head=/nowhere"], "/nowhere"),
         (["--start-from=/nowhere"], "/nowhere"),
