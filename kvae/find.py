@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from .errors import WeightsError
 from .foreign import parse_object
-from .hub import HUB_IDS, WEIGHTS_FILES, hub_client, hub_reason
+from .hub import HUB_IDS, WEIGHTS_FILES, hub_client, hub_reason, may_be_hub_id
 from .paths import file_errors, read_text
 from .spellings import MOST_CONFIG_BYTES, is_kvae
 
@@ -34,7 +33,7 @@ def find_weights(name: str | os.PathLike) -> Path:
         if path.exists():
             return path
     repository = HUB_IDS.get(str(name), str(name))
-    if path.suffix == ".safetensors" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
+    if path.suffix == ".safetensors" or not may_be_hub_id(repository):
         raise WeightsError(
             f"{name}: no such file or folder; give a .safetensors file, a folder, a hub id (owner/name), or the name "
             f"of a published KVAE ({', '.join(HUB_IDS)})"

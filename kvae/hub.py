@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from .errors import WeightsError
@@ -18,7 +19,7 @@ def hub_address(model: str) -> str:
 
 def may_be_hub_id(name: str) -> bool:
     """Whether a name is `owner/name`, and no path of another form: only such a name is looked up on the hub."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def hub_client() -> Any:

@@ -158,7 +158,8 @@ def _reading(name: str) -> Iterator[None]:
     except Exception as error:  # diffusers and transformers check little, so a folder can fail anywhere within them
         line = (str(error) or type(error).__name__).splitlines()[0].strip()
         raise UserError(
-            f"{name}: no pipeline of HunyuanVideo 1.5 can be read there ({line}); expected a folder or a hub id (owner/name)"
+            f"{name}: no pipeline of HunyuanVideo 1.5 can be read there ({line}); expected a folder, or a hub id "
+            "(owner/name)"
         ) from None
 
 
