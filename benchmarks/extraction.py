@@ -106,9 +106,10 @@ def extract_with(config: extract.ExtractConfig, hunyuan: VideoVAE, kvae: VideoVA
 
 
 def plain_hunyuan(hunyuan: HunyuanVAE) -> HunyuanVAE:
-    """The same weights in diffusers' own module."""
+    """The same weights in diffusers' own module, without its tiles in time, so that both sides make the same pairs."""
     vae = type(hunyuan.vae).from_config(hunyuan.vae.config)
     vae.load_state_dict(hunyuan.vae.state_dict())
+    vae.use_framewise_encoding = False
     return HunyuanVAE(vae.to(hunyuan.vae.device, hunyuan.vae.dtype).eval(), hunyuan.source, hunyuan.digest)
 
 

@@ -20,6 +20,7 @@ from ..kvae.pixels import HUNYUAN_HALF_RANGE, KVAE_HALF_RANGE, from_unit, to_uni
 from ..kvae.signature import signature
 from .errors import UserError
 from .hunyuan import read_hunyuan_vae
+from .hunyuan_whole import see_whole_clips
 
 ASSETS = Path(__file__).parent / "tiny" / "assets"
 # Options name them by "tiny" in the place of the first word here: --hunyuan-vae tiny-1.5 --kvae tiny-t4s16
@@ -60,10 +61,9 @@ class VideoVAE(Protocol):
 
 
 class HunyuanVAE:
-    """AutoencoderKLHunyuanVideo or AutoencoderKLHunyuanVideo15 of diffusers, as diffusers runs them.
+    """AutoencoderKLHunyuanVideo or AutoencoderKLHunyuanVideo15 of diffusers.
 
-    AutoencoderKLHunyuanVideo computes clips of more than 17 frames in blended temporal tiles.
-    AutoencoderKLHunyuanVideo15 computes the clips of a batch one after another: its attention fails for batches.
+    The latter computes the clips of a batch one after another: its own attention fails for batches.
     """
 
     def __init__(self, vae: Any, source: str, digest: str):
@@ -114,17 +114,24 @@ class KVAE3D:
         self.kvae.to(dtype).fold()
 
 
-def load_hunyuan_vae(name: str, device: str, dtype: torch.dtype = torch.float32) -> HunyuanVAE:
-    """Load the VAE of HunyuanVideo or HunyuanVideo 1.5, frozen.
+def load_hunyuan_vae(
+    name: str, device: str, dtype: torch.dtype = torch.float32, temporal_tiles: bool = False
+) -> HunyuanVAE:
+    """Load the VAE of HunyuanVideo or HunyuanVideo 1.5, frozen. It computes whole clips, however long.
 
     Args:
         name: a tiny VAE's ("tiny", "tiny-1.5"), a folder, a .safetensors file or a hub id.
+        temporal_tiles: run HunyuanVideo's as diffusers does, clips of more than 17 frames in tiles that do not see
+            each other, as for the published pairs.
 
     Raises:
         WeightsError: there are no weights, or they are of another model; the message says which.
     """
     path = weights_file(name, "hunyuan")
-    return HunyuanVAE(read_hunyuan_vae(path, dtype).to(device), name, sha256_of(path))
+    vae = read_hunyuan_vae(path, dtype).to(device)
+    if not temporal_tiles:
+        see_whole_clips(vae)
+    return HunyuanVAE(vae, name, sha256_of(path))
 
 
 def load_kvae_for_training(name: str, device: str, dtype: torch.dtype = torch.float32) -> KVAE3D:

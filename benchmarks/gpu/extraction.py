@@ -20,6 +20,7 @@ from kvae_comfyui.training.data.extract import ExtractConfig
 from kvae_comfyui.training.data.pairs import find_pairs, read_pair
 from kvae_comfyui.training.data.precision import DTYPES
 from kvae_comfyui.training.hunyuan import replace_convolutions
+from kvae_comfyui.training.hunyuan_whole import see_whole_clips
 from kvae_comfyui.training.vaes import KVAE3D, HunyuanVAE
 
 MEASURED = ("float32", "bfloat16")
@@ -73,6 +74,7 @@ def vaes(setup: Setup, dtype: torch.dtype) -> tuple[HunyuanVAE, KVAE3D]:
     hunyuan = random_hunyuan(setup, torch.float32)
     with made_on(setup.device, torch.float32):
         replace_convolutions(hunyuan)
+    see_whole_clips(hunyuan)
     kvae = random_kvae(setup.family["1.0"], setup.device, torch.float32)
     hunyuan, kvae = (vae.to(dtype).eval().requires_grad_(False) for vae in (hunyuan, kvae))
     return HunyuanVAE(hunyuan, "random", ""), KVAE3D(kvae.fold(), "random", "")

@@ -41,6 +41,8 @@ from .videos import find_videos
 
 DECODERS = 4  # threads, one video each
 BATCH_SIZE = 4 if DEVICE == "cuda" else 1  # several clips do not fit a CPU's caches
+# in a manifest's settings: whether HunyuanVideo's VAE encoded in tiles of time; folders that do not say so were
+TILES = "temporal_tiles"
 # errors of a pair's file name; any other error of writing is the disk's, and would hit the next pair too
 NAME_ERRORS = {
     errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP,
@@ -99,17 +101,18 @@ def run(config: ExtractConfig) -> int:
     _check_options(config)
     begun = _settings_of(out)
     fit = config.fit or (begun.get("fit", STRETCH) if begun else CROP)
+    tiles = bool(begun) and begun.get(TILES) is not False
     config = replace(config, fit=fit, dtype=precision_of(config.dtype, begun, processes.device))
     videos = find_videos(root, config.split)
     all_videos = videos if config.split == "all" else find_videos(root)  # pairs of a split are named as those of all
     names = PairNames(root, out, all_videos, config.clips_per_video > 1)
-    hunyuan, kvae = _load_vaes(config, processes.device)
+    hunyuan, kvae = _load_vaes(config, processes.device, tiles)
     if config.dtype == AUTO:
         config = replace(config, dtype=best_precision(_first_frames(videos, names, config), (hunyuan, kvae), processes))
         if config.dtype == "float32":
-            hunyuan, kvae = _load_vaes(config, processes.device)
+            hunyuan, kvae = _load_vaes(config, processes.device, tiles)
     processes.wait()  # no process may find what another one has begun
-    manifest = ExtractionManifest(out, _described(config, hunyuan, kvae))
+    manifest = ExtractionManifest(out, _described(config, hunyuan, kvae, tiles))
     processes.wait()
     extraction = Extraction(config, names, hunyuan, kvae, manifest, processes)
     try:
@@ -128,15 +131,18 @@ def run(config: ExtractConfig) -> int:
     return 1 if failed else 0
 
 
-def _load_vaes(config: ExtractConfig, device: torch.device) -> tuple[VideoVAE, VideoVAE]:
+def _load_vaes(config: ExtractConfig, device: torch.device, tiles: bool) -> tuple[VideoVAE, VideoVAE]:
     """Both VAEs, checked; in float32 if the precision is not chosen yet.
+
+    Args:
+        tiles: whether HunyuanVideo's VAE encodes in tiles of time.
 
     Raises:
         UserError: no adapter can join the grids of the VAEs, or --height or --width does not fit them.
         WeightsError: a VAE cannot be read.
     """
     dtype = DTYPES.get(config.dtype, torch.float32)
-    hunyuan = load_hunyuan_vae(config.hunyuan_vae, str(device), dtype)
+    hunyuan = load_hunyuan_vae(config.hunyuan_vae, str(device), dtype, tiles)
     kvae = load_kvae_for_training(config.kvae, str(device), dtype)
     check_grids(hunyuan.space, kvae.space)
     _check_size(config, max(hunyuan.space.spatial_factor, kvae.space.spatial_factor))
@@ -258,11 +264,13 @@ def _write(path: Path, pair: PendingPair) -> None:
     write_pair(path, pair())
 
 
-def _described(config: ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE) -> dict:
+def _described(config: ExtractConfig, hunyuan: VideoVAE, kvae: VideoVAE, tiles: bool) -> dict:
     """The content of the manifest: settings that all pairs of the folder share, both VAEs, options of this run."""
     settings = {key: value for key, value in asdict(config).items() if key not in FREE_OPTIONS}
     if config.fit == STRETCH:
         del settings["fit"]  # as in folders that are older than the option
+    if not tiles:
+        settings[TILES] = False
     return {
         "command": "extract",
         "settings": settings,

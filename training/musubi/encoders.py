@@ -21,7 +21,6 @@ from ...kvae.paths import sha256_of
 from ...kvae.pixels import HUNYUAN_HALF_RANGE, to_unit
 from ...serving.host_vae import HostVAE
 from ..errors import UserError
-from ..hunyuan_attention import attend_frame_by_frame
 from ..options import HUNYUAN_HELP, option
 from ..served import AUTO, ServedOptions, adapter_paths, dtype_of, load_served
 from ..vaes import HunyuanVAE, load_hunyuan_vae, weights_file
@@ -64,8 +63,6 @@ class WholeClips:
 
     def __init__(self, vae: HunyuanVAE):
         self.vae = vae
-        vae.vae.use_framewise_encoding = False
-        attend_frame_by_frame(vae.vae.encoder)
 
     def encode(self, frames: Sequence[np.ndarray], height: int, width: int, seed: int | None) -> Tensor:
         # a generator of the CPU gives the same draw for every device

@@ -37,7 +37,6 @@ def panned(frames: int, seed: int, speed: int = 3) -> torch.Tensor:
 
 def whole(vae: HunyuanVAE, x: torch.Tensor) -> torch.Tensor:
     """Raw latents of the first 4n + 1 frames of a clip, each of its own frames: [16, F, 6, 8]."""
-    vae.vae.use_framewise_encoding = False
     return vae.encode(x[None, :, : (x.shape[1] - 1) // 4 * 4 + 1])[0]
 
 
