@@ -17,6 +17,7 @@ from kvae_comfyui.kvae import KVAE, load_kvae, save_kvae
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.data.pairs import Pair, find_pairs, read_pair, write_pair
 from kvae_comfyui.training.evaluate.report import write_report
+from kvae_comfyui.training.evaluate.spectrum import BINS
 from kvae_comfyui.training.vaes import TINY, TINY_ADAPTERS
 from small_models import SMALL
 
@@ -163,13 +164,16 @@ def check_report(folder, result):
     shares, deviations = (result["latent"]["channels"][key] for key in ("K→H share", "z_h std"))
     share = sum(share * deviation**2 for share, deviation in zip(shares, deviations, strict=True))
     assert share / 16 == pytest.approx(result["latent"]["figures"]["K→H"]["mse"], rel=1e-3)
+    spectra = result["latent"]["spectrum"] | result["pixel"]["spectrum"]
+    assert set(spectra) == {"H→K", "K→H", "KVAE(H→K)", "Hunyuan(K→H)"}
+    assert all(len(each) == BINS and all(share > 0 for share in each if share is not None) for each in spectra.values())
     page, card = (folder / "report.html").read_text(), (folder / "model_card.md").read_text()
     psnr = f"{result['pixel']['figures']['KVAE(H→K)']['psnr']:.2f} dB"
     for text in (page, card, report["verdict"]):
         assert psnr in text
     assert h2k["sha256"] in page and h2k["sha256"] in card
     words, pictures = re.subn(r'src="data:image/png;base64,[^"]+"', "", page)
-    assert pictures == 4  # curves, two sheets, channels
+    assert pictures == 5  # curves, two sheets, channels, frequencies
     assert "http" not in words and "<script" not in words  # the page needs no other file
 
 

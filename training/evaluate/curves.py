@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from ..directions import DIRECTIONS
+from .spectrum import frequencies
 
 PARTS = {"train": ":", "val": "-"}  # sets of pairs, and the line style of their curves
 COLORS = {"h2k": "tab:blue", "k2h": "tab:orange"}
@@ -54,6 +55,22 @@ def channels_png(channels: dict[str, list[float]]) -> bytes:
     return png(figure)
 
 
+def spectrum_png(spectra: dict[str, dict[str, list[float | None]]]) -> bytes:
+    """Plot errors by spatial frequency.
+
+    Args:
+        spectra: by what the frequencies are of, "latent" or "pixel": by name, the shares of `Spectrum`.
+    """
+    figure, axes = subplots(1, 4, len(spectra))
+    for each, (unit, curves) in zip(axes, spectra.items(), strict=True):
+        for (name, shares), color in zip(curves.items(), COLORS.values(), strict=False):
+            found = [(x, share) for x, share in zip(frequencies(), shares, strict=True) if share is not None]
+            each.plot(*zip(*found, strict=True), "o-", ms=3, color=color, label=name)
+        each.set(xlabel=f"cycles for each {unit}", ylabel="error, of the target's power", ylim=(0, None))
+        each.legend()
+    return png(figure)
+
+
 def points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """Steps and values of one curve."""
 
@@ -63,15 +80,15 @@ def points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(row["step"], row[key]) for row in rows if number(row.get("step")) and number(row.get(key))]
 
 
-def subplots(rows: int, height: float) -> tuple[Any, list[Any]]:
-    """A figure of several plots, one below the other; the height is in inches."""
+def subplots(rows: int, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of several plots, the first of each row and then those beside them; the height is in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(rows, figsize=(8, height), layout="constrained", squeeze=False)
-    return figure, list(axes[:, 0])
+    figure, axes = plt.subplots(rows, columns, figsize=(8, height), layout="constrained", squeeze=False)
+    return figure, list(axes.flat)
 
 
 def png(figure: Any) -> bytes:

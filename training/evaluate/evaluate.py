@@ -43,6 +43,7 @@ from .latents import Map, check_channels, latent_metrics
 from .originals import check_originals, original_frames
 from .pictures import contact_sheet
 from .report import REPORT, write_report
+from .spectrum import Spectrum
 from .tables import plain_text
 
 SHEET_CLIPS = 3
@@ -166,8 +167,10 @@ def pixel_metrics(pairs: Pairs, chosen: list[int], decoding: Decoding, config: E
         clips: their number.
         figures: the means, by decode.
         worst: the clips that lose most PSNR by an adapter, with that loss in dB.
+        spectrum: by adapter, squared difference to the source VAE's decode by spatial frequency, see `Spectrum`.
     """
     rows: dict[str, list[dict[str, float]]] = {}
+    spectra = {f"{each.decoder}({each.arrow})": Spectrum() for each in DIRECTIONS.values()}
     sheet, sheet_at = [], set(spread(len(chosen), SHEET_CLIPS))
     worst: list[tuple[float, str, list[Tensor]]] = []
     for n, i in enumerate(tqdm(chosen, desc="pixels", unit="clip", leave=False, disable=None)):
@@ -175,6 +178,8 @@ def pixel_metrics(pairs: Pairs, chosen: list[int], decoding: Decoding, config: E
         decodes = decoding.decodes(i, *pairs.batch([i], torch.device(config.device)))
         for name, (decoded, direct) in decodes.items():
             rows.setdefault(name, []).append(_compare(decoded.cpu(), direct.cpu(), original, decoded is direct))
+            if name in spectra:
+                spectra[name].add(decoded - direct, direct)
         columns = ("Hunyuan", "KVAE", "KVAE(H→K)", "Hunyuan(K→H)")
         videos = [original, *(decodes[name][0][0, :, : original.shape[1]].cpu().round().byte() for name in columns)]
         if n in sheet_at:
@@ -187,7 +192,8 @@ def pixel_metrics(pairs: Pairs, chosen: list[int], decoding: Decoding, config: E
     contact_sheet(out / "worst_clips.png", COLUMNS, [videos for _, _, videos in worst])
     means = {name: {key: sum(row[key] for row in each) / len(each) for key in each[0]} for name, each in rows.items()}
     lost_most = [{"clip": name, "lost": lost} for lost, name, _ in worst]
-    return {"clips": len(chosen), "figures": means, "worst": lost_most}
+    shares = {name: each.shares() for name, each in spectra.items()}
+    return {"clips": len(chosen), "figures": means, "worst": lost_most, "spectrum": shares}
 
 
 def _compare(decoded: Tensor, direct: Tensor, original: Tensor, same: bool) -> dict[str, float]:

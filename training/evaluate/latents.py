@@ -16,6 +16,7 @@ from ..data.dataset import Pairs
 from ..data.pairs import Pair
 from ..directions import DIRECTIONS
 from ..errors import UserError
+from .spectrum import Spectrum
 
 Map = Callable[[Tensor], Tensor]
 ARROWS = tuple(each.arrow for each in DIRECTIONS.values())
@@ -37,6 +38,7 @@ def latent_metrics(
             mean; by direction, cycle and affine map.
         worst: the clips with the largest errors, by direction.
         channels: mean and standard deviation of every channel of z_h and z_k, and each adapter's relative MSE in them.
+        spectrum: each adapter's relative MSE by spatial frequency, see `Spectrum`.
 
     Raises:
         UserError: the channels or grids of a pair are not those of the adapters.
@@ -45,6 +47,7 @@ def latent_metrics(
     errors: dict[str, list[float]] = {}
     by_channel: dict[str, Tensor] = dict.fromkeys(ARROWS, torch.zeros(()).double())
     moments = {"z_h": Moments(), "z_k": Moments()}
+    spectra = {name: Spectrum() for name in ARROWS}
     for i in range(len(pairs)):
         check_channels(pairs.name(i), pairs[i], h2k)
         z_h, z_k = pairs.batch([i], device)
@@ -54,6 +57,7 @@ def latent_metrics(
             errors.setdefault(name, []).append((z - target).square().mean().item())
             if name in ARROWS:
                 by_channel[name] = by_channel[name] + (z - target).cpu().double().square().mean((0, 2, 3, 4))
+                spectra[name].add(z - target, target)
         moments["z_h"].add(z_h)
         moments["z_k"].add(z_k)
     variance = {space: max(1e-12, each.variance().mean().item()) for space, each in moments.items()}
@@ -62,6 +66,7 @@ def latent_metrics(
         "figures": {name: _mean_errors(each, variance[_target(name)]) for name, each in errors.items()},
         "worst": {name: _worst_clips(pairs, errors[name], variance[_target(name)]) for name in ARROWS},
         "channels": _channels(moments, {name: each / len(pairs) for name, each in by_channel.items()}),
+        "spectrum": {name: each.shares() for name, each in spectra.items()},
     }
 
 

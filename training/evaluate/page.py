@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from .curves import channels_png, curves_png, has_curves
+from .curves import channels_png, curves_png, has_curves, spectrum_png
 from .tables import Table, latent_table, lost_table, pixel_table, worst_table
 
 STYLE = """
@@ -18,6 +18,10 @@ td:first-child, th:first-child { text-align: left; white-space: pre; } th { font
 .facts td { text-align: left; overflow-wrap: anywhere; } .verdict { background: #f3f6ea; padding: .8em 1em; }
 img { max-width: 100%; height: auto; } code { font-size: .9em; } figure { margin: 1em 0; }
 """
+SPECTRUM = (
+    "Squared error divided by the target's power, from smooth areas (left) to the finest detail. Latents: against the "
+    "target's latents. Pixels: against what the source VAE decodes from the same latent. 1 and above: nothing is kept."
+)
 
 
 def html_page(report: dict[str, Any], facts: list[tuple[str, str]], sheets: dict[str, bytes]) -> str:
@@ -47,6 +51,9 @@ def html_page(report: dict[str, Any], facts: list[tuple[str, str]], sheets: dict
     if "pixel" in result:
         body += ["<p></p>", table_html(lost_table(result))]
     body += ["<h2>Latent channels</h2>", image_html(channels_png(result["latent"]["channels"]), "latent channels")]
+    spectra = {unit: result[unit]["spectrum"] for unit in ("latent", "pixel") if unit in result}
+    body += ["<h2>Errors by spatial frequency</h2>", f"<p>{SPECTRUM}</p>"]
+    body += [image_html(spectrum_png(spectra), "errors by spatial frequency")]
     return document(title, body)
 
 
