@@ -30,13 +30,7 @@ def temporal_error(y_3THW: Tensor, x_3THW: Tensor) -> float:
 
 
 def compare(y_THW3: Tensor, x_THW3: Tensor) -> dict[str, float]:
-    """All metrics of two videos [T, H, W, 3] in 0..1, frame by frame in float64, since a clip may be gigabytes.
-
-    Returns:
-        psnr: dB over the whole clip.
-        ssim: mean over frames and channels.
-        flicker: root mean square change of the error from frame to frame, in 0..255; 0 for one frame.
-        red, green, blue: mean error of each channel (colour bias), in 0..255.
+    """All metrics of two videos [T, H, W, 3] in 0..1; see `Comparison`.
 
     Raises:
         ValueError: the shapes differ.
@@ -45,27 +39,57 @@ def compare(y_THW3: Tensor, x_THW3: Tensor) -> dict[str, float]:
         raise ValueError(
             f"the videos have shapes {list(y_THW3.shape)} and {list(x_THW3.shape)}; expected two of one shape"
         )
-    square = bias = change = ssim_sum = torch.zeros((), dtype=torch.float64)
-    before = None
-    for a, b in zip(y_THW3, x_THW3, strict=True):
-        a, b = a.cpu(), b.cpu()  # some devices have no float64
-        error = (a - b).double() * PEAK
-        square = square + error.square().mean()
-        bias = bias + error.mean((0, 1))
-        ssim_sum = ssim_sum + ssim(a, b)
-        if before is not None:
-            change = change + (error - before).square().mean()
-        before = error
-    T = len(x_THW3)
-    red, green, blue = (bias / T).tolist()
-    return {
-        "psnr": 10 * math.log10(PEAK**2 / max(square.item() / T, LEAST_MSE)),
-        "ssim": ssim_sum.item() / T,
-        "flicker": math.sqrt(change.item() / max(T - 1, 1)),
-        "red": red,
-        "green": green,
-        "blue": blue,
-    }
+    comparison = Comparison()
+    for y_HW3, x_HW3 in zip(y_THW3, x_THW3, strict=True):
+        comparison.add(y_HW3, x_HW3)
+    return comparison.metrics()
+
+
+class Comparison:
+    """Two videos, compared frame by frame in float64, since a clip may be gigabytes."""
+
+    def __init__(self) -> None:
+        self.frames, self.ssim_sum = 0, 0.0
+        self.square = self.bias = self.change = torch.zeros((), dtype=torch.float64)
+        self.before: Tensor | None = None
+
+    def add(self, y_HW3: Tensor, x_HW3: Tensor) -> float:
+        """Add the next frame of both, in 0..1; return its squared error, for pixels in 0..255."""
+        y, x = y_HW3.cpu(), x_HW3.cpu()  # some devices have no float64
+        error = (y - x).double() * PEAK
+        square = error.square().mean()
+        self.square = self.square + square
+        self.bias = self.bias + error.mean((0, 1))
+        self.ssim_sum += ssim(y, x).item()
+        if self.before is not None:
+            self.change = self.change + (error - self.before).square().mean()
+        self.before = error
+        self.frames += 1
+        return square.item()
+
+    def metrics(self) -> dict[str, float]:
+        """Of the frames so far.
+
+        Returns:
+            psnr: dB over the whole clip.
+            ssim: mean over frames and channels.
+            flicker: root mean square change of the error from frame to frame, in 0..255; 0 for one frame.
+            red, green, blue: mean error of each channel (colour bias), in 0..255.
+        """
+        red, green, blue = (self.bias / self.frames).tolist()
+        return {
+            "psnr": psnr_of(self.square.item() / self.frames),
+            "ssim": self.ssim_sum / self.frames,
+            "flicker": math.sqrt(self.change.item() / max(self.frames - 1, 1)),
+            "red": red,
+            "green": green,
+            "blue": blue,
+        }
+
+
+def psnr_of(mse: float) -> float:
+    """A mean squared error of pixels in 0..255, in dB."""
+    return 10 * math.log10(PEAK**2 / max(mse, LEAST_MSE))
 
 
 def ssim(y_HWC: Tensor, x_HWC: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from .data.videos import Clip, find_videos, times_of
 from .directions import DIRECTIONS
 from .errors import UserError
 from .evaluate import evaluate
+from .evaluate.config import EvaluateConfig
 from .evaluate.originals import original_frames
 from .evaluate.pictures import side_by_side
 from .options import DEVICE, option, write_config
@@ -99,10 +100,8 @@ def _train_config(config: DemoConfig, train_root: Path, val_root: Path, out: Pat
     )
 
 
-def _evaluate_config(
-    config: DemoConfig, videos: Path, train_root: Path, val_root: Path, out: Path
-) -> evaluate.EvaluateConfig:
-    return evaluate.EvaluateConfig(
+def _evaluate_config(config: DemoConfig, videos: Path, train_root: Path, val_root: Path, out: Path) -> EvaluateConfig:
+    return EvaluateConfig(
         latent_root=str(val_root),
         videos_root=str(videos),
         train_latent_root=str(train_root),
@@ -150,7 +149,7 @@ def _hold_out(latents: Path, train_root: Path, val_root: Path) -> None:
 
 
 @torch.inference_mode()
-def side_by_sides(config: evaluate.EvaluateConfig, out: Path, count: int = 3) -> list[Path]:
+def side_by_sides(config: EvaluateConfig, out: Path, count: int = 3) -> list[Path]:
     """Write mp4 files of `count` pairs, with the original and the four decodes side by side."""
     pairs = open_pairs(config.latent_root)
     hunyuan, kvae = load_hunyuan_vae("tiny", config.device), load_kvae_for_training("tiny", config.device)

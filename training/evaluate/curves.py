@@ -66,7 +66,7 @@ def spectrum_png(spectra: dict[str, dict[str, list[float | None]]]) -> bytes:
         for (name, shares), color in zip(curves.items(), COLORS.values(), strict=False):
             found = [(x, share) for x, share in zip(frequencies(), shares, strict=True) if share is not None]
             each.plot(*zip(*found, strict=True), "o-", ms=3, color=color, label=name)
-        each.set(xlabel=f"cycles for each {unit}", ylabel="error, of the target's power", ylim=(0, None))
+        each.set(xlabel=f"cycles for each {unit}", ylabel="error, of the target's power", yscale="log")
         each.legend()
     return png(figure)
 

@@ -10,6 +10,10 @@ Each adapter is compared with an affine 3x3x3 map fitted in closed form (on --tr
 of these pairs) and with the pixel path: decode with one VAE, encode with the other.
 Writes evaluation.txt, evaluation.json, evaluate.json, contact_sheet.png, worst_clips.png and the report (see
 `training.evaluate.report`).
+
+    python -m training evaluate --latents generations --adapter-h2k h2k.safetensors --hunyuan-vae DIR --kvae DIR
+
+judges the adapter H→K on latents that a model generated, without any video (see `training.evaluate.generations`).
 """
 
 from __future__ import annotations
@@ -36,9 +40,11 @@ from ..data.dataset import Pairs, open_pairs, spread
 from ..data.manifests import read_manifest, read_spaces, same_vae
 from ..directions import DIRECTIONS
 from ..errors import UserError
-from ..options import DEVICE, HUNYUAN_HELP, KVAE_HELP, option, write_config
+from ..options import write_config
 from ..runtime.places import check_apart
 from ..vaes import VideoVAE, load_hunyuan_vae, load_kvae_for_training, made_with
+from .config import EvaluateConfig
+from .generations import judge_generations
 from .latents import Map, check_channels, latent_metrics
 from .originals import check_originals, original_frames
 from .pictures import contact_sheet
@@ -51,25 +57,16 @@ OUTPUTS = (*REPORT, "evaluate.json", "evaluation.json", "evaluation.txt", "conta
 COLUMNS = ["original", "Hunyuan decode", "KVAE decode", "KVAE through H→K", "Hunyuan through K→H"]
 
 
-@dataclass
-class EvaluateConfig:
-    latent_root: str = option(..., "folder of pairs to evaluate on, from extract or pack")
-    videos_root: str = option("", "folder of the videos that the pairs are from; without it, pixels are not measured")
-    adapter_h2k: str = option("hunyuan_to_kvae.safetensors", "Hunyuan → KVAE adapter")
-    adapter_k2h: str = option("kvae_to_hunyuan.safetensors", "KVAE → Hunyuan adapter")
-    hunyuan_vae: str = option("tiny", HUNYUAN_HELP, metavar="VAE")
-    kvae: str = option("tiny", KVAE_HELP, metavar="VAE")
-    train_latent_root: str = option(
-        "", "folder of pairs to fit the affine maps to; without it, the other half of these"
-    )
-    output_root: str = option("evaluation", "folder for the table, the JSON and the pictures", writes="folder")
-    max_samples: int = option(2000, "largest number of pairs to measure in latents", least=1)
-    num_pixel_samples: int = option(128, "largest number of pairs to measure in pixels", least=1)
-    device: str = option(DEVICE, "device of VAEs and adapters", metavar="DEVICE")
-
-
 def run(config: EvaluateConfig) -> int:
-    """Measure, and write the results and the report; return 0."""
+    """Measure, and write the results and the report; return 0, or 1 if generations were skipped.
+
+    Raises:
+        UserError: neither or both of --latent-root and --latents are given, or see the functions below.
+    """
+    if bool(config.latent_root) == bool(config.latents):
+        raise UserError("expected --latent-root, a folder of pairs, or --latents, a folder of generated latents")
+    if config.latents:
+        return judge_generations(config)
     out = Path(config.output_root)
     adapters = {"h2k": Path(config.adapter_h2k), "k2h": Path(config.adapter_k2h)}
     log_file = adapters["h2k"].parent / "train.jsonl"

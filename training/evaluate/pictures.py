@@ -19,21 +19,22 @@ LABEL_HEIGHT = 18  # pixels
 FRAMES = 3  # of each clip on a sheet
 
 
-def contact_sheet(path: Path, labels: list[str], clips: list[list[Tensor]]) -> None:
+def contact_sheet(path: Path, labels: list[str], clips: list[list[Tensor]], frames: int = FRAMES) -> None:
     """Write a PNG with a column for each label and, for each clip, rows of its first, middle and last frame.
 
     Args:
-        clips: for each clip, a video for each label; all pictures have one size.
+        clips: for each clip, a video for each label, of one size.
+        frames: rows of each clip, evenly spread over its frames.
 
     Raises:
         WeightsError: the file cannot be written.
     """
-    height, width = clips[0][0].shape[2:]
-    rows = FRAMES * len(clips)
+    height, width = (max(videos[0].shape[axis] for videos in clips) for axis in (2, 3))
+    rows = frames * len(clips)
     sheet = Image.new("RGB", (width * len(labels), LABEL_HEIGHT + height * rows), "white")
     for row in range(rows):
-        videos = clips[row // FRAMES]
-        t = (row % FRAMES) * (videos[0].shape[1] - 1) // (FRAMES - 1)
+        videos = clips[row // frames]
+        t = (row % frames) * (videos[0].shape[1] - 1) // max(1, frames - 1)
         for column, video in enumerate(videos):
             image = Image.fromarray(rearrange(video[:, t], "c h w -> h w c").contiguous().numpy())
             sheet.paste(image, (column * width, LABEL_HEIGHT + row * height))

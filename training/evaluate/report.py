@@ -37,7 +37,7 @@ def write_report(
     """
     report: dict[str, Any] = {
         "verdict": verdict(result),
-        "adapters": {name: _about(path) for name, path in adapters.items()},
+        "adapters": {name: about_adapter(path) for name, path in adapters.items()},
         "evaluation": result,
         "curves": _log_rows(log_file),
     }
@@ -120,7 +120,8 @@ def training_facts(about: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _about(path: Path) -> dict[str, Any]:
+def about_adapter(path: Path) -> dict[str, Any]:
+    """What an adapter file says of itself, for a report."""
     adapter = load_adapter(path)
     return {
         "file": path.name,
