@@ -1,7 +1,7 @@
 """Does a Video-Free LoRA learn what it should? A toy in which that is known, on the product's own step and losses.
 
     python -m benchmarks.video_free_lora --work bench-vfl
-    python -m benchmarks.video_free_lora --work bench-vfl --rows main anchors "6 stills"
+    python -m benchmarks.video_free_lora --work bench-vfl --rows main appearance "6 stills"
 
 Sprites of two colours cross a picture (`benchmarks.toy.world`). The base, a small network of HunyuanVideo 1.5's
 architecture, has learned to move sprites of one colour, or of two that are near. The LoRA is to keep any two colours,

@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kvae_comfyui.benchmarks.toy.anchor import anchor_loss, mask_of, moved
 from kvae_comfyui.benchmarks.toy.base import SHIFT
 from kvae_comfyui.benchmarks.toy.judge import STEPS
+from kvae_comfyui.benchmarks.toy.masks import mask_of
 from kvae_comfyui.benchmarks.toy.rows import Row
 from kvae_comfyui.benchmarks.toy.world import FRAMES, NEW, SHAPE, Sprites, conditions, decode, encode, sprites
 from kvae_comfyui.training.adapters.muon import Muon
+from kvae_comfyui.training.vfl.appearance import appearance_loss, moved
 from kvae_comfyui.training.vfl.conditions import Conditions, flow
 from kvae_comfyui.training.vfl.decoders import smaller
 from kvae_comfyui.training.vfl.draws import Draws
 from kvae_comfyui.training.vfl.identity import Embedder, draw_frames, identity_loss
 from kvae_comfyui.training.vfl.lora import add_lora, fill_gradients, lora_parameters
-from kvae_comfyui.training.vfl.path import Steps, band_of, clean, noise, sigmas
+from kvae_comfyui.training.vfl.path import Steps, band_of, noise, sigmas
 from kvae_comfyui.training.vfl.schedule import Cosine
 from kvae_comfyui.training.vfl.step import Recipe, lora_step
 
@@ -53,11 +54,11 @@ def train_lora(network: Any, embedder: Embedder, row: Row, seed: int) -> float:
     warmup = max(1, round(WARMUP * row.steps))
     rate = Cosine(LR, row.steps, warmup)
     sigma = scheduler_sigmas() if row.fault == "timesteps" else sigmas(STEPS, SHIFT)
-    recipe = Recipe(sigma, Steps(tail=row.tail), band_of(STEPS, *BAND), row.weight, row.schedule, warmup)
+    recipe = Recipe(sigma, Steps(tail=row.tail), band_of(STEPS, *BAND), row.unit, row.schedule, warmup)
     shares = []
     for step in tqdm(range(row.steps), desc=f"seed {seed}", leave=False):
         shown = stills(row, seed, step)
-        if row.loss == "videos":
+        if row.videos:
             share = video_step(network, shown, sigma, seed, step)
         else:
             share = still_step(network, embedder, row, recipe, shown, seed, step)
@@ -87,39 +88,35 @@ def still_step(
     told = dict.fromkeys(drawn.indices, given)
     if row.fault == "interleaved":
         told = interleaved(given, drawn.indices)
-    seen: dict[str, Tensor] = {}
 
     def teacher(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        v = flow(network, given, x, recipe.sigma[i])
-        if i == drawn.deep:
-            seen["y"] = decode(clean(x, v, recipe.sigma[i]))
-        return v, v
+        return (flow(network, given, x, recipe.sigma[i]),) * 2
 
     def student(x: Tensor, i: int) -> Tensor:
         return flow(network, told[i], x, recipe.sigma[i])
 
-    def identity(z: Tensor) -> Tensor:
-        return appearance(row, embedder, shown, seen["y"], z, seed, step)
+    def look(z: Tensor, of_teacher: Tensor) -> Tensor:
+        return looked_at(row, embedder, shown, z, of_teacher, seed, step)
 
     x = noise(seed, step, (BATCH, *SHAPE))
-    losses = lora_step(network, student, x, recipe, seed, step, step, identity, teacher)
+    losses = lora_step(network, student, x, recipe, seed, step, step, look, teacher)
     return losses.distill / losses.flow
 
 
-def appearance(
-    row: Row, embedder: Embedder, shown: Sprites, teacher_B3THW: Tensor, z_Bcthw: Tensor, seed: int, step: int
+def looked_at(
+    row: Row, embedder: Embedder, shown: Sprites, z_Bcthw: Tensor, teacher_Bcthw: Tensor, seed: int, step: int
 ) -> Tensor:
-    """What the row looks at in the student's estimate of the clips."""
+    """What the row looks at in the student's estimate of the clips, in the row's unit."""
     y = decode(smaller(z_Bcthw, scale=row.scale))
     first, loss = shown.clips()[:, :, 0], torch.zeros(())
-    if row.loss in ("head", "both"):
+    if row.weight:
         other = Draws(seed, "secondary", step).unit() < SECONDARY
         picture = shown.elsewhere(Draws(seed, "other", step)).clips()[:, :, 0] if other else first
         frames = draw_frames(Draws(seed, "frames", step), FRAMES, row.frames)
-        loss = loss + identity_loss(embedder, y, frames, embedder(picture))
-    if row.loss in ("anchor", "both"):
-        target = moved(teacher_B3THW, first, mask_of(row.mask, shown, embedder.backbone))
-        loss = loss + anchor_loss(y, target)
+        loss = loss + row.weight / row.unit * identity_loss(embedder, y, frames, embedder(picture))
+    if row.appearance:
+        target = moved(decode(teacher_Bcthw), first, mask_of(row.mask, shown, embedder.backbone))
+        loss = loss + row.appearance / row.unit * appearance_loss(y, target)
     return loss
 
 

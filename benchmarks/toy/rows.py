@@ -13,14 +13,14 @@ class Row:
     """One way to train.
 
     Attributes:
-        weight: λ.
-        schedule: of λ, see `identity_weight`.
+        weight: λ of the identity loss.
+        appearance: weight of the appearance loss.
+        mask: of the subject in the first frame, for the appearance loss; see `masks.mask_of`.
+        videos: flow matching on true clips, in the place of all other losses.
+        schedule: of both weights, see `identity_weight`.
         tail: distilled steps below d.
         noise: at most, in the pictures that the head was trained on.
         backbone_noise: the same for what stands for DINOv3.
-        loss: "head", by the embedding; "videos", flow matching on true clips, without any other loss; "anchor", the
-            first frame moved as the teacher moves it; "both".
-        mask: of the subject in the first frame, for "anchor" and "both"; see `anchor.mask_of`.
         stills: how many there are in all, each of another sprite; 0: new ones in every step.
         rank, frames: of the LoRA; K.
         scale: by which the decoded latents are made smaller.
@@ -29,18 +29,24 @@ class Row:
     """
 
     weight: float = 0.15
+    appearance: float = 0.0
+    mask: str = "features"
+    videos: bool = False
     schedule: str = "linear"
     tail: int = 1
     noise: float = 0.1
     backbone_noise: float = 0.1
-    loss: str = "head"
-    mask: str = "true"
     stills: int = 0
     rank: int = 16
     frames: int = 5
     scale: float = 1.0
     steps: int = 250
     fault: str = ""
+
+    @property
+    def unit(self) -> float:
+        """The weight that follows the schedule; both weights are multiples of it."""
+        return self.weight or self.appearance
 
 
 FAULTS = {
@@ -55,9 +61,9 @@ OURS = Row()
 PUBLISHED = Row(weight=0.6, schedule="constant", tail=0, noise=0.0)
 ALONE = 1e6  # λ beside which the distillation is nothing
 MAIN = {
-    "real videos": Row(loss="videos"),
+    "real videos": Row(videos=True),
     "ours": OURS,
-    "anchor by the border's colour, λ 0.6": replace(OURS, loss="anchor", mask="border", weight=0.6),
+    "appearance 3, no head": replace(OURS, weight=0.0, appearance=3.0),
     "published settings": PUBLISHED,
     "without distillation, 150 steps": replace(OURS, weight=ALONE, steps=150),
     "without identity loss, 20 steps": replace(OURS, weight=0.0, steps=20),  # nothing moves: B stays 0
@@ -82,14 +88,17 @@ PARTS = {
 }
 STILLS = {f"{count} stills": replace(OURS, stills=count) for count in (6, 12, 30, 100)}
 FAULTY = {f"fault: {name}": replace(OURS, fault=name) for name in FAULTS}
-ANCHORS = {
-    "anchor, true mask": replace(OURS, loss="anchor", mask="true"),
-    "anchor, mask by the border's colour": replace(OURS, loss="anchor", mask="border"),
-    "anchor by the border's colour, λ 1.5": replace(OURS, loss="anchor", mask="border", weight=1.5),
-    "anchor, mask by features": replace(OURS, loss="anchor", mask="features"),
-    "anchor by features, λ 1.5": replace(OURS, loss="anchor", mask="features", weight=1.5),
-    "anchor, a box": replace(OURS, loss="anchor", mask="box"),
-    "anchor, no mask": replace(OURS, loss="anchor", mask="all"),
-    "anchor by the border's colour, and head": replace(OURS, loss="both", mask="border"),
+APPEARANCES = {
+    f"appearance 3, no head, {name}": replace(OURS, weight=0.0, appearance=3.0, mask=mask)
+    for mask, name in (
+        ("true", "true mask"),
+        ("border", "mask by the border's colour"),
+        ("box", "a box"),
+        ("all", "no mask"),
+    )
+} | {
+    "appearance 0.75, no head": replace(OURS, weight=0.0, appearance=0.75),
+    "appearance 7.5, no head": replace(OURS, weight=0.0, appearance=7.5),
+    "appearance 3, and the head": replace(OURS, appearance=3.0),
 }
-GROUPS = {"main": MAIN, "parts": PARTS, "stills": STILLS, "faults": FAULTY, "anchors": ANCHORS}
+GROUPS = {"main": MAIN, "parts": PARTS, "stills": STILLS, "faults": FAULTY, "appearance": APPEARANCES}

@@ -8,10 +8,11 @@ import torch
 
 import needs
 from kvae_comfyui.benchmarks import video_free_lora
-from kvae_comfyui.benchmarks.toy import anchor, judge, lora, rows, world
+from kvae_comfyui.benchmarks.toy import judge, lora, masks, rows, world
 from kvae_comfyui.benchmarks.toy.base import BaseConfig, new_network
 from kvae_comfyui.benchmarks.toy.embedder import WIDTH, new_backbone
 from kvae_comfyui.benchmarks.toy.measure import Found
+from kvae_comfyui.training.vfl.appearance import moved
 from kvae_comfyui.training.vfl.draws import Draws
 from kvae_comfyui.training.vfl.identity import Backbone, Embedder, Head
 from kvae_comfyui.training.vfl.lora import lora_parameters
@@ -76,24 +77,19 @@ def test_errors_count_where_they_are():
     assert found["off"] == pytest.approx(0, abs=1e-9)
 
 
-def test_the_anchor_follows_the_clip():
+def test_the_subject_is_found_as_the_clip_moves_it():
     y, masks = SHOWN.clips(), SHOWN.masks()
-    pictures, found = anchor.moved(
-        y + 0.02 * torch.randn(y.shape, generator=torch.Generator().manual_seed(0)), y[:, :, 0], masks[:, 0]
-    )
-    assert torch.equal(found, masks)
-    assert torch.equal(pictures.movedim(1, -1)[masks], y.movedim(1, -1)[masks])
-    assert anchor.anchor_loss(y, (pictures, found)) == 0
-    assert anchor.anchor_loss(y + 0.1 * masks[:, None], (pictures, found)).item() == pytest.approx(
-        anchor.STRENGTH * 0.01, rel=1e-4
-    )
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    pictures, found = moved(y + 0.02 * noise, y[:, :, 0], masks[:, 0].float())
+    true = masks[:, None, 1:].float()
+    assert torch.equal(found, true) and torch.equal(pictures, y[:, :, 1:] * true)
 
 
 def test_a_mask_by_the_borders_colour_is_the_sprite():
-    true = SHOWN.masks()[:, 0]
-    assert torch.equal(anchor.mask_of("border", SHOWN, None), true)
-    box = anchor.mask_of("box", SHOWN, None)
-    assert (box & true).sum() == true.sum() and (box.sum((1, 2)) <= 36).all()
+    true = SHOWN.masks()[:, 0].float()
+    assert torch.equal(masks.mask_of("border", SHOWN, None), true)
+    box = masks.mask_of("box", SHOWN, None)
+    assert (box * true).sum() == true.sum() and (box.sum((1, 2)) <= 36).all()
 
 
 def test_interleaved_conditions_are_those_of_other_samples():
@@ -150,8 +146,8 @@ def test_without_an_appearance_loss_the_lora_stays_zero_and_with_one_it_moves():
         return share, any(b.any() for name, b in lora_parameters(network).items() if name.endswith(".b"))
 
     assert trained(weight=0.0) == (0, False)
-    for changes in ({}, {"loss": "both", "mask": "border"}, {"loss": "anchor", "mask": "features"}):
+    for changes in ({}, {"appearance": 3.0, "mask": "border"}, {"appearance": 3.0, "weight": 0.0}):
         share, moved = trained(**changes)
         assert share > 0 and moved
-    share, moved = trained(loss="videos")
+    share, moved = trained(videos=True)
     assert share != share and moved

@@ -79,9 +79,18 @@ class Backbone(nn.Module):
 
     def forward(self, p_B3HW: Tensor) -> Tensor:
         """p_B3HW → x_BD in float32."""
+        return self._seen(p_B3HW).pooler_output.float()
+
+    def patches(self, p_B3HW: Tensor) -> Tensor:
+        """p_B3HW → the states of the patches, x_BDhw in float32."""
+        config, cells = self.model.config, self.side // self.model.config.patch_size
+        states = self._seen(p_B3HW).last_hidden_state[:, 1 + config.num_register_tokens :]
+        return states.float().unflatten(1, (cells, cells)).movedim(3, 1)
+
+    def _seen(self, p_B3HW: Tensor) -> Any:
         mean, std = self.get_buffer("mean").float(), self.get_buffer("std").float()
         p = (resized(p_B3HW.float(), self.side) - mean) / std
-        return self.model(p.to(self.model.dtype)).pooler_output.float()
+        return self.model(p.to(self.model.dtype))
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode: in the other, DINOv3 moves its positions at random."""

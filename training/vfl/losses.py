@@ -21,7 +21,7 @@ from torch import Tensor
 from .path import Kept, clean
 
 Student = Callable[[Tensor, int], Tensor]  # x_Bcthw and the index of a step → v_Bcthw
-IdentityLoss = Callable[[Tensor], Tensor]  # z_Bcthw → one number, differentiable
+IdentityLoss = Callable[[Tensor, Tensor], Tensor]  # z_Bcthw of student and teacher → a number; by the first, a gradient
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def _identity_gradient(student: Student, at: Kept, sigma: Tensor, identity: Iden
     """L_id, and its gradient by the flow at a step. Nothing of either graph is left."""
     level = sigma[at.index]
     with torch.no_grad():
-        z = clean(at.x, student(at.x, at.index), level)
+        z, of_teacher = (clean(at.x, v, level) for v in (student(at.x, at.index), at.v))
     with torch.enable_grad():
-        loss = identity(z.requires_grad_())
+        loss = identity(z.requires_grad_(), of_teacher)
         (gradient,) = torch.autograd.grad(loss, z)
     return loss.detach(), -level * gradient

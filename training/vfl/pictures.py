@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")  # by content, whatever the name
 MOST_BYTES = 64 << 20  # of a file
 MOST_PIXELS = 1 << 26  # 8192 x 8192; as RGBA, 256 MiB
 PATCH = 16  # pixels of a latent's side
-BLACK = (0, 0, 0)
+BLACK, OPAQUE = (0, 0, 0), 255
 
 
 warnings.filterwarnings("ignore", module=r"PIL\\.")  # on stderr, they would name no file
@@ -53,19 +54,17 @@ def read_picture(data: bytes, background: tuple[int, int, int] = BLACK) -> Tenso
     Raises:
         PictureError: not such a file, damaged, cut short, or too large.
     """
-    if len(data) > MOST_BYTES:
-        raise PictureError(f"{len(data):,} bytes; expected {MOST_BYTES:,} at most")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:  # before anything is decoded
-                raise PictureError(f"{image.width:,} x {image.height:,} pixels; expected {MOST_PIXELS:,} at most")
-            rgb = _rgb(ImageOps.exif_transpose(image), background)
-    except (PictureError, MemoryError):
-        raise
-    except Exception as error:  # each format's decoder fails in its own ways
-        what = "not a JPEG, PNG or WebP file" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise PictureError(f"{what or type(error).__name__}; expected a picture that can be read") from None
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+    return _decoded(data, lambda image: _rgb(image, background))
+
+
+def read_opacity(data: bytes) -> Tensor | None:
+    """The opacity of a picture, grey as uint8 [3, H, W], turned as `read_picture` turns it; None if all is opaque.
+
+    Raises:
+        PictureError: as `read_picture`.
+    """
+    opacity = _decoded(data, _opacity)
+    return None if opacity.min() == OPAQUE else opacity
 
 
 def parse_colour(text: str) -> tuple[int, int, int]:
@@ -122,6 +121,29 @@ def _processor() -> Any:
     from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 
     return HunyuanVideo15ImageProcessor(vae_scale_factor=PATCH, do_resize=False)
+
+
+def _decoded(data: bytes, use: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """What is made of a picture that is checked, decoded and turned, uint8 [3, H, W]."""
+    if len(data) > MOST_BYTES:
+        raise PictureError(f"{len(data):,} bytes; expected {MOST_BYTES:,} at most")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:  # before anything is decoded
+                raise PictureError(f"{image.width:,} x {image.height:,} pixels; expected {MOST_PIXELS:,} at most")
+            rgb = use(ImageOps.exif_transpose(image))
+    except (PictureError, MemoryError):
+        raise
+    except Exception as error:  # each format's decoder fails in its own ways
+        what = "not a JPEG, PNG or WebP file" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise PictureError(f"{what or type(error).__name__}; expected a picture that can be read") from None
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
+def _opacity(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return Image.new("RGB", image.size, (OPAQUE,) * 3)
+    return image.convert("RGBA").getchannel("A").convert("RGB")
 
 
 def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -49,7 +49,8 @@ class Sizes:
         targets, rank: of the LoRA.
         momenta: tensors that the optimiser keeps for each weight: 1 for Muon, 2 for AdamW.
         decode_latents, decode_scale: see `decoders.smaller`.
-        identity_frames: frames of a clip that the identity loss looks at.
+        identity_frames: frames of a clip that the identity loss looks at; 0 without it.
+        appearance: whether there is the appearance loss.
         processes: among which the base is sharded; 1 keeps it whole.
         text_tokens: of the longest prompt, in both encoders.
     """
@@ -65,6 +66,7 @@ class Sizes:
     decode_latents: int = 0
     decode_scale: float = 0.5
     identity_frames: int = 5
+    appearance: bool = False
     processes: int = 1
     text_tokens: int = 256
 
@@ -206,7 +208,7 @@ def plan(
     with quiet():
         network = count_network(transformer, *shape, sizes.base_dtype, sizes.targets, sizes.rank, sizes.text_tokens)
         dtype = BASE_DTYPES[sizes.base_dtype]
-        part = (z, sizes.decode_latents, sizes.decode_scale, sizes.identity_frames)
+        part = (z, sizes.decode_latents, sizes.decode_scale, sizes.identity_frames, sizes.appearance)
         look = None if decoder is None else count_look(decoder, backbone or {}, dtype, *part)
     all_blocks = network.blocks * network.block
     here = all_blocks

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +19,7 @@ from ...adapters import HybridVAE, LatentAdapter
 from ...adapters.networks import Affine
 from ...adapters.spaces import grid_ratios, native_space
 from ...kvae import KVAE, KVAEConfig
+from .appearance import Target, appearance_loss, moved
 from .count import counted
 from .decoders import SPACE, Decode, hunyuan_decoder, kvae_decoder, smaller
 from .draws import Draws
@@ -117,7 +118,7 @@ def _inputs(one: Any, frames: int, height: int, width: int, text: int) -> tuple[
 
 
 class Look(NamedTuple):
-    """The identity loss, in bytes: the weights of decoder and DINOv3, and what its gradient needs at its peak."""
+    """What looks at the clip, in bytes: the weights of decoder and DINOv3, and what the gradient needs at its peak."""
 
     decoder: int
     backbone: int
@@ -126,35 +127,48 @@ class Look(NamedTuple):
 
 def count_look(
     decoder: Mapping[str, Any] | KVAEConfig, backbone: Mapping[str, Any], dtype: torch.dtype, z: tuple[int, int, int],
-    latents: int, scale: float, frames: int,
+    latents: int, scale: float, frames: int, appearance: bool = False,
 ) -> Look:  # fmt: skip
-    """Count the identity loss. The same arguments are counted once.
+    """Count the losses that look at the clip. The same arguments are counted once.
 
     Args:
         decoder: a config of AutoencoderKLHunyuanVideo15 or of a KVAE.
         backbone: a config of DINOv3ViTModel.
         z: latent frames, rows and columns of a clip.
-        frames: that the loss looks at.
+        frames: that the identity loss looks at; 0 without it.
+        appearance: whether there is the appearance loss.
     """
     described = decoder if isinstance(decoder, KVAEConfig) else json.dumps(dict(decoder))
     kept = min(latents, z[0]) if latents else z[0]
-    return _count_look(described, json.dumps(dict(backbone)), dtype, (kept, *z[1:]), scale, frames)
+    return _count_look(described, json.dumps(dict(backbone)), dtype, (kept, *z[1:]), scale, frames, appearance)
 
 
 @cache
 def _count_look(
-    decoder: str | KVAEConfig, backbone: str, dtype: torch.dtype, z: tuple[int, int, int], scale: float, frames: int
-) -> Look:
+    decoder: str | KVAEConfig, backbone: str, dtype: torch.dtype, z: tuple[int, int, int], scale: float, frames: int,
+    appearance: bool,
+) -> Look:  # fmt: skip
     with torch.device("meta"):
         vae, decode = _decoder(decoder, dtype)
         embedder = _embedder(json.loads(backbone), dtype)
         z_Bcthw = torch.empty(1, SPACE.channels, *z, requires_grad=True)
         anchor = torch.empty(1, embedder.head.dims[-1])
         with counted() as count:
+            target, losses = _target(decode, z_Bcthw, scale) if appearance else None, []
             y = decode(smaller(z_Bcthw, scale=scale))
-            chosen = draw_frames(Draws(0, "frames", 0), y.shape[2], frames)
-            torch.autograd.grad(identity_loss(embedder, y, chosen, anchor), z_Bcthw)
+            if frames:
+                chosen = draw_frames(Draws(0, "frames", 0), y.shape[2], frames)
+                losses.append(identity_loss(embedder, y, chosen, anchor))
+            if target:
+                losses.append(appearance_loss(y, target))
+            torch.autograd.grad(losses, z_Bcthw)
     return Look(_bytes(vae), _bytes(embedder), count.peak)
+
+
+@torch.no_grad()
+def _target(decode: Decode, z_Bcthw: Tensor, scale: float) -> Target:
+    y = decode(smaller(z_Bcthw, scale=scale))
+    return moved(y, y[:, :, 0], y[:, 0, 0])
 
 
 def _decoder(config: str | KVAEConfig, dtype: torch.dtype) -> tuple[nn.Module, Decode]:

@@ -19,7 +19,7 @@ from .conditions import Conditions, Picture, Text, conditions
 from .draws import Draws
 from .index import Index
 from .path import noise
-from .pictures import cropped, read_picture
+from .pictures import cropped, read_opacity, read_picture
 from .prompts import PromptBank
 
 
@@ -30,6 +30,8 @@ class Shown:
     Attributes:
         k: its number in the run.
         text, picture: what the network is told.
+        first: uint8 [3, H, W], the picture as it is cropped.
+        opacity: of that picture, grey as uint8 [3, H, W]; None if it is opaque or was not asked for.
         anchor: uint8 [3, H, W], what the identity loss compares with: the picture as it is cropped, or another one of
             the identity in the same size.
         skipped: the pictures that could not be read on the way, as "id: reason".
@@ -38,6 +40,8 @@ class Shown:
     k: int
     text: Text
     picture: Picture
+    first: Tensor
+    opacity: Tensor | None
     anchor: Tensor
     skipped: tuple[str, ...] = ()
 
@@ -48,6 +52,14 @@ class Shown:
     def anchor_B3HW(self, device: str | torch.device) -> Tensor:
         """The anchor, as a batch of one."""
         return self.anchor[None].to(device).float() / 255
+
+    def first_B3HW(self, device: str | torch.device) -> Tensor:
+        """The picture, as a batch of one."""
+        return self.first[None].to(device).float() / 255
+
+    def opacity_BHW(self, device: str | torch.device) -> Tensor | None:
+        """The picture's opacity in 0..1, as a batch of one."""
+        return None if self.opacity is None else self.opacity[:1].to(device).float() / 255
 
     def noise(self, seed: int, frames: int) -> Tensor:
         """The start of its path, x_Bcthw, float32 on the CPU."""
@@ -60,6 +72,7 @@ class Source:
 
     Args:
         p_secondary: the probability of another picture of the identity as the anchor.
+        opacity: whether samples have their picture's.
         whole: whether pictures are shown whole, as in validation, though the cache has parts of them.
     """
 
@@ -70,10 +83,11 @@ class Source:
         bank: PromptBank,
         seed: int,
         p_secondary: float = 0.0,
+        opacity: bool = False,
         whole: bool = False,
     ):
         self.index, self.files, self.bank = index, files, bank
-        self.seed, self.p_secondary, self.whole = seed, p_secondary, whole
+        self.seed, self.p_secondary, self.opacity, self.whole = seed, p_secondary, opacity, whole
 
     def __call__(self, k: int) -> Shown:
         """Sample k of the run.
@@ -87,6 +101,8 @@ class Source:
         height, width = picture.shape[1:]
         crop = None if self.whole else Draws(self.seed, "crop", k).below(self.files.info.crops)
         box, size = self.files.info.view(data, height, width, crop)
-        anchor = cropped(picture, box, size) if sample.secondary is None else cropped(sample.secondary[1], None, size)
+        first, opacity = cropped(picture, box, size), read_opacity(data) if self.opacity else None
+        opacity = None if opacity is None else cropped(opacity, box, size)
+        anchor = first if sample.secondary is None else cropped(sample.secondary[1], None, size)
         text = self.files.text(self.bank.prompt(self.seed, k))
-        return Shown(k, text, self.files.picture(data, box, size), anchor, sample.skipped)
+        return Shown(k, text, self.files.picture(data, box, size), first, opacity, anchor, sample.skipped)

@@ -83,7 +83,8 @@ def lora_step(
         seed: of the run; with k, of the steps that are drawn.
         k: number of the sample in the run.
         step: of the optimiser, counted from 0; λ and whether the identity loss is on depend on it.
-        identity: z_Bcthw → one number, differentiable. Needed where `recipe.looks(step)`.
+        identity: z_Bcthw of student and teacher → a number, differentiable by the first. Needed where
+            `recipe.looks(step)`.
         teacher: x and index → the flow that is kept, and the one that the path follows, for guidance. Without it
             both are `velocity`.
         share: of this sample in the optimiser's step, 1 / (samples of all processes).

@@ -45,9 +45,12 @@ class VflTrainConfig:
     identity_sigma: str = option("", "the same in noise levels, in place of --identity-band", metavar="LOW-HIGH")
     # the identity loss
     identity_weight: float = option(0.15, "weight λ of the identity loss", least=0)
-    identity_schedule: str = option("linear", "how λ gets there", choices=("constant", "linear", "cosine"))
-    identity_warmup: int = option(500, "optimiser steps until λ is there", least=0)
-    identity_every: int = option(1, "the identity loss is on in every n-th optimiser step", least=1)
+    appearance_weight: float = option(
+        0.0, "weight of the appearance loss: the picture's subject, moved along the base's clip", least=0
+    )
+    identity_schedule: str = option("linear", "how both weights get there", choices=("constant", "linear", "cosine"))
+    identity_warmup: int = option(500, "optimiser steps until they are there", least=0)
+    identity_every: int = option(1, "both losses are on in every n-th optimiser step", least=1)
     identity_frames: int = option(5, "frames of a clip that the identity loss looks at", least=1)
     p_secondary: float = option(0.1, "probability of another picture of the identity as its anchor", least=0, most=1)
     decode_scale: float = option(0.5, "size of the decoded picture, as a share of the clip's", above=0, most=1)
@@ -90,21 +93,21 @@ class Progress:
 
     Attributes:
         validated: step of the last validation.
-        sums: since the last row of the log: distillation, flow and identity, samples, samples with an identity loss,
-            norms of the gradient.
+        sums: since the last row of the log: distillation, flow, identity and appearance, samples, samples that were
+            looked at, norms of the gradient.
         rows: of the log.
         first, last: figures of the first and of the last validation.
     """
 
     validated: int = -1
-    sums: tuple[float, ...] = (0.0,) * 6
+    sums: tuple[float, ...] = (0.0,) * 7
     rows: int = 0
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
 
     def check(self, step: int, every: int) -> None:
         """Raise ValueError unless a training can have this progress after `step` steps."""
-        if not (0 <= self.validated <= step <= self.validated + every and self.rows > 0 and len(self.sums) == 6):
+        if not (0 <= self.validated <= step <= self.validated + every and self.rows > 0 and len(self.sums) == 7):
             raise ValueError(f"validated at step {self.validated} of {step}, {self.rows} rows in the log")
         if not all("drift" in each for each in (self.first, self.last)):
             raise ValueError("figures without a drift")
@@ -145,8 +148,8 @@ def recipe_of(config: VflTrainConfig, shift: float) -> Recipe:
     else:
         band = band_of(config.path_steps, *parse_range("--identity-band", config.identity_band))
     law = Steps(config.harvest, config.harvest_scheme, config.harvest_jitter, config.tail)
-    how = config.identity_weight, config.identity_schedule, config.identity_warmup, config.identity_every
-    return Recipe(sigma, law, band, *how)
+    weight = config.identity_weight or config.appearance_weight  # what looks at the clip is a share of it
+    return Recipe(sigma, law, band, weight, config.identity_schedule, config.identity_warmup, config.identity_every)
 
 
 def parse_range(name: str, text: str) -> tuple[float, float]:

@@ -23,12 +23,12 @@ def planned(config: VflTrainConfig, processes: int, shards: int) -> Plan:
         UserError, WeightsError: a config cannot be read, or the base cannot be trained so.
     """
     network, recipe = load_config(config.base), recipe_of(config, load_shift(config.base))
-    looks = config.identity_weight > 0
+    looks = recipe.weight > 0
     side = network["target_size"]  # all sizes of pictures have the area of this square, or less
     sizes = Sizes(
         config.frames, side, side, config.base_dtype, config.offload, config.targets, config.rank,
-        1 if config.optimiser == "muon" else 2, config.decode_latents, config.decode_scale, config.identity_frames,
-        shards,
+        1 if config.optimiser == "muon" else 2, config.decode_latents, config.decode_scale,
+        config.identity_frames if config.identity_weight else 0, config.appearance_weight > 0, shards,
     )  # fmt: skip
     decoder: Any = read_config(weights_file(config.kvae, "kvae")) if config.kvae else load_vae_config(config.base)
     work = passes(

@@ -8,22 +8,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UserError
 from ..runtime.interrupts import BetweenSteps
 from ..runtime.log import add_to_log
 from .cache import EMPTY
 from .conditions import flow, guided
-from .decoders import smaller
-from .draws import Draws
 from .gradients import GradientSum
-from .identity import draw_frames, identity_loss
+from .look import Look
 from .lora import fill_gradients
-from .losses import IdentityLoss, Losses, identity_weight
+from .losses import Losses, identity_weight
 from .path import Drawn, Teacher
 from .samples import Shown
 from .step import lora_step
@@ -46,14 +43,16 @@ def train_step(training: LoraTraining, shown: Sequence[Shown], interrupts: Betwe
     config, processes, trainer = training.config, training.processes, training.trainer
     parameters = trainer.parameters
     gradients, looked = GradientSum(parameters), training.recipe.looks(trainer.step)
-    numbers = torch.zeros(6, dtype=torch.float64)  # distillation, flow, identity; samples, those with identity; Ctrl-C
+    # distillation, flow, identity, appearance; samples, those that were looked at; Ctrl-C
+    numbers = torch.zeros(7, dtype=torch.float64)
     for each in shown:
         training.skipped.update(each.skipped)
-        losses = learn_from(training, each)
-        numbers += torch.tensor([losses.distill, losses.flow, losses.identity if looked else 0, 1, looked, 0])
+        look = Look(training, each)
+        losses = learn_from(training, each, look)
+        numbers += torch.tensor([losses.distill, losses.flow, look.identity, look.appearance, 1, looked, 0])
         if config.batch > 1:
             gradients.take()
-    numbers[5] = interrupts.noted
+    numbers[-1] = interrupts.noted
     if config.batch > 1:
         numbers = gradients.give(processes, numbers).cpu()
     *sums, stop = numbers.tolist()
@@ -69,7 +68,7 @@ def train_step(training: LoraTraining, shown: Sequence[Shown], interrupts: Betwe
     return stop > 0
 
 
-def learn_from(training: LoraTraining, shown: Shown) -> Losses:
+def learn_from(training: LoraTraining, shown: Shown, look: Look) -> Losses:
     """Add the gradient of one sample."""
     config, recipe, transformer, step = training.config, training.recipe, training.transformer, training.trainer.step
     device = training.processes.device
@@ -81,25 +80,8 @@ def learn_from(training: LoraTraining, shown: Shown) -> Losses:
     return lora_step(
         transformer, lambda x, i: flow(transformer, given, x, recipe.sigma[i]),
         shown.noise(config.seed, config.frames).to(device), recipe, config.seed, shown.k, step,
-        identity_of(training, shown), teacher, 1 / config.batch, partners(training, shown.k),
+        look, teacher, 1 / config.batch, partners(training, shown.k),
     )  # fmt: skip
-
-
-def identity_of(training: LoraTraining, shown: Shown) -> IdentityLoss:
-    """The identity loss of a sample: some frames of the decoded estimate against its anchor."""
-    config = training.config
-
-    @cache
-    def anchor_BE() -> Tensor:
-        with torch.no_grad():
-            return training.embed(shown.anchor_B3HW(training.processes.device))
-
-    def loss(z_Bcthw: Tensor) -> Tensor:
-        y_B3THW = training.decode(smaller(z_Bcthw, config.decode_latents, config.decode_scale))
-        frames = draw_frames(Draws(config.seed, "frames", shown.k), y_B3THW.shape[2], config.identity_frames)
-        return identity_loss(training.embed, y_B3THW, frames, anchor_BE())
-
-    return loss
 
 
 def partners(training: LoraTraining, k: int) -> list[Drawn]:
@@ -123,14 +105,16 @@ def close_row(training: LoraTraining, told: Told) -> None:
     told.steps += 1
     if trainer.step % LOG_EVERY and trainer.step < training.config.steps:
         return
-    distill, flow_square, identity, samples, looked, norms = progress.sums
+    distill, flow_square, identity, appearance, samples, looked, norms = progress.sums
     recipe, steps = training.recipe, samples / training.config.batch
     row = {
         "step": trainer.step, "distill": distill / samples, "drift": distill / flow_square,
         "weight": identity_weight(trainer.step, recipe.weight, recipe.schedule, recipe.warmup),
         "norm": norms / steps, "lr": trainer.schedule.rate(trainer.step - 1),
     }  # fmt: skip
-    row |= {"identity": identity / looked} if looked else {}
+    weighty = {"identity": training.config.identity_weight, "appearance": training.config.appearance_weight}
+    found = {"identity": identity, "appearance": appearance}
+    row |= {name: total / looked for name, total in found.items() if looked and weighty[name]}
     progress.sums, progress.rows = (0.0,) * len(progress.sums), progress.rows + 1
     if training.processes.main:
         add_to_log(training.file("log"), row)
@@ -144,9 +128,9 @@ def said(row: dict[str, float], seconds: float, left: int) -> str:
     hours = seconds * left / 3600
     units = ((48, 1 / 24, "days"), (1, 1, "hours"), (0, 60, "minutes"))
     remaining = next(f"{hours * factor:.1f} {unit}" for least, factor, unit in units if hours >= least)
-    identity = f", identity loss {row['identity']:.3f}" if "identity" in row else ""
+    looks = "".join(f", {name} loss {row[name]:.3f}" for name in ("identity", "appearance") if name in row)
     high = " (high: lower --identity-weight)" if row["drift"] > DRIFT else ""
     return (
-        f"  step {row['step']}: distillation {row['drift']:.3%} of the flow{high}{identity}; {seconds:.1f} s a step, "
+        f"  step {row['step']}: distillation {row['drift']:.3%} of the flow{high}{looks}; {seconds:.1f} s a step, "
         f"{remaining} left"
     )

@@ -111,7 +111,7 @@ def set_up(config: VflTrainConfig, processes: Processes) -> LoraTraining:
     check_cache(config, files, network)
     train, val = (Index(config.data_root, split, config.identity_key) for split in ("train", "val"))
     sources = (
-        Source(train, files, bank, config.seed, config.p_secondary),
+        Source(train, files, bank, config.seed, config.p_secondary, opacity=config.appearance_weight > 0),
         Source(val, files, bank, config.seed, whole=True),
     )
     data = data_hashes(config, files, bank, train, val)

@@ -32,7 +32,7 @@ class Case:
 
     recipe = Recipe(sigmas(8, 5.0), Steps(1), band=(3, 5), weight=0.5, warmup=4, every=2)
 
-    def identity(self, z):
+    def identity(self, z, of_teacher):
         return z.sin().square().mean()
 
     def gradient(self):

@@ -38,7 +38,7 @@ class Case:
     def student(self, x, i):
         return flow(self.network, self.given, x, SIGMA[i])
 
-    def identity(self, z):
+    def identity(self, z, of_teacher=None):
         return (z - self.target).abs().sin().mean()
 
     def gradients(self):
@@ -68,6 +68,14 @@ def test_both_halves_and_every_step_give_the_gradient_of_the_whole(case):
     assert losses.distill == pytest.approx(distill.item(), rel=1e-6)
     assert losses.identity == pytest.approx(identity.item(), rel=1e-6)
     assert losses.flow == pytest.approx(sum(each.v.square().mean().item() for each in case.kept) / 4, rel=1e-6)
+
+
+def test_what_looks_at_the_clip_is_given_the_teachers_estimate_too(case):
+    seen = []
+    learn(case.student, case.kept, SIGMA, DEEP, lambda z, of_teacher: seen.append(of_teacher) or z.sum(), WEIGHT)
+    case.gradients()
+    deep = next(each for each in case.kept if each.index == DEEP)
+    assert torch.equal(seen[0], clean(deep.x, deep.v, SIGMA[DEEP])) and not seen[0].requires_grad
 
 
 def test_one_step_after_another_is_one_batch_of_all_steps(case):

@@ -11,6 +11,7 @@ from kvae_comfyui.adapters import HybridVAE, LatentAdapter, latent_space
 from kvae_comfyui.adapters.networks import Affine
 from kvae_comfyui.adapters.spaces import grid_ratios, native_space
 from kvae_comfyui.training.errors import UserError
+from kvae_comfyui.training.vfl.appearance import appearance_loss, moved
 from kvae_comfyui.training.vfl.conditions import Conditions, flow
 from kvae_comfyui.training.vfl.count import Count
 from kvae_comfyui.training.vfl.decoders import hunyuan_decoder, kvae_decoder, smaller
@@ -102,6 +103,21 @@ def test_the_identity_loss_takes_what_was_counted(pipe, name):
         torch.autograd.grad(loss(), z)
     assert counted.peak == pytest.approx(real.peak, rel=0.1) and counted.peak > saved(loss)
     assert counted.backbone == sum(each.nbytes for each in embedder.parameters())
+
+
+def test_the_appearance_loss_takes_what_was_counted(pipe):
+    """It holds where the subject of the picture should be, while the student's clip is decoded."""
+    config, decode = dict(pipe.vae.config), hunyuan_decoder(tiny_pipeline().vae)
+    counted = count_look(config, tiny_dinov3().config.to_dict(), torch.float32, (3, 4, 6), 2, 0.5, 0, appearance=True)
+    z = torch.randn(1, 32, 3, 4, 6, requires_grad=True)
+    with Count() as real:
+        with torch.no_grad():
+            y = decode(smaller(z, 2, 0.5))
+            target = moved(y, y[:, :, 0], torch.ones_like(y[:, 0, 0]))
+            del y
+        y = decode(smaller(z, 2, 0.5))
+        torch.autograd.grad(appearance_loss(y, target), z)
+    assert counted.peak == pytest.approx(real.peak, rel=0.01)
 
 
 def test_passes_are_those_of_the_law():

@@ -11,7 +11,15 @@ import torch
 from PIL import Image
 
 from kvae_comfyui.training.vfl.draws import Draws
-from kvae_comfyui.training.vfl.pictures import MOST_BYTES, PictureError, bucket, cropped, jittered, read_picture
+from kvae_comfyui.training.vfl.pictures import (
+    MOST_BYTES,
+    PictureError,
+    bucket,
+    cropped,
+    jittered,
+    read_opacity,
+    read_picture,
+)
 from vfl_pictures import picture_bytes
 
 
@@ -64,6 +72,17 @@ def test_transparency_is_laid_over_the_background():
         expected = alpha * rgba[..., :3] + (1 - alpha) * np.array(background)
         found = read_picture(data, background).permute(1, 2, 0).numpy()
         assert np.abs(found - expected).max() <= 1
+
+
+def test_the_opacity_of_a_picture_is_read_if_it_has_any():
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    found = read_opacity(saved(Image.fromarray(pixels, "RGBA")))
+    assert found.shape == (3, 2, 3) and torch.equal(found[0], torch.from_numpy(pixels[..., 3].copy()))
+    pixels[..., 3] = 255
+    assert read_opacity(saved(Image.fromarray(pixels, "RGBA"))) is None
+    assert read_opacity(saved(Image.new("I;16", (2, 2), 300))) is None
+    with pytest.raises(PictureError):
+        read_opacity(b"no picture")
 
 
 def test_palettes_and_single_transparent_colours_are_transparent():

@@ -13,6 +13,7 @@ from kvae_comfyui.training.vfl.lora import add_lora, base_of, lora_parameters
 from kvae_comfyui.training.vfl.path import Steps, euler, noise, sigmas
 from kvae_comfyui.training.vfl.step import Recipe
 from kvae_comfyui.training.vfl.tiny import tiny_pipeline
+from kvae_comfyui.training.vfl.train_step import said
 from kvae_comfyui.training.vfl.validate import ValSample, fixed_steps, line, validate
 
 needs.package("transformers", "requirements-vfl.txt")
@@ -156,3 +157,13 @@ def test_it_warns_of_stills_of_flicker_and_of_drift():
         7, calm | {"motion_ratio": 1.3}
     )
     assert "off the base" in line(7, calm | {"drift": 0.0021})
+
+
+def test_a_row_says_what_is_left_and_warns_of_a_large_distillation_error():
+    row = {"step": 10, "drift": 0.0015, "identity": 0.4, "distill": 0.1}
+    assert said(row, 60, 9990).endswith(
+        "distillation 0.150% of the flow, identity loss 0.400; 60.0 s a step, 6.9 days left"
+    )
+    assert ", appearance loss 0.010; 60.0 s" in said(row | {"appearance": 0.01}, 60, 60)
+    assert "(high: lower --identity-weight)" in said(row | {"drift": 0.0021}, 60, 60)
+    assert said(row, 1, 7200).endswith("2.0 hours left") and said(row, 1, 90).endswith("1.5 minutes left")

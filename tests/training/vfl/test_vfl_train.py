@@ -23,7 +23,6 @@ from kvae_comfyui.training.adapters.muon import Muon
 from kvae_comfyui.training.cli import main
 from kvae_comfyui.training.vfl.lora_files import FORMATS, lora_path
 from kvae_comfyui.training.vfl.lora_reading import read_lora
-from kvae_comfyui.training.vfl.train_step import said
 from small_models import small
 from vfl_characters import make_characters
 
@@ -187,9 +186,23 @@ def test_a_lora_of_any_format_can_be_started_from(job, whole, tmp_path, format, 
 def test_it_trains_under_other_settings(job, tmp_path, more):
     assert main(train_options(job, tmp_path / "ash", "--val-every=9", *more, steps=2)) == 0
     row = log(tmp_path / "ash")[-2]
-    assert row["norm"] > 0 or "--identity-weight=0" in more
+    assert "appearance" not in row and (row["norm"] > 0 or "--identity-weight=0" in more)
     if "--identity-weight=0" in more:
         assert row["distill"] == 0 and "identity" not in row  # a LoRA without identity never leaves zero
+
+
+def test_by_appearance_alone_an_interrupted_run_ends_as_an_uninterrupted_one(job, tmp_path):
+    def run(name: str) -> int:
+        more = "--appearance-weight=5", "--identity-weight=0", "--val-every=9"
+        return main(train_options(job, tmp_path / name / "ash", *more, steps=3))
+
+    assert run("whole") == 0
+    with at_step(1, ctrl_c, Muon):
+        assert run("stopped") == 130
+    assert run("stopped") == 0
+    same_run(tmp_path / "whole" / "ash", tmp_path / "stopped" / "ash", 3)
+    row = log(tmp_path / "whole" / "ash")[1]
+    assert row["norm"] > 0 and row["appearance"] > 0 and "identity" not in row
 
 
 def test_a_kvae_can_decode_for_the_identity_loss(job, tmp_path):
@@ -261,6 +274,7 @@ def test_other_settings_and_data_are_refused_by_name(job, unfinished, tmp_path, 
 
     assert "tail = 1, now 2" in refused("--tail=2")
     assert "batch = 2, now 4" in refused("--batch=4")
+    assert "appearance_weight = 0.0, now 3.0" in refused("--appearance-weight=3")
     out = tmp_path / "ash"
     shutil.copytree(unfinished, out)
     for place in ("base", "dinov3", "cache", "bank.json", "head.safetensors"):
@@ -285,12 +299,3 @@ def test_a_damaged_state_is_an_error_of_one_line(change, job, unfinished, capsys
         assert "not the state of a training run" in said
     finally:
         path.write_bytes(before)
-
-
-def test_a_row_says_what_is_left_and_warns_of_a_large_distillation_error():
-    row = {"step": 10, "drift": 0.0015, "identity": 0.4, "distill": 0.1}
-    assert said(row, 60, 9990).endswith(
-        "distillation 0.150% of the flow, identity loss 0.400; 60.0 s a step, 6.9 days left"
-    )
-    assert "(high: lower --identity-weight)" in said(row | {"drift": 0.0021}, 60, 60)
-    assert said(row, 1, 7200).endswith("2.0 hours left") and said(row, 1, 90).endswith("1.5 minutes left")
