@@ -42,13 +42,13 @@ KNOWN = (
     ),
     Known(
         "this project's tiny HunyuanVideo 1.5 VAE",
-        "9e409c8403c8f6e9d91dfe17307fe62264379e12782a760e4b1e0d61a985c681",
-        (-0.000185847, 0.000285864, 0.000928879, 0.0126953),
+        "ad939806ff375e05f2cea974fcd9450db8d3630f678fcd756fa853a2f209d7ea",
+        (-0.0064888, -0.0673218, 0.0185852, -0.319824),
     ),
     Known(
         "this project's tiny KVAE 2.0-t4s16",
-        "7cb35cdae3019192850a6f3004f60748287f687c2cedb925bc823eb9eb693898",
-        (-0.00574493, -0.00707626, -0.0272369, -0.0236816),
+        "ee45424e138afdf64572de2b7df10b22108cb326cce23e06e6467716ab27a281",
+        (0.0251617, 0.0609741, 0.00906372, -0.00752258),
     ),
 )
 _SHOWN = 12  # digits of a hash, as the hub shows them

@@ -38,7 +38,7 @@ def load_pair(which):
 
 
 # PSNR in dB on every sixth validation clip; that in the file is the mean over all of them
-ON_EVERY_SIXTH = {"kvae": 27.21, "hunyuan": 26.96, "kvae-t4s16": 21.95, "hunyuan-1.5": 23.44}
+ON_EVERY_SIXTH = {"kvae": 27.21, "hunyuan": 26.96, "kvae-t4s16": 27.47, "hunyuan-1.5": 25.75}
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -88,7 +88,9 @@ def test_the_embedded_adapters_fit_the_embedded_pair():
             errors[i] += (adapter(z[i]) - z[1 - i]).square().mean() / len(videos)
     for adapter, error in zip(adapters, errors.tolist(), strict=True):
         assert error == pytest.approx(adapter.metrics["val_mse"], rel=0.3)
-        assert adapter.metrics["val_mse_share_of_variance"] < 0.07
+        # HunyuanVideo 1.5's 32 channels do not hold all that is in KVAE's 64
+        most = 0.15 if adapter.source.channels < adapter.target.channels else 0.07
+        assert adapter.metrics["val_mse_share_of_variance"] < most
 
 
 @pytest.mark.parametrize("model", MODELS)
