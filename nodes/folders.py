@@ -23,9 +23,12 @@ from ..kvae.load import read_config
 from ..kvae.signature import same_weights, signature
 
 KVAE, ADAPTERS, PIPELINES = "kvae", "latent_adapters", "diffusion_models"
-TINY = "tiny KVAE (included)"
 PACK = Path(__file__).parents[1]
 ASSETS = PACK / "training" / "tiny" / "assets"
+INCLUDED = {  # in workflows, these names mean the KVAEs of this pack
+    "tiny KVAE (included)": ASSETS / "tiny_kvae.safetensors",
+    "tiny KVAE 2.0-t4s16 (included)": ASSETS / "tiny_kvae_t4s16.safetensors",
+}
 
 
 def register() -> None:
@@ -37,9 +40,9 @@ def register() -> None:
 
 
 def kvae_names() -> list[str]:
-    """The names that Load KVAE offers: of models/kvae, of models/vae, of pipelines, then the tiny KVAE of this pack."""
+    """The names that Load KVAE offers: of models/kvae, of models/vae, of pipelines, then those of this pack."""
     vae_names = [name for name in _names("vae") if name.endswith(".safetensors")]
-    return [*dict.fromkeys([*_names(KVAE), *vae_names, *_in_pipelines()]), TINY]
+    return [*dict.fromkeys([*_names(KVAE), *vae_names, *_in_pipelines()]), *INCLUDED]
 
 
 def _in_pipelines() -> dict[str, str]:
@@ -56,8 +59,8 @@ def kvae_path(name: str) -> str:
     Raises:
         WeightsError: there is no file with that name.
     """
-    if name == TINY:
-        return str(ASSETS / "tiny_kvae.safetensors")
+    if name in INCLUDED:
+        return str(INCLUDED[name])
     path = folder_paths.get_full_path(KVAE, name) or folder_paths.get_full_path("vae", name)
     path = path or _in_pipelines().get(name)
     if path is None and PurePath(name).name == VAE:
@@ -115,14 +118,14 @@ def adapter_path(name: str) -> str:
 def find_adapter(source: str, target: str, kvae_name: str, kvae: KVAEModel) -> str | None:
     """The path of the only adapter file that maps source → target for this KVAE; None if there is none.
 
-    A file that does not name the weights it was made for counts as fitting. For the tiny KVAE, only the adapters that
-    come with it are searched: no other adapter fits.
+    A file that does not name the weights it was made for counts as fitting. For a KVAE of this pack, only the adapters
+    of this pack are searched: no other adapter fits.
 
     Raises:
         WeightsError: several files fit.
     """
     included = [str(path) for path in ASSETS.glob("tiny_*_to_*.safetensors")]
-    paths = included if kvae_name == TINY else [adapter_path(name) for name in adapter_names()]
+    paths = included if kvae_name in INCLUDED else [adapter_path(name) for name in adapter_names()]
     known = signature(kvae.state_dict())
     found = [path for path in paths if _direction(path) == (source, target) and _fits(path, (source, target), known)]
     if len(found) > 1:

@@ -141,13 +141,21 @@ def test_what_a_kvae_cannot_serve_is_refused_with_what_it_can(run, load, comfy):
         load(kvae_name="hunyuan.safetensors", latents=HUNYUAN_15)
 
 
+def test_auto_takes_the_adapters_of_an_included_kvae(run):
+    """Those of its own space and weights, among all that are in the pack."""
+    for name, latents, way in (("tiny KVAE", HUNYUAN, "hunyuan"), ("tiny KVAE 2.0-t4s16", HUNYUAN_15, "hunyuan15")):
+        _, report = run("KVAELoad", **(LOAD | {"kvae_name": f"{name} (included)", "latents": latents, "dtype": "fp32"}))
+        assert f"through tiny_{way}_to_kvae.safetensors" in report
+        assert f"through tiny_kvae_to_{way}.safetensors" in report
+
+
 def test_the_page_is_told_what_each_kvae_can_serve(ours):
     """Of a file that is no KVAE it is told nothing."""
     _, settings = ours["KVAELoad"]["input"]["required"]["latents"]
     assert settings["options"] == [HUNYUAN, HUNYUAN_15, NATIVE]
     served = settings["served"]
     assert served["KVAE.safetensors"] == served["tiny KVAE (included)"] == [HUNYUAN, NATIVE]
-    assert served[T4S16] == settings["options"]
+    assert served[T4S16] == served["tiny KVAE 2.0-t4s16 (included)"] == settings["options"]
     assert "hunyuan.safetensors" not in served
 
 

@@ -172,6 +172,18 @@ def test_the_workflow_without_downloads_runs(server, info):
     assert any("33 frames of 256 x 160 pixels" in value for value in shown if isinstance(value, str))
 
 
+def test_the_workflow_of_hunyuan_video_1_5_without_downloads_runs(server, info):
+    workflow = read(find("try HunyuanVideo 1.5, no downloads"))
+    assert not [node for node in nodes_of(workflow) if node["properties"].get("models")]
+    history = server.wait(server.start(to_api(workflow, info)))
+    assert history["status"]["status_str"] == "success", history["status"]
+    shown = [value for output in history["outputs"].values() for values in output.values() for value in values]
+    assert sum(isinstance(value, dict) and value["filename"].endswith(".png") for value in shown) == 2 * 33
+    texts = [value for value in shown if isinstance(value, str)]
+    assert any("hunyuan_video_1.5" in text and "33 frames of 256 x 160 pixels" in text for text in texts)
+    assert any("PSNR dB" in text for text in texts)
+
+
 def test_the_blueprint_decodes(server, info):
     _, graph = graphs_of(read(ROOT / "subgraphs" / "Decode with KVAE.json"))
     prompt = to_api(graph, info)
