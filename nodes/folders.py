@@ -40,9 +40,10 @@ def register() -> None:
 
 
 def kvae_names() -> list[str]:
-    """The names that Load KVAE offers: of models/kvae, of models/vae, of pipelines, then those of this pack."""
+    """The names that Load KVAE offers: of models/kvae, of models/vae, of pipelines, then those in this pack."""
     vae_names = [name for name in _names("vae") if name.endswith(".safetensors")]
-    return [*dict.fromkeys([*_names(KVAE), *vae_names, *_in_pipelines()]), *INCLUDED]
+    included = (name for name, path in INCLUDED.items() if path.exists())
+    return [*dict.fromkeys([*_names(KVAE), *vae_names, *_in_pipelines()]), *included]
 
 
 def _in_pipelines() -> dict[str, str]:
@@ -60,7 +61,7 @@ def kvae_path(name: str) -> str:
         WeightsError: there is no file with that name.
     """
     if name in INCLUDED:
-        return str(INCLUDED[name])
+        return _included(name)
     path = folder_paths.get_full_path(KVAE, name) or folder_paths.get_full_path("vae", name)
     path = path or _in_pipelines().get(name)
     if path is None and PurePath(name).name == VAE:
@@ -69,6 +70,13 @@ def kvae_path(name: str) -> str:
         published = name.removesuffix(".safetensors")
         raise WeightsError(_missing(name, "vae", hub_address(published if published in HUB_IDS else "KVAE-3D-1.0")))
     return path
+
+
+def _included(name: str) -> str:
+    path = INCLUDED[name]
+    if not path.exists():
+        raise WeightsError(f"{name} is missing: this pack has no {path.name}. Update the pack, or choose another file.")
+    return str(path)
 
 
 def spaces() -> dict[str, LatentSpace]:
@@ -134,12 +142,14 @@ def find_adapter(source: str, target: str, kvae_name: str, kvae: KVAEModel) -> s
     return found[0] if found else None
 
 
-def no_adapters(source: str, target: str, instead: str) -> str:
+def no_adapters(source: str, target: str, kvae_name: str, instead: str) -> str:
     """The message if there is an adapter for neither direction.
 
     Args:
         instead: the other latents that this KVAE can serve, in words.
     """
+    if kvae_name in INCLUDED:
+        return f"This pack has no adapter {source} → {target} or back for {kvae_name}: choose latents {instead}."
     ways = (source, target), (target, source)
     published = [f"{published_address(name)} ({way[0]} → {way[1]})" for name, way in PUBLISHED_FILES.items()]
     known = f"Download {' and '.join(published)}, save them there, press R: they are for trying, not for pictures. "

@@ -133,7 +133,7 @@ def find_adapters(kvae: KVAE, kvae_name: str, latents: str, decode: str, encode:
     paths = [_adapter(*each, kvae_name, kvae) for each in zip((decode, encode), ways, strict=True)]
     if not any(paths):
         others = [choice for choice in served_by(native) if choice != latents]
-        raise WeightsError(folders.no_adapters(*ways[0], instead=quoted(others)))
+        raise WeightsError(folders.no_adapters(*ways[0], kvae_name, instead=quoted(others)))
     return paths
 
 

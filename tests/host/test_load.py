@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -147,6 +148,26 @@ def test_auto_takes_the_adapters_of_an_included_kvae(run):
         _, report = run("KVAELoad", **(LOAD | {"kvae_name": f"{name} (included)", "latents": latents, "dtype": "fp32"}))
         assert f"through tiny_{way}_to_kvae.safetensors" in report
         assert f"through tiny_kvae_to_{way}.safetensors" in report
+
+
+def test_an_included_file_that_is_not_there_is_not_offered_and_its_name_is_an_error(comfy, run, monkeypatch):
+    """So of a pack whose package leaves it out, and in workflows that name it all the same."""
+    node = comfy.classes["KVAELoad"]
+    folders = sys.modules[node.__module__.rpartition(".")[0] + ".folders"]
+    name = "tiny KVAE 2.0-t4s16 (included)"
+    assert name in node.define_schema().inputs[0].options and node.validate_inputs(name) is True
+    monkeypatch.setitem(folders.INCLUDED, name, folders.ASSETS / "gone.safetensors")
+    assert name not in node.define_schema().inputs[0].options
+    said = f"{name} is missing: this pack has no gone.safetensors. Update the pack, or choose another file."
+    assert node.validate_inputs(name) == said
+
+
+def test_an_included_kvae_without_adapters_is_said_in_one_line(load):
+    with pytest.raises(
+        ValueError, match="This pack has no adapter hunyuan_video → .* or back for tiny KVAE 2.0"
+    ) as found:
+        load(kvae_name="tiny KVAE 2.0-t4s16 (included)", latents=HUNYUAN)
+    assert str(found.value).endswith(f'choose latents "{HUNYUAN_15}" or "{NATIVE}".')
 
 
 def test_the_page_is_told_what_each_kvae_can_serve(ours):
