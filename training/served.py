@@ -29,8 +29,8 @@ class ServedOptions:
     """The options of every command that decodes or encodes with KVAE in the place of another VAE."""
 
     kvae: str = option("tiny", KVAE_HELP, metavar="VAE")
-    adapter_h2k: str = option("", "adapter of the model's latents → KVAE's, for decoding; tiny has one of its own")
-    adapter_k2h: str = option("", "adapter of KVAE's latents → the model's, for encoding; tiny has one of its own")
+    adapter_h2k: str = option("", "adapter of the model's latents → KVAE's, for decoding; tiny ones have their own")
+    adapter_k2h: str = option("", "adapter of KVAE's latents → the model's, for encoding; tiny ones have their own")
     memory_gb: float = option(
         0.0,
         "GB that may be used in addition to the weights; 0 takes what is free on a GPU, and sets no limit on a CPU. A "
@@ -108,6 +108,7 @@ def _advice(space: str, spaces: tuple[str, str]) -> str:
     """What to do without an adapter between these spaces, for latents of `space`."""
     if spaces in PUBLISHED_FILES.values():
         return "Train one, or try the published ones: python -m training fetch --model adapters"
-    if not space.startswith("kvae"):
-        return "Train one: python -m training extract, then train"
+    tiny = [kvae for kvae, served in INCLUDED_ADAPTERS if served == space]
+    if tiny:
+        return f"Train one, or try this command with --kvae {' or '.join(tiny)}, which brings its own"
     return f"Give the KVAE that the latents are of: --kvae, a {space}"

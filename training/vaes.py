@@ -35,8 +35,15 @@ TINY_ADAPTERS = {
     "h2k": ASSETS / "tiny_hunyuan_to_kvae.safetensors",
     "k2h": ASSETS / "tiny_kvae_to_hunyuan.safetensors",
 }
+TINY_15_ADAPTERS = {
+    "h2k": ASSETS / "tiny_hunyuan15_to_kvae.safetensors",
+    "k2h": ASSETS / "tiny_kvae_to_hunyuan15.safetensors",
+}
 # by the KVAE, as options name it, and the space of a model's latents
-INCLUDED_ADAPTERS = {("tiny", "hunyuan_video"): TINY_ADAPTERS}
+INCLUDED_ADAPTERS = {
+    ("tiny", "hunyuan_video"): TINY_ADAPTERS,
+    ("tiny-t4s16", "hunyuan_video_1.5"): TINY_15_ADAPTERS,
+}
 
 
 class VideoVAE(Protocol):

@@ -8,38 +8,25 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from kvae_comfyui.adapters import HybridVAE, LatentAdapter, latent_space, load_adapter, save_adapter
-from kvae_comfyui.adapters.networks import Affine
-from kvae_comfyui.kvae import load_kvae, save_kvae
+from kvae_comfyui.adapters import HybridVAE, load_adapter
+from kvae_comfyui.kvae import load_kvae
 from kvae_comfyui.serving.latent_files import load_latent
 from kvae_comfyui.serving.pipeline_vae import PipelineVAE
 from kvae_comfyui.training.errors import UserError
 from kvae_comfyui.training.vaes import TINY as WEIGHTS
-from kvae_comfyui.training.vaes import TINY_ADAPTERS
+from kvae_comfyui.training.vaes import TINY_15_ADAPTERS, TINY_ADAPTERS
 from made_videos import all_frames
-from small_models import small
 from tiny_pipelines import TINY, diffusers
 
 FRAMES, HEIGHT, WIDTH = 17, 32, 48
 
 
-@pytest.fixture(scope="module")
-def newer(tmp_path_factory):
-    """Files of a small KVAE-3D-2.0-t4s16 and of untrained adapters for HunyuanVideo 1.5."""
-    folder = tmp_path_factory.mktemp("newer")
-    spaces = latent_space("hunyuan_video_1.5"), latent_space("kvae_3d_2.0_t4s16")
-    save_kvae(folder / "kvae.safetensors", small("2.0-t4s16"), torch.float32, {})
-    for name, (source, target) in {"h2k": spaces, "k2h": spaces[::-1]}.items():
-        adapter = LatentAdapter(Affine(source.channels, target.channels), source, target)
-        save_adapter(folder / f"{name}.safetensors", adapter)
-    return {name: folder / f"{name}.safetensors" for name in ("kvae", "h2k", "k2h")}
-
-
 @pytest.fixture
-def files(request, newer):
-    """Those of the pipeline that the test runs."""
-    tiny = TINY[request.getfixturevalue("name")]
-    return newer if tiny.space == "hunyuan_video_1.5" else {"kvae": WEIGHTS["kvae"], **TINY_ADAPTERS}
+def files(request):
+    """Those of the pipeline that the test runs: a tiny KVAE and its adapters."""
+    if TINY[request.getfixturevalue("name")].space == "hunyuan_video_1.5":
+        return {"kvae": WEIGHTS["kvae-t4s16"], **TINY_15_ADAPTERS}
+    return {"kvae": WEIGHTS["kvae"], **TINY_ADAPTERS}
 
 
 @pytest.fixture

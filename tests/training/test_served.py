@@ -15,11 +15,12 @@ def served(space="hunyuan_video", ways=("decode", "encode"), **options):
     return load_served(ServedOptions(device="cpu", **options), space, ways)
 
 
-def test_the_tiny_kvae_brings_its_adapters():
-    vae = served()
-    assert vae.space == SPACES["hunyuan_video"]
-    z = vae.encode(torch.zeros(1, 3, 5, 16, 24))
-    assert vae.decode(z).shape == (1, 3, 5, 16, 24)
+@pytest.mark.parametrize(("kvae", "space"), [("tiny", "hunyuan_video"), ("tiny-t4s16", "hunyuan_video_1.5")])
+def test_a_tiny_kvae_brings_its_adapters(kvae, space):
+    vae = served(space, kvae=kvae)
+    assert vae.space == SPACES[space]
+    z = vae.encode(torch.zeros(1, 3, 5, 32, 48))
+    assert vae.decode(z).shape == (1, 3, 5, 32, 48)
 
 
 def test_native_latents_need_no_adapter():
@@ -36,13 +37,13 @@ def test_an_adapter_that_is_needed_and_missing_is_named(way, flag, other):
 
 
 def test_an_adapter_that_is_missing_can_be_tried_with_what_is_there(tmp_path):
-    """A published adapter, one to train, or the KVAE that the latents are of."""
+    """A published adapter, the tiny KVAE with adapters for the space, or the KVAE that the latents are of."""
     newer = {"kvae": str(tmp_path / "t4s16.safetensors")}
     save_kvae(newer["kvae"], small("2.0-t4s16"), torch.float32, {})
     for space, options, advice in (
         ("hunyuan_video", {"kvae": str(TINY["kvae"])}, "or try the published ones: python -m training fetch"),
-        ("hunyuan_video_1.5", newer, "Train one: python -m training extract, then train"),
-        ("hunyuan_video_1.5", {}, "Train one: python -m training extract, then train"),
+        ("hunyuan_video_1.5", newer, "or try this command with --kvae tiny-t4s16, which brings its own"),
+        ("hunyuan_video_1.5", {}, "or try this command with --kvae tiny-t4s16, which brings its own"),
         ("kvae_3d_2.0_t4s8", {}, "Give the KVAE that the latents are of: --kvae, a kvae_3d_2.0_t4s8"),
     ):
         with pytest.raises(UserError, match=advice):

@@ -24,16 +24,17 @@ from kvae_comfyui.training.tiny.components import pca_psnr, pixel_blocks
 from kvae_comfyui.training.tiny.model import MODELS, build, decode, posterior_of, skeleton
 from kvae_comfyui.training.vaes import (
     TINY,
+    TINY_15_ADAPTERS,
     TINY_ADAPTERS,
     load_hunyuan_vae,
     load_kvae_for_training,
 )
 
-PAIRS = {"first": ("tiny", "tiny"), "second": ("tiny-1.5", "tiny-t4s16")}
+PAIRS = {"first": ("tiny", "tiny", TINY_ADAPTERS), "second": ("tiny-1.5", "tiny-t4s16", TINY_15_ADAPTERS)}
 
 
 def load_pair(which):
-    hunyuan, kvae = PAIRS[which]
+    hunyuan, kvae, _ = PAIRS[which]
     return load_hunyuan_vae(hunyuan, "cpu"), load_kvae_for_training(kvae, "cpu")
 
 
@@ -74,12 +75,13 @@ def test_no_pointwise_affine_map_joins_the_two_spaces(which):
         assert sum(errors) / len(errors) > 0.02 * fit.target_variance()
 
 
+@pytest.mark.parametrize("which", ["first", "second"])
 @torch.inference_mode()
-def test_the_embedded_adapters_fit_the_embedded_pair():
+def test_the_embedded_adapters_fit_the_embedded_pair(which):
     """On unseen clips the error of each direction is what its file says."""
     videos = find_videos(shared("clips/ucf101"), "test")[::6]
-    hunyuan, kvae = load_pair("first")
-    adapters = [load_adapter(TINY_ADAPTERS[way]) for way in ("h2k", "k2h")]
+    hunyuan, kvae = load_pair(which)
+    adapters = [load_adapter(PAIRS[which][2][way]) for way in ("h2k", "k2h")]
     errors = torch.zeros(2)
     for video in videos:
         clip = read_clip(Clip(video, 9, 0), 128, 128)[None]

@@ -120,7 +120,7 @@ def test_kvae_decodes_in_the_place_of_the_vae(made, tmp_path, capsys):
     assert main(command(made, tmp_path / "vae")) == 0
     found, usual = (frames(path / "ash.mp4") for path in (out, tmp_path / "vae"))
     assert found.shape == usual.shape and (found.float() - usual.float()).abs().mean() > 5
-    assert "--adapter-h2k is missing" in refusal(command(made, tmp_path / "x", "--kvae", "tiny-t4s16"), capsys)
+    assert "--adapter-h2k is missing" in refusal(command(made, tmp_path / "x", "--kvae", "tiny"), capsys)
 
 
 def test_what_cannot_be_generated_is_refused(made, tmp_path, capsys):
