@@ -139,6 +139,7 @@ ENCODE = "encode {job}/videos/v_Wave_g01_c01.mp4 --output {d}/o" + CPU
 INSPECT = "inspect {d}/a.latent"
 TINY_COMMAND = "tiny --videos-root {job}/videos --output {d}/t.safetensors" + CPU
 DEMO = "demo --videos {job}/videos --output-root {d}/demo" + CPU
+ADAPTERS_COMMAND = "adapters --videos-root {job}/videos --output {d}/o --num-frames 9 --height 48 --width 64" + CPU
 FETCH = "fetch --model KVAE-3D-1.0 --output {d}/m"
 
 MINE = " --latent-root {d}/latents"

@@ -19,6 +19,7 @@ from .runtime.processes import leave
 
 INTERRUPTED = 130
 COMMANDS = {  # name → module, function in it, summary
+    "adapters": ("pipeline.adapters", "run", "make both adapters from a folder of videos: all of the next stages"),
     "extract": ("data.extract", "run", "extract latent pairs from videos"),
     "pack": ("data.packing", "run_pack", "pack latent pairs into memory-mapped shards"),
     "unpack": ("data.packing", "run_unpack", "unpack shards into latent pairs"),

@@ -11,6 +11,7 @@ from ..data.dataset import Pairs
 from ..directions import DIRECTIONS
 from ..errors import UserError
 from ..runtime.processes import Processes
+from ..runtime.stages import hidden
 from .ridge import Ridge
 
 FIT_PAIRS = 4096  # 44 million positions at 240x320, for maps of 433 unknowns per channel
@@ -34,8 +35,7 @@ def fit_both_ways(pairs: Pairs, device: str, kernel: int = 3, processes: Process
     some = pairs.spread(FIT_PAIRS)
     h, k = some.shape(0).channels
     fits = {"h2k": Ridge(h, k, kernel), "k2h": Ridge(k, h, kernel)}
-    hidden = True if rank else None
-    for i in tqdm(range(rank, len(some), count), desc="closed form", leave=False, disable=hidden):
+    for i in tqdm(range(rank, len(some), count), desc="closed form", leave=False, disable=hidden(not rank)):
         pair = some[i]
         z_h, z_k = on_one_grid(pair.z_h[None].to(device), pair.z_k[None].to(device))
         if (z_h.shape[1], z_k.shape[1]) != (h, k):

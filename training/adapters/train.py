@@ -40,6 +40,7 @@ from ..runtime.interrupts import BetweenSteps
 from ..runtime.log import add_to_log, keep_rows, read_log
 from ..runtime.places import shareable
 from ..runtime.saves import Saves
+from ..runtime.stages import hidden, tell
 from ..runtime.trainer import copied, state_errors
 from .closed_form import affine_adapters
 from .config import TrainConfig
@@ -112,16 +113,17 @@ def train_epoch(training: Training, interrupts: BetweenSteps) -> None:
     processes, trainer, steps = training.processes, training.trainer, training.steps_per_epoch
     epoch = trainer.progress.epoch
     done = trainer.step - epoch * steps
-    label, hidden = f"epoch {epoch + 1}/{training.config.epochs}", None if processes.main else True
+    label, unseen = f"epoch {epoch + 1}/{training.config.epochs}", hidden(processes.main)
     stream = ahead([batches_of_epoch(training, done)], 1, BATCHES_AHEAD)
     started, waited, saves = time.perf_counter(), 0.0, Saves(lambda: save(training))
-    with closing(stream), tqdm(initial=done, total=steps, desc=label, leave=False, disable=hidden) as bar:
+    with closing(stream), tqdm(initial=done, total=steps, desc=label, leave=False, disable=unseen) as bar:
         for _ in range(done, steps):
             waiting_since = time.perf_counter()
             batch = next(stream)
             waited += time.perf_counter() - waiting_since
             interrupted = train_step(training, batch, interrupts)
             bar.update()
+            tell(trainer.step / trainer.schedule.total_steps)
             saves.after(interrupted)
     close_epoch(training, {"seconds": time.perf_counter() - started, "waited": waited})
 

@@ -30,6 +30,7 @@ from ..options import DEVICE, HUNYUAN_HELP, KVAE_HELP, MOST_FRAMES, MOST_SEED, M
 from ..runtime.ahead import ahead
 from ..runtime.places import shareable
 from ..runtime.processes import Processes
+from ..runtime.stages import hidden, tell
 from ..vaes import VideoVAE, check_grids, load_hunyuan_vae, load_kvae_for_training, made_with
 from .clips import ClipTask, batched, clips_of_videos, pair_endings, read_tasks, reason_of
 from .encoding import PendingPair, encode_clips
@@ -89,23 +90,48 @@ class ExtractConfig:
     )
 
 
-def run(config: ExtractConfig) -> int:
+def run(config: ExtractConfig, videos: list[Path] | None = None) -> int:
     """Extract; return 0, or 1 if clips were skipped.
+
+    Args:
+        videos: of the folder, in the place of those of --split.
 
     Raises:
         UserError: an option is out of range, no adapter can join the grids of the VAEs, or no video gave a pair.
         WeightsError: a VAE cannot be read, or a pair cannot be written.
     """
     processes = Processes(config.device)
-    root, out = Path(config.videos_root), Path(config.output_root)
     _check_options(config)
+    root = Path(config.videos_root)
+    videos = find_videos(root, config.split) if videos is None else videos
+    extraction = prepare(config, videos, processes)
+    try:
+        extraction.run(clips_of_videos(videos, config)[processes.rank :: processes.count])
+    except BaseException:
+        if processes.count == 1:  # with several, another process may be about to write a pair
+            extraction.manifest.withdraw()
+        raise
+    counts, failed = extraction.totals()
+    _finish(extraction.manifest, counts, failed, processes)
+    done = f"{counts['extracted']} pairs extracted, {counts['already_there']} already there, {len(failed)} skipped"
+    processes.say(f"{done} → {config.output_root}")
+    if not counts["extracted"] and not counts["already_there"]:
+        raise UserError(f"{root}: none of the {len(videos)} videos gave a pair")
+    return 1 if failed else 0
+
+
+def prepare(config: ExtractConfig, videos: list[Path], processes: Processes) -> Extraction:
+    """Load both VAEs, choose their precision, and check that the folder of pairs can go on.
+
+    Raises:
+        UserError, WeightsError: as `run`, or the folder holds pairs made in another way.
+    """
+    root, out = Path(config.videos_root), Path(config.output_root)
     begun = _settings_of(out)
     fit = config.fit or (begun.get("fit", STRETCH) if begun else CROP)
     tiles = bool(begun) and begun.get(TILES) is not False
     config = replace(config, fit=fit, dtype=precision_of(config.dtype, begun, processes.device))
-    videos = find_videos(root, config.split)
-    all_videos = videos if config.split == "all" else find_videos(root)  # pairs of a split are named as those of all
-    names = PairNames(root, out, all_videos, config.clips_per_video > 1)
+    names = PairNames(root, out, find_videos(root), config.clips_per_video > 1)  # of a split, named as those of all
     hunyuan, kvae = _load_vaes(config, processes.device, tiles)
     if config.dtype == AUTO:
         config = replace(config, dtype=best_precision(_first_frames(videos, names, config), (hunyuan, kvae), processes))
@@ -114,21 +140,7 @@ def run(config: ExtractConfig) -> int:
     processes.wait()  # no process may find what another one has begun
     manifest = ExtractionManifest(out, _described(config, hunyuan, kvae, tiles))
     processes.wait()
-    extraction = Extraction(config, names, hunyuan, kvae, manifest, processes)
-    try:
-        extraction.run(clips_of_videos(videos, config)[processes.rank :: processes.count])
-    except BaseException:
-        if processes.count == 1:  # with several, another process may be about to write a pair
-            manifest.withdraw()
-        raise
-    counts, failed = extraction.totals()
-    _finish(manifest, counts, failed, processes)
-    processes.say(
-        f"{counts['extracted']} pairs extracted, {counts['already_there']} already there, {len(failed)} skipped → {out}"
-    )
-    if not counts["extracted"] and not counts["already_there"]:
-        raise UserError(f"{root}: none of the {len(videos)} videos gave a pair")
-    return 1 if failed else 0
+    return Extraction(config, names, hunyuan, kvae, manifest, processes)
 
 
 def _load_vaes(config: ExtractConfig, device: torch.device, tiles: bool) -> tuple[VideoVAE, VideoVAE]:
@@ -192,12 +204,14 @@ class Extraction:
         # each clip draws its own sample, as in the published pairs: in a batch, it would depend on its neighbours
         size = 1 if config.posterior == "sample" else config.batch_size
         with (
-            tqdm(total=total, desc="extract", unit="clip", disable=None if self.processes.main else True) as bar,
+            tqdm(total=total, desc="extract", unit="clip", disable=hidden(self.processes.main)) as bar,
             ThreadPoolExecutor(1) as writer,
         ):
-            written: list[tuple[ClipTask, Future]] = []
+            done, written = 0, list[tuple[ClipTask, Future]]()
             for batch in batched(ahead(streams, DECODERS, size), size):
                 bar.update(len(batch))
+                done += len(batch)
+                tell(min(1, done / total))
                 for task in batch:
                     self.counts["already_there"] += task.frames is None and not task.failure
                     if task.failure:

@@ -22,6 +22,7 @@ from ...kvae.paths import file_errors, read_text, write_text
 from ..errors import UserError
 from ..options import option
 from ..runtime.places import alone_in
+from ..runtime.stages import hidden, tell
 from .manifests import all_manifests, find_manifests, read_manifest
 from .pairs import (
     SUFFIX,
@@ -95,7 +96,7 @@ def run_unpack(config: UnpackConfig) -> int:
     shards.check_names()
     manifests = _manifests(root, out, holds_pairs(out))
     made = 0
-    for i, name in enumerate(tqdm(shards.names(), desc="unpack", total=len(shards), unit="clip", disable=None)):
+    for i, name in enumerate(tqdm(shards.names(), desc="unpack", total=len(shards), unit="clip", disable=hidden())):
         path = out / (name + SUFFIX)
         if not _is_there(path, shards, i):
             pair = shards.read(i)
@@ -169,7 +170,8 @@ def _grouped(paths: list[Path], root: Path, channels: set[tuple[int, int]]) -> I
     """
     groups: dict[tuple, tuple[list[dict], list[Pair]]] = defaultdict(lambda: ([], []))
     held = 0
-    for path in tqdm(paths, desc="pack", unit="clip", disable=None):
+    for n, path in enumerate(tqdm(paths, desc="pack", unit="clip", disable=hidden())):
+        tell(n / len(paths))
         pair = read_pair(path)
         found = len(pair.z_h), len(pair.z_k)
         if found not in (channels or {found}):

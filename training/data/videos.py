@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from .walk import files_under
 
 EXTENSIONS = (".avi", ".mp4", ".mkv", ".mov", ".webm")
 MIN_FRAMES = 5  # two latent frames
+HELD_OUT = 0.05  # share of the videos, where nothing says which
 UCF101_TEST_GROUPS = range(1, 8)  # testlist01 of UCF101 is groups g01 to g07
 
 
@@ -56,13 +58,40 @@ def find_videos(root: str | Path, split: str = "all") -> list[Path]:
         raise UserError(f"{root}: no videos in it ({', '.join(EXTENSIONS)})")
     if split == "all":
         return videos
-    chosen = _listed(root, videos, split) or _in_folders(root, videos, split) or _of_groups(videos, split)
+    chosen = _listed(root, videos, split) or _in_folders(root, videos, split) or _of_groups(root, videos, split)
     if not chosen:
         raise UserError(
             f"{root}: no {split} split found; expected {split}list01.txt, a folder {split}, or UCF101's names "
             "(v_Class_g01_c01.avi); or leave --split out"
         )
     return chosen
+
+
+def hold_out(root: str | Path, videos: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Videos to train on, and videos held out: both splits of `find_videos` if they exist, else a twentieth by hash.
+
+    By hash, what belongs together stays together: the videos of a folder, if at least 20 folders hold videos; else the
+    videos of one name up to a clip number as in UCF101 (`_c01`).
+
+    Args:
+        videos: all videos of the folder.
+
+    Raises:
+        UserError: nothing can be held out.
+    """
+    root = Path(root)
+    for rule in (_listed, _in_folders, _of_groups):
+        train, test = (rule(root, videos, split) for split in ("train", "test"))
+        if train and test and not set(train) & set(test):
+            return train, test
+    folders = len({path.parent for path in videos}) >= 1 / HELD_OUT
+    keys = [str(path.parent.relative_to(root)) if folders else re.sub(r"_c\d+$", "", path.stem) for path in videos]
+    by_hash = sorted(set(keys), key=lambda key: zlib.crc32(key.encode(errors="surrogatepass")))
+    if len(by_hash) < 2:
+        raise UserError(f"{root}: {len(videos)} videos of one source; expected at least two, one of them to hold out")
+    held_out = set(by_hash[: max(1, int(len(by_hash) * HELD_OUT))])
+    both = list(zip(videos, keys, strict=True))
+    return [path for path, key in both if key not in held_out], [path for path, key in both if key in held_out]
 
 
 def _listed(root: Path, videos: list[Path], split: str) -> list[Path]:
@@ -83,7 +112,7 @@ def _in_folders(root: Path, videos: list[Path], split: str) -> list[Path]:
     return []
 
 
-def _of_groups(videos: list[Path], split: str) -> list[Path]:
+def _of_groups(root: Path, videos: list[Path], split: str) -> list[Path]:
     groups = {path: re.search(r"_g(\d+)_c\d+$", path.stem) for path in videos}
     return [p for p, g in groups.items() if g and (int(g[1]) in UCF101_TEST_GROUPS) == (split == "test")]
 

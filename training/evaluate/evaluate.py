@@ -42,6 +42,7 @@ from ..directions import DIRECTIONS
 from ..errors import UserError
 from ..options import write_config
 from ..runtime.places import check_apart
+from ..runtime.stages import hidden, tell
 from ..vaes import VideoVAE, load_hunyuan_vae, load_kvae_for_training, made_with
 from .config import EvaluateConfig
 from .generations import judge_generations
@@ -170,7 +171,8 @@ def pixel_metrics(pairs: Pairs, chosen: list[int], decoding: Decoding, config: E
     spectra = {f"{each.decoder}({each.arrow})": Spectrum() for each in DIRECTIONS.values()}
     sheet, sheet_at = [], set(spread(len(chosen), SHEET_CLIPS))
     worst: list[tuple[float, str, list[Tensor]]] = []
-    for n, i in enumerate(tqdm(chosen, desc="pixels", unit="clip", leave=False, disable=None)):
+    for n, i in enumerate(tqdm(chosen, desc="pixels", unit="clip", leave=False, disable=hidden())):
+        tell(n / len(chosen))
         original = original_frames(pairs.name(i), pairs[i], config.videos_root)
         decodes = decoding.decodes(i, *pairs.batch([i], torch.device(config.device)))
         for name, (decoded, direct) in decodes.items():

@@ -10,12 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+
+# A process may wait for another that extracts a last long video, or packs alone. PyTorch's own 10 minutes would end the
+# run. Of a process that was killed, torchrun and accelerate tell the others at once.
+PATIENCE = timedelta(days=1)
 
 
 class Processes:
@@ -30,10 +35,11 @@ class Processes:
     """
 
     def __init__(self, device: str):
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
         _check_devices(device)
-        self._accelerator = Accelerator(cpu=device == "cpu")
+        patience = InitProcessGroupKwargs(timeout=PATIENCE)
+        self._accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
         self.main = self.rank == 0
         self.device = torch.device(device) if self.count == 1 else self._accelerator.device

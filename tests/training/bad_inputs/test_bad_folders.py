@@ -8,6 +8,7 @@ import pytest
 
 import needs
 from bad_rows import (
+    ADAPTERS_COMMAND,
     DEMO,
     EVALUATE,
     EXTRACT,
@@ -43,7 +44,7 @@ READING = [
         *((TRAIN, "--val-latent-root"), (EVALUATE, "--latent-root"), (EVALUATE, "--train-latent-root")),
         *((PIXELS, "--videos-root"), (EVALUATE, "--adapter-h2k"), (RECONSTRUCT, "--video-path")),
         *((RECONSTRUCT, "--kvae"), (EXTRACT, "--hunyuan-vae"), (TINY_COMMAND, "--videos-root"), (DEMO, "--videos")),
-        *((TINY_COMMAND, "--start-from"), (PIXELS, "--kvae")),
+        *((TINY_COMMAND, "--start-from"), (PIXELS, "--kvae"), (ADAPTERS_COMMAND, "--videos-root")),
     )
     for place in (*FILES, "{d}/empty")
 ]  # fmt: skip

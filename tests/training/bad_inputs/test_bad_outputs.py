@@ -9,6 +9,7 @@ import pytest
 
 import needs
 from bad_rows import (
+    ADAPTERS_COMMAND,
     DECODE,
     DEMO,
     ENCODE,
@@ -31,7 +32,13 @@ job = pytest.fixture(scope="module")(make_job)
 
 FOLDERS = [
     *((EXTRACT, "--output-root"), (PACK, "--output-root"), (UNPACK, "--output-root"), (EVALUATE, "--output-root")),
-    *((DEMO, "--output-root"), (FETCH, "--output"), (DECODE, "--output"), (ENCODE, "--output")),
+    *(
+        (DEMO, "--output-root"),
+        (FETCH, "--output"),
+        (DECODE, "--output"),
+        (ENCODE, "--output"),
+        (ADAPTERS_COMMAND, "--output"),
+    ),
 ]
 TARGETS = [(TRAIN, "--out-h2k"), (TRAIN, "--out-k2h"), (RECONSTRUCT, "--output"), (TINY_COMMAND, "--output")]
 NO_PLACES = ["{d}/file/under", "/proc/x/y", "/sys/x/y", "{d}/{long}", "{d}/{long}/x", "{d}/loop/x", "{d}/a{nul}b", "''"]
