@@ -94,11 +94,7 @@ def judge_generations(config: EvaluateConfig) -> int:
         for n, source in enumerate(sources):
             done = progress.of_file(1)
             with bulk.file(source.path):
-                for (
-                    name,
-                    x,
-                    y,
-                ) in decoders.clips(source.path, source.name, config):
+                for name, x, y in decoders.clips(source.path, source.name, config):
                     judge_clip(judged, name, x, y, on_sheet=n in sheet_at)
             done(1, 1)
     code = bulk.code()
