@@ -60,7 +60,7 @@ OPTIONS = [
     Row(EVALUATE + " --max-samples 1", "give --train-latent-root"),
     Row(EVALUATE + " --adapter-h2k ''", "--adapter-h2k is empty"),
     *(Row(f"{TINY_COMMAND} --stages {x}", "--stages") for x in (
-        *("10x0x1", "1x32x999999999", "0x32x1", "1x32x0", "1x12x1", "1x256x1", "''", "1x32", "1x32x1q", "-1x32x1"),
+        *("10x0x1", "1x32x999999999", "0x32x1", "1x32x0", "1x12x1", "1x256x1", "' '", "1x32", "1x32x1q", "-1x32x1"),
         *("1x32x1,,1x32x1", "٣x32x1", f"{'9' * 5000}x32x1", f"1x32x{'9' * 5000}"),
     )),
     *(Row(f"{TINY_COMMAND} --threads {x}", "--threads is") for x in ("-1", "1000000000")),
