@@ -69,7 +69,7 @@ def test_the_published_network(run, tmp_path):
 def test_tiny(run, tmp_path, model):
     for validation_video in make_videos(tmp_path / "videos", 8, frames=17, height=64, width=64)[1:7]:
         validation_video.unlink()  # one is enough
-    stages = ["--stages", "1x32x1s,1x32x1"]
+    stages = ["--stages", "1x32x1:skeleton,1x32x1"]
     run("tiny", "--model", model, "--videos-root", "videos", "--output", f"{model}.safetensors", *stages)
 
 
